@@ -1,0 +1,58 @@
+# Two commands do everything: `make demo` and `make test`. Both make .venv when it is missing or out of date.
+SHELL := /bin/bash
+VENV ?= .venv
+SUPPORTED := 3.11 3.12 3.13
+
+# The first supported interpreter that starts; `make PYTHON=/path/to/python demo` overrules the choice.
+# (A shim of a version manager may stand in PATH and not start, so each candidate is run once.)
+FOUND = $(shell for v in $(SUPPORTED); do for p in python$$v \
+	$$(ls -d $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$$v.*/bin/python$$v /usr/local/bin/python$$v 2>/dev/null); do \
+	if "$$p" -c "import sys, venv, ensurepip; sys.exit('%d.%d' % sys.version_info[:2] != '$$v')" >/dev/null 2>&1; \
+	then echo $$p; exit; fi; done; done)
+PYTHON ?= $(FOUND)
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint wheel clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): setup.cfg pyproject.toml
+	@if [ -z "$(PYTHON)" ]; then echo "EdgeGuard needs one of Python $(SUPPORTED) with venv; found none." \
+		"Install one (Debian: apt-get install python3 python3-venv) or set PYTHON=/path/to/python." >&2; exit 2; fi
+	@echo "Python: $(PYTHON) ($$($(PYTHON) --version 2>&1)); environment: $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP) ## the whole loop on your machine: attack, convert, detect, report, repair, roll out (ARGS="--data fashion_mnist")
+	$(BIN)/edgeguard demo $(ARGS)
+
+test: $(STAMP) ## the test suite (ARGS="-k hub")
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: ## the test suite on every supported interpreter found, each in its own environment
+	@ran=0; for v in $(SUPPORTED); do \
+		p=$$($(MAKE) --no-print-directory -s print-found SUPPORTED=$$v); \
+		if [ -z "$$p" ]; then echo "Python $$v: not found, not tested"; continue; fi; \
+		echo "=== Python $$v ($$p)"; ran=1; $(MAKE) --no-print-directory test PYTHON=$$p VENV=.venv-$$v || exit 1; done; \
+	if [ $$ran = 0 ]; then echo "no supported interpreter found" >&2; exit 2; fi
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: $(STAMP) ## build the wheel and the source distribution into dist/
+	$(BIN)/python -m build
+
+clean: ## remove environments and build outputs
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+.PHONY: print-found
+print-found:
+	@echo $(FOUND)

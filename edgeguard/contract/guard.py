@@ -1,0 +1,120 @@
+"""What a guarded file says of itself: the JSON in the flatbuffer's metadata table under the name ``edgeguard``.
+
+The metadata holds no wall-clock time: the same model, data and environment give the same bytes.
+
+``model_digest``  SHA-256 of the canonical file without guard ops, guard constants and guard metadata: what evidence,
+                  cases and releases are keyed by.
+``guard_digest``  SHA-256 of those. Re-calibrating changes only this one.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from edgeguard.contract.messages import MAX_FEATURES, Digest, Text
+from edgeguard.errors import ModelError
+
+METADATA_NAME = "edgeguard"
+SCORES = "edgeguard_scores"
+FEATURES = "edgeguard_features"
+PREFIX = "edgeguard_"
+"""Every tensor of the guard carries this prefix; no other tensor may."""
+SCHEMA: Literal[1] = 1
+
+Positive = Annotated[float, Meta(gt=0)]
+
+
+class Detector(msgspec.Struct, frozen=True, kw_only=True):
+    """One column of ``edgeguard_scores``: its name and the raw score at which the joint decision flags."""
+
+    name: Text
+    threshold: Positive
+
+
+class Tap(msgspec.Struct, frozen=True, kw_only=True):
+    """One block of ``edgeguard_features``: ``channels`` norms from ``offset`` on, of one activation of the model.
+
+    ``source_layer`` is the layer of the trainable model that makes the activation, where it is known: the link from a
+    device's channel evidence to the model that is repaired.
+    """
+
+    tensor: Text
+    source_layer: Text
+    kind: Literal["linf", "l1"]
+    offset: Annotated[int, Meta(ge=0, le=MAX_FEATURES)]
+    channels: Annotated[int, Meta(ge=1, le=MAX_FEATURES)]
+
+
+class ModelInput(msgspec.Struct, frozen=True, kw_only=True):
+    """What the model takes: shape without the batch axis, the owner's own type and value range before quantising."""
+
+    shape: tuple[Annotated[int, Meta(ge=1)], ...]
+    dtype: Literal["uint8", "int8", "int16", "float32"]
+    range: tuple[float, float]
+
+
+class Calibration(msgspec.Struct, frozen=True, kw_only=True):
+    """How many clean inputs fitted the statistics and how many others set the thresholds; digest over both."""
+
+    n_fit: int
+    n_threshold: int
+    digest: Digest
+
+
+class Environment(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the statistics were measured: int8 kernels differ by a few steps between runtimes."""
+
+    runtime: Text
+    version: Text
+    threads: int
+    cpu: Text
+
+
+class GuardMetadata(msgspec.Struct, frozen=True, kw_only=True):
+    """The guard's own description. ``fpr_upper[c]`` bounds the false-positive rate of predicted class c at 95%.
+
+    ``score_to_p`` lists pairs (joint score, share of clean threshold inputs at or above it), ascending in score.
+    ``class_output`` is the index of the output whose argmax is the predicted class; None for a model without classes.
+    """
+
+    schema: Literal[1] = SCHEMA
+    model_digest: Digest
+    guard_digest: Digest
+    detectors: Annotated[tuple[Detector, ...], Meta(min_length=1, max_length=64)]
+    taps: Annotated[tuple[Tap, ...], Meta(min_length=1, max_length=64)]
+    class_output: int | None
+    classes: tuple[Text, ...]
+    input: ModelInput
+    fpr: Annotated[float, Meta(gt=0, lt=1)]
+    fpr_upper: tuple[float, ...]
+    score_to_p: tuple[tuple[float, float], ...]
+    calibration: Calibration
+    environment: Environment
+    sidecar_digest: Digest | None = None
+
+    @property
+    def feature_count(self) -> int:
+        """D, the length of ``edgeguard_features``."""
+        return max(tap.offset + tap.channels for tap in self.taps)
+
+
+def encode_metadata(metadata: GuardMetadata) -> bytes:
+    """The metadata as the JSON that stands in the file."""
+    return msgspec.json.encode(metadata)
+
+
+def decode_metadata(content: bytes) -> GuardMetadata:
+    """Decode and check guard metadata.
+
+    Raises:
+        ModelError: not JSON, another schema, a missing field, a wrong type or a value out of range.
+    """
+    try:
+        return msgspec.json.decode(content, type=GuardMetadata)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ModelError(
+            "guard metadata", got=str(error)[:300], expected=f"schema {SCHEMA}", do="convert the model again"
+        ) from error
