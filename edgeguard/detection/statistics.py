@@ -1,0 +1,238 @@
+"""Clean statistics of the feature norms, and the scores and thresholds that follow from them. NumPy only.
+
+Each detector looks at its own block of features x (one norm, over all taps). Within a predicted class c, clean features
+are modelled as a Gaussian of mean m_c and a covariance pooled over classes in factor-analysis form,
+diag(psi) + L L^T with k factors. With M such that M^T M = psi^-1 L (I + L^T psi^-1 L)^-1 L^T psi^-1 (Woodbury),
+
+    raw(x, c) = sum_d (x_d - m_cd)^2 / psi_d  -  sum_j (M x - M m_c)_j^2        (squared Mahalanobis distance)
+
+so that a graph needs one k x D product, one row of a class table and one weighted sum. A score is raw / threshold.
+
+Rules enforced here:
+
+* the fit half and the threshold half are disjoint;
+* the threshold is the order statistic of the threshold half for which the false-positive rate exceeds 1.5 times the
+  rate asked for with a probability of at most 5% (Beta law of order statistics); where none exists, refuse and say how
+  many inputs are needed;
+* detectors are brought to one common tail before the joint threshold is set on their maximum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeguard.errors import ModelError
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+SLACK = 1.5
+CONFIDENCE = 0.95
+MAX_FACTORS = 16
+_FACTOR_ROUNDS = 20
+_MEAN_PRIOR = 0.5  # pseudo-inputs that pull a class mean towards the mean of all
+_VARIANCE_FLOOR = 0.02  # of a block's mean variance: a channel that is silent on clean data must not divide by zero
+_P_POINTS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """The features that one detector looks at: its name and their indices in the feature vector."""
+
+    detector: str
+    columns: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """What is compiled into the graph. K is the number of factors over all detectors, D the number of features.
+
+    ``projection`` [K, D]; ``table`` [classes, D + K], the features and their projection expected of each class (one
+    row for a model without classes); ``weights`` [detectors, D + K], so that
+    raw = ((features, projection @ features) - table[c])^2 @ weights.T, kept at 0 or above.
+    """
+
+    detectors: tuple[str, ...]
+    projection: Floats
+    table: Floats
+    weights: Floats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """Raw score per detector at which the joint decision flags, and what was measured while setting them."""
+
+    thresholds: tuple[float, ...]
+    fpr_upper: tuple[float, ...]
+    score_to_p: tuple[tuple[float, float], ...]
+
+
+def fit(features: Floats, predicted: Ints, blocks: Sequence[Block], classes: int) -> Statistics:
+    """Fit class means and pooled factor-analysis covariance on clean features.
+
+    Args:
+        features: [N, D], of clean inputs.
+        predicted: [N], the class that the model predicts for each; all 0 for a model without classes.
+        blocks: one per detector.
+        classes: number of rows of the class table.
+
+    Raises:
+        ModelError: too few inputs, or features that are not finite.
+    """
+    count, width = features.shape
+    if count < 2 * len(blocks) or not np.isfinite(features).all():
+        raise ModelError("calibration features", got=f"{count} inputs", expected="at least 20 with finite features")
+    means = _class_means(features, predicted, classes)
+    residuals = features - means[predicted]
+    freedom = max(1, count - len(np.unique(predicted)))
+    projections: list[Floats] = []
+    weights = np.zeros((len(blocks), width))
+    owners: list[int] = []
+    for row, block in enumerate(blocks):
+        columns = np.asarray(block.columns)
+        covariance = residuals[:, columns].T @ residuals[:, columns] / freedom
+        factors = max(0, min(MAX_FACTORS, len(columns) // 4, count // 16))
+        psi, whitened = factor_analysis(covariance, factors)
+        weights[row, columns] = 1.0 / psi
+        projection = np.zeros((len(whitened), width))
+        projection[:, columns] = whitened
+        projections.append(projection)
+        owners += [row] * len(whitened)
+    projection = np.concatenate(projections)
+    factor_weights = np.zeros((len(blocks), len(projection)))
+    factor_weights[owners, np.arange(len(projection))] = -1.0
+    return Statistics(
+        detectors=tuple(block.detector for block in blocks),
+        projection=projection,
+        table=np.concatenate([means, means @ projection.T], axis=1),
+        weights=np.concatenate([weights, factor_weights], axis=1),
+    )
+
+
+def _class_means(features: Floats, predicted: Ints, classes: int) -> Floats:
+    overall = features.mean(axis=0)
+    means = np.repeat(overall[np.newaxis], classes, axis=0)
+    for label in np.unique(predicted):
+        members = features[predicted == label]
+        means[label] = (members.sum(axis=0) + _MEAN_PRIOR * overall) / (len(members) + _MEAN_PRIOR)
+    return means
+
+
+def factor_analysis(covariance: Floats, factors: int) -> tuple[Floats, Floats]:
+    """Principal-factor solution of covariance = diag(psi) + L L^T.
+
+    Returns:
+        psi [D], and M [k, D] with M^T M = psi^-1 L (I + L^T psi^-1 L)^-1 L^T psi^-1.
+    """
+    variance = np.diag(covariance).copy()
+    floor = max(_VARIANCE_FLOOR * float(variance.mean()), 1e-12)
+    psi = np.maximum(variance, floor)
+    if factors == 0:
+        return psi, np.zeros((0, len(psi)))
+    padded = covariance + np.diag(np.maximum(floor - variance, 0.0))
+    vectors = np.zeros((len(psi), factors))
+    excess = np.zeros(factors)
+    for _ in range(_FACTOR_ROUNDS):
+        scale = np.sqrt(psi)
+        values, all_vectors = np.linalg.eigh(padded / np.outer(scale, scale))
+        vectors = all_vectors[:, ::-1][:, :factors]
+        excess = np.maximum(values[::-1][:factors] - 1.0, 0.0)
+        loadings = scale[:, np.newaxis] * vectors * np.sqrt(excess)
+        psi = np.maximum(np.diag(padded) - (loadings**2).sum(axis=1), floor)
+    # One more decomposition, so that factors and psi belong together: in whitened space L = U sqrt(e) with
+    # orthonormal U, hence L (I + L^T L)^-1 L^T = U diag(e / (1 + e)) U^T.
+    scale = np.sqrt(psi)
+    values, all_vectors = np.linalg.eigh(padded / np.outer(scale, scale))
+    vectors = all_vectors[:, ::-1][:, :factors]
+    excess = np.maximum(values[::-1][:factors] - 1.0, 0.0)
+    whitened = (vectors * np.sqrt(excess / (1.0 + excess))).T / scale
+    return psi, whitened
+
+
+def raw_scores(statistics: Statistics, features: Floats, predicted: Ints) -> Floats:
+    """Raw scores [N, detectors], at least 0, of features [N, D] under the predicted classes [N]."""
+    extended = np.concatenate([features, features @ statistics.projection.T], axis=1)
+    deviations = (extended - statistics.table[predicted]) ** 2
+    return np.maximum(deviations @ statistics.weights.T, 0.0)
+
+
+def set_thresholds(raw: Floats, predicted: Ints, classes: int, fpr: float) -> Thresholds:
+    """Thresholds from raw scores [N, detectors] of clean inputs that the statistics were *not* fitted on.
+
+    Raises:
+        ModelError: too few inputs for the false-positive rate asked for; the message says how many are needed.
+    """
+    count = len(raw)
+    allowed = allowed_exceedances(count, fpr)
+    if allowed is None:
+        raise ModelError(
+            "calibration set",
+            got=f"{count} inputs in the threshold half",
+            expected=f"at least {inputs_needed(fpr)} for a false-positive rate of {fpr:g}",
+            do=f"bring at least {2 * inputs_needed(fpr)} clean inputs or raise --fpr",
+        )
+    descending = -np.sort(-raw, axis=0)
+    common = np.maximum(descending[allowed], 1e-9)
+    joint = (raw / common).max(axis=1)
+    # The smallest step up makes "exceeds 1" exclude the order statistic itself, also after rounding to float32.
+    level = float(-np.sort(-joint)[allowed]) * (1.0 + 1e-5)
+    joint = joint / level
+    flagged = joint > 1.0
+    uppers = [
+        rate_upper(int(flagged[predicted == label].sum()), int((predicted == label).sum())) for label in range(classes)
+    ]
+    points = np.unique(np.quantile(joint, 1.0 - np.geomspace(1.0, 1.0 / count, _P_POINTS)))
+    table = tuple((float(p), float((np.sum(joint >= p) + 1) / (count + 1))) for p in points)
+    return Thresholds(thresholds=tuple(float(t) for t in common * level), fpr_upper=tuple(uppers), score_to_p=table)
+
+
+def allowed_exceedances(count: int, fpr: float) -> int | None:
+    """How many of ``count`` clean scores may lie above the threshold; None where even 0 is too many.
+
+    With r of n above, the false-positive rate is Beta(r + 1, n - r); P(it exceeds 1.5 fpr) = P(Binomial(n, 1.5 fpr)
+    <= r), which must be at most 5%.
+    """
+    best = None
+    for above in range(count):
+        if binomial_cdf(above, count, min(SLACK * fpr, 1.0)) > 1.0 - CONFIDENCE:
+            break
+        best = above
+    return best
+
+
+def inputs_needed(fpr: float) -> int:
+    """The smallest threshold half that can hold the false-positive rate: 199 for 1%."""
+    return math.ceil(math.log(1.0 - CONFIDENCE) / math.log1p(-min(SLACK * fpr, 1.0 - 1e-12)))
+
+
+def rate_upper(flagged: int, count: int) -> float:
+    """Upper 95% bound (Clopper and Pearson, one-sided) of a rate of which ``flagged`` of ``count`` were seen."""
+    if count == 0 or flagged >= count:
+        return 1.0
+    low, high = flagged / count, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        if binomial_cdf(flagged, count, middle) > 1.0 - CONFIDENCE:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def binomial_cdf(successes: int, count: int, rate: float) -> float:
+    """P(Binomial(count, rate) <= successes), by summing in logarithms."""
+    if successes >= count or rate <= 0.0:
+        return 1.0
+    if rate >= 1.0:
+        return 0.0
+    log_rate, log_rest = math.log(rate), math.log1p(-rate)
+    total = 0.0
+    for k in range(successes + 1):
+        log_choose = math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1)
+        total += math.exp(log_choose + k * log_rate + (count - k) * log_rest)
+    return min(total, 1.0)

@@ -1,0 +1,84 @@
+"""The verdict on one input: what was scored, by which stages, and why it is flagged or not."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from edgeguard.contract import scores as decision
+
+Status = Literal["clean", "flagged", "not checked"]
+
+ONE_PASS = "one-pass"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What the guard thinks of one input.
+
+    ``predicted`` is the class index, None for a model without classes. ``score`` is the largest of ``scores``, each
+    divided by its threshold; NaN means not checked. ``p_value`` is the share of clean calibration inputs that score
+    at least as high, None where it is unknown. ``stages`` lists the checks that ran.
+    """
+
+    predicted: int | None
+    score: float
+    scores: Mapping[str, float]
+    p_value: float | None
+    stages: tuple[str, ...]
+    reason: str
+
+    @property
+    def status(self) -> Status:
+        """``not checked`` is never ``clean``."""
+        if math.isnan(self.score):
+            return "not checked"
+        return "flagged" if decision.is_flagged(self.score) else "clean"
+
+    @property
+    def flagged(self) -> bool:
+        """True when the joint score exceeds the threshold."""
+        return self.status == "flagged"
+
+
+def judge(
+    predicted: int | None, scores: Mapping[str, float], score_to_p: Sequence[tuple[float, float]] = ()
+) -> Verdict:
+    """Apply the decision rule to the scores of one input.
+
+    Args:
+        predicted: class index, or None for a model without classes.
+        scores: per detector, the raw score divided by its threshold.
+        score_to_p: pairs (joint score, share of clean inputs at or above it), ascending in score.
+    """
+    score = decision.joint(scores.values())
+    if math.isnan(score):
+        return Verdict(
+            predicted=predicted,
+            score=math.nan,
+            scores=dict(scores),
+            p_value=None,
+            stages=(),
+            reason="a score is missing or not a number",
+        )
+    name = max(scores, key=lambda detector: scores[detector])
+    relation = "above" if decision.is_flagged(score) else "within"
+    return Verdict(
+        predicted=predicted,
+        score=score,
+        scores=dict(scores),
+        p_value=p_value(score, score_to_p),
+        stages=(ONE_PASS,),
+        reason=f"{name} {score:.2f}, {relation} the threshold of {decision.THRESHOLD:g}",
+    )
+
+
+def p_value(score: float, score_to_p: Sequence[tuple[float, float]]) -> float | None:
+    """Share of clean calibration inputs that score at least ``score``; never below the table's last entry."""
+    if not score_to_p:
+        return None
+    index = bisect_left(score_to_p, score, key=lambda pair: pair[0])
+    return score_to_p[min(index, len(score_to_p) - 1)][1]

@@ -1,0 +1,123 @@
+"""The statistics behind the scores: what they promise of false alarms, and what they find."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from edgeguard.detection import statistics
+from edgeguard.detection.statistics import Block
+from edgeguard.errors import ModelError
+
+
+def gaussian(count: int, width: int = 24, factors: int = 3, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    loadings = np.random.default_rng(99).normal(size=(width, factors))
+    return rng.normal(size=(count, factors)) @ loadings.T + rng.normal(scale=0.5, size=(count, width))
+
+
+def test_the_factor_form_gives_the_mahalanobis_distance_of_its_own_covariance() -> None:
+    sample = gaussian(4000)
+    covariance = sample.T @ sample / len(sample)
+    psi, whitened = statistics.factor_analysis(covariance, 3)
+    # Rebuild L L^T from M and psi (Woodbury backwards) and invert it the plain way.
+    precision = np.diag(1 / psi) - whitened.T @ whitened
+    assert np.all(np.linalg.eigvalsh(precision) > 0)
+    implied = np.linalg.inv(precision)
+    assert np.allclose(np.diag(implied), np.diag(covariance), rtol=0.05)
+    assert np.abs(implied - covariance).max() < 0.1 * np.abs(covariance).max()
+
+
+def test_raw_scores_are_squared_mahalanobis_distances_within_the_predicted_class() -> None:
+    features = np.concatenate([gaussian(1000), gaussian(1000, seed=1) + 5.0])
+    predicted = np.repeat([0, 1], 1000)
+    fitted = statistics.fit(features, predicted, [Block(detector="all", columns=tuple(range(24)))], 2)
+    raw = statistics.raw_scores(fitted, features, predicted)[:, 0]
+    assert abs(raw.mean() - 24) < 3  # chi-squared with 24 degrees of freedom
+    swapped = statistics.raw_scores(fitted, features, 1 - predicted)[:, 0]
+    assert swapped.min() > raw.mean()
+
+
+def test_a_channel_that_is_silent_on_clean_data_speaks_when_it_wakes() -> None:
+    features = gaussian(1000)
+    features[:, 5] = 0.0
+    predicted = np.zeros(1000, dtype=np.int64)
+    fitted = statistics.fit(features, predicted, [Block(detector="all", columns=tuple(range(24)))], 1)
+    awake = features.copy()
+    awake[:, 5] = 3.0
+    clean = statistics.raw_scores(fitted, features, predicted)
+    assert np.all(statistics.raw_scores(fitted, awake, predicted) > clean + 50)
+
+
+def test_each_detector_looks_at_its_own_columns_only() -> None:
+    features = gaussian(600)
+    predicted = np.zeros(600, dtype=np.int64)
+    blocks = [Block(detector="a", columns=tuple(range(12))), Block(detector="b", columns=tuple(range(12, 24)))]
+    fitted = statistics.fit(features, predicted, blocks, 1)
+    moved = features.copy()
+    moved[:, 20] += 100.0
+    before, after = (statistics.raw_scores(fitted, f, predicted) for f in (features, moved))
+    assert np.allclose(before[:, 0], after[:, 0])
+    assert np.all(after[:, 1] > before[:, 1] + 100)
+
+
+@pytest.mark.parametrize("fpr", [0.01, 0.05])
+def test_the_joint_false_positive_rate_keeps_its_promise_on_fresh_clean_data(fpr: float) -> None:
+    blocks = [Block(detector="a", columns=tuple(range(12))), Block(detector="b", columns=tuple(range(12, 24)))]
+    broken = 0
+    for seed in range(40):
+        features = gaussian(1600 + 20_000, seed=seed)
+        predicted = np.zeros(len(features), dtype=np.int64)
+        fitted = statistics.fit(features[:800], predicted[:800], blocks, 1)
+        raw = statistics.raw_scores(fitted, features, predicted)
+        limits = statistics.set_thresholds(raw[800:1600], predicted[800:1600], 1, fpr)
+        realised = np.mean((raw[1600:] / np.asarray(limits.thresholds)).max(axis=1) > 1)
+        broken += realised > 1.5 * fpr
+    # 5% of 40 are 2 expected; 7 or more would happen by chance once in 300.
+    assert broken <= 6
+
+
+def test_the_number_of_inputs_for_one_percent_is_199() -> None:
+    assert statistics.inputs_needed(0.01) == 199
+    assert statistics.allowed_exceedances(199, 0.01) == 0
+    assert statistics.allowed_exceedances(198, 0.01) is None
+
+
+def test_too_few_threshold_inputs_are_refused_with_the_number_needed() -> None:
+    with pytest.raises(ModelError, match="at least 199"):
+        statistics.set_thresholds(np.ones((100, 2)), np.zeros(100, dtype=np.int64), 1, 0.01)
+
+
+def test_p_values_fall_as_scores_rise_and_are_never_zero() -> None:
+    raw = np.random.default_rng(0).chisquare(5, size=(1000, 1))
+    limits = statistics.set_thresholds(raw, np.zeros(1000, dtype=np.int64), 1, 0.01)
+    scores, shares = zip(*limits.score_to_p, strict=True)
+    assert list(scores) == sorted(scores)
+    assert list(shares) == sorted(shares, reverse=True)
+    assert shares[-1] > 0
+
+
+@pytest.mark.parametrize(("flagged", "count"), [(0, 100), (1, 100), (5, 50), (49, 50)])
+def test_the_upper_bound_of_a_rate_is_clopper_pearsons(flagged: int, count: int) -> None:
+    expected = scipy.stats.beta.ppf(0.95, flagged + 1, count - flagged)
+    assert statistics.rate_upper(flagged, count) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_class_without_inputs_promises_nothing() -> None:
+    assert statistics.rate_upper(0, 0) == 1.0
+
+
+@pytest.mark.parametrize(("k", "n", "p"), [(0, 10, 0.1), (3, 10, 0.5), (200, 1000, 0.2), (10, 10, 0.3)])
+def test_the_binomial_tail_agrees_with_plain_summation(k: int, n: int, p: float) -> None:
+    plain = sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k + 1))
+    assert statistics.binomial_cdf(k, n, p) == pytest.approx(plain, rel=1e-9)
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    features = gaussian(100)
+    features[3, 3] = np.nan
+    with pytest.raises(ModelError):
+        statistics.fit(features, np.zeros(100, dtype=np.int64), [Block(detector="a", columns=(0, 1, 2, 3))], 1)
