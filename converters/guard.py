@@ -1,0 +1,397 @@
+"""Compiles the guard into a TFLite graph, takes it out again, and fingerprints both. Flatbuffer in, flatbuffer out.
+
+What is appended, with built-in ops only (so that LiteRT, tflite-runtime and TFLite Micro run it):
+
+    per tap     [ABS] -> REDUCE_MAX over space -> DEQUANTIZE     (l-infinity norms)
+                      -> MEAN       over space -> DEQUANTIZE     (l1 norms)
+    features    CONCATENATION of all norms                                            = edgeguard_features [1, D]
+    scores      FULLY_CONNECTED to K factors, CONCATENATION with the features,
+                SQUARED_DIFFERENCE with the GATHERed row of the predicted class (ARG_MAX),
+                FULLY_CONNECTED with ReLU, weights divided by the thresholds          = edgeguard_scores [1, detectors]
+
+Rules enforced here:
+
+* the model's own tensors, operators and outputs stay as they are and where they are; the guard only appends;
+* every tensor of the guard is named ``edgeguard_...``, and no other may be: that is how it is found again;
+* guarding a guarded file replaces its guard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from ai_edge_litert import schema_py_generated as schema
+
+from converters import flatbuffer
+from converters.flatbuffer import Model, text
+from converters.taps import PlannedTap, TapPlan
+from edgeguard.contract import guard as contract
+from edgeguard.contract.guard import GuardMetadata, Tap
+from edgeguard.detection.statistics import Block, Statistics
+from edgeguard.errors import ModelError
+
+Op = schema.BuiltinOperator
+Kind = schema.TensorType
+
+NORMS: tuple[Literal["linf", "l1"], ...] = ("linf", "l1")
+SIGNATURE = "serving_default"
+_MIN_VERSIONS = {Op.REDUCE_MAX: 2, Op.MEAN: 2, Op.ABS: 2, Op.DEQUANTIZE: 2, Op.ARG_MAX: 2}
+_NO_DIGEST = "0" * 64
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Statistics with their thresholds: what the score ops are made of."""
+
+    statistics: Statistics
+    thresholds: tuple[float, ...]
+
+
+def layout(plan: TapPlan) -> tuple[Tap, ...]:
+    """Where each norm of each tap lies in ``edgeguard_features``."""
+    taps: list[Tap] = []
+    offset = 0
+    for tap in plan.taps:
+        for norm in NORMS:
+            taps.append(
+                Tap(
+                    tensor=tap.name[:512],
+                    source_layer=tap.source_layer,
+                    kind=norm,
+                    offset=offset,
+                    channels=tap.channels,
+                )
+            )
+            offset += tap.channels
+    return tuple(taps)
+
+
+def blocks(taps: Sequence[Tap]) -> tuple[Block, ...]:
+    """One detector per norm, over all taps."""
+    return tuple(
+        Block(
+            detector=norm,
+            columns=tuple(c for tap in taps if tap.kind == norm for c in range(tap.offset, tap.offset + tap.channels)),
+        )
+        for norm in NORMS
+    )
+
+
+def normalise(model: Model) -> None:
+    """Give a model without a signature one, in place, so that its outputs have names to be read by."""
+    if model.signatureDefs:
+        return
+    graph = model.subgraphs[0]
+    model.signatureDefs = [
+        schema.SignatureDefT(
+            inputs=_maps(graph, graph.inputs),
+            outputs=_maps(graph, graph.outputs),
+            signatureKey=SIGNATURE.encode(),
+        )
+    ]
+
+
+def _maps(graph: Any, indices: Sequence[int]) -> list[Any]:
+    return [schema.TensorMapT(name=text(graph.tensors[int(i)].name) or f"t{i}", tensorIndex=int(i)) for i in indices]
+
+
+def is_guard_tensor(tensor: Any) -> bool:
+    """True for a tensor that belongs to the guard."""
+    return text(tensor.name).startswith(contract.PREFIX)
+
+
+def strip(model: Model) -> None:
+    """Take a guard out, in place. A model without one is left as it is.
+
+    Raises:
+        ModelError: tensors named like a guard's stand among the model's own, or its own ops read them.
+    """
+    graph = model.subgraphs[0]
+    own = next((i for i, t in enumerate(graph.tensors) if is_guard_tensor(t)), len(graph.tensors))
+    if own == len(graph.tensors):
+        return
+    operators = [op for op in graph.operators if max(int(o) for o in op.outputs) < own]
+    if not all(is_guard_tensor(t) for t in graph.tensors[own:]) or any(
+        int(i) >= own for op in operators for i in op.inputs
+    ):
+        raise ModelError(
+            "model file",
+            got=f"tensors named {contract.PREFIX}... among its own",
+            expected="that prefix for the guard alone",
+            do="rename the model's tensors",
+        )
+    graph.tensors = graph.tensors[:own]
+    graph.operators = operators
+    graph.outputs = np.asarray([o for o in graph.outputs if o < own], dtype=np.int32)
+    for signature in model.signatureDefs or []:
+        signature.outputs = [o for o in signature.outputs if o.tensorIndex < own]
+    model.metadata = [m for m in model.metadata or [] if text(m.name) != contract.METADATA_NAME]
+    _trim(model)
+
+
+def _trim(model: Model) -> None:
+    """Drop operator codes and buffers behind the last one in use, in place."""
+    graph = model.subgraphs[0]
+    codes = max((op.opcodeIndex for op in graph.operators), default=-1) + 1
+    model.operatorCodes = model.operatorCodes[:codes]
+    used = {t.buffer for t in graph.tensors} | {m.buffer for m in model.metadata or []}
+    model.buffers = model.buffers[: max(used, default=0) + 1]
+
+
+def model_digest(model: Model) -> str:
+    """SHA-256 of the model without its guard, in canonical form: with a signature, without unused trailing parts."""
+    bare = flatbuffer.parse(flatbuffer.pack(model))
+    strip(bare)
+    _trim(bare)
+    normalise(bare)
+    return flatbuffer.fingerprint(bare)
+
+
+def guard_digest(model: Model) -> str:
+    """SHA-256 of a guarded model's guard: its ops, its constants, and its metadata but for this very digest."""
+    graph = model.subgraphs[0]
+    names = [text(t.name) for t in graph.tensors]
+    parts: list[object] = []
+    for tensor in graph.tensors:
+        if is_guard_tensor(tensor):
+            parts.append([text(tensor.name), [int(n) for n in tensor.shape], int(tensor.type)])
+            parts.append(flatbuffer.constant(model, tensor))
+    for operator in graph.operators:
+        if is_guard_tensor(graph.tensors[int(operator.outputs[0])]):
+            code = flatbuffer.builtin_code(model, operator)
+            parts.append([code, [names[int(i)] for i in operator.inputs], [names[int(o)] for o in operator.outputs]])
+    for entry in model.metadata or []:
+        if text(entry.name) == contract.METADATA_NAME:
+            described = contract.decode_metadata(bytes(np.asarray(model.buffers[entry.buffer].data, dtype=np.uint8)))
+            parts.append(contract.encode_metadata(msgspec.structs.replace(described, guard_digest=_NO_DIGEST)))
+    return flatbuffer.fingerprint(parts)
+
+
+def bake_features(content: bytes, plan: TapPlan) -> bytes:
+    """The model with ``edgeguard_features`` alone: what the statistics are measured with."""
+    model = flatbuffer.parse(content)
+    strip(model)
+    normalise(model)
+    writer = _Writer(model)
+    writer.publish(_features(writer, plan), contract.FEATURES)
+    return flatbuffer.pack(model)
+
+
+def bake(content: bytes, plan: TapPlan, compiled: Compiled, metadata: GuardMetadata) -> tuple[bytes, GuardMetadata]:
+    """The guarded file. The two digests in ``metadata`` are set here.
+
+    Args:
+        content: the model, guarded or not.
+        plan: as ``taps.plan_taps`` made it for this very model without guard.
+        compiled: statistics and thresholds.
+        metadata: what the file shall say of itself.
+
+    Returns:
+        The file, and the metadata as it stands in it.
+    """
+    model = flatbuffer.parse(content)
+    strip(model)
+    normalise(model)
+    own = model_digest(model)
+    writer = _Writer(model)
+    features = _features(writer, plan)
+    writer.publish(_scores(writer, plan, compiled, features), contract.SCORES)
+    writer.publish(features, contract.FEATURES)
+    described = msgspec.structs.replace(metadata, model_digest=own, guard_digest=_NO_DIGEST)
+    slot = writer.add_metadata(contract.encode_metadata(described))
+    described = msgspec.structs.replace(described, guard_digest=guard_digest(model))
+    model.buffers[slot].data = np.frombuffer(contract.encode_metadata(described), dtype=np.uint8)
+    return flatbuffer.pack(model), described
+
+
+def _features(writer: _Writer, plan: TapPlan) -> int:
+    norms: list[int] = []
+    for number, tap in enumerate(plan.taps):
+        source = writer.absolute(tap, number) if tap.signed else tap.tensor
+        for norm in NORMS:
+            norms.append(writer.norm(tap, source, norm, number))
+    width = sum(tap.channels for tap in plan.taps) * len(NORMS)
+    return writer.concatenate(norms, width, contract.FEATURES)
+
+
+def _scores(writer: _Writer, plan: TapPlan, compiled: Compiled, features: int) -> int:
+    statistics = compiled.statistics
+    detectors = len(statistics.detectors)
+    factors, width = statistics.projection.shape
+    extended = features
+    if factors:
+        projected = writer.dense(features, statistics.projection, "edgeguard_projected")
+        extended = writer.concatenate([features, projected], width + factors, "edgeguard_extended")
+    if plan.class_output is None:
+        row = writer.constant("edgeguard_expected", statistics.table[:1].astype(np.float32))
+    else:
+        table = writer.constant("edgeguard_class_table", statistics.table.astype(np.float32))
+        output = int(writer.graph.outputs[plan.class_output])
+        axis = writer.constant("edgeguard_class_axis", np.asarray(1, dtype=np.int32))
+        predicted = writer.activation("edgeguard_predicted", (1,), Kind.INT32)
+        options = schema.ArgMaxOptionsT(outputType=Kind.INT32)
+        writer.operator(Op.ARG_MAX, [output, axis], predicted, schema.BuiltinOptions.ArgMaxOptions, options)
+        row = writer.activation("edgeguard_expected", (1, width + factors), Kind.FLOAT32)
+        writer.operator(
+            Op.GATHER,
+            [table, predicted],
+            row,
+            schema.BuiltinOptions.GatherOptions,
+            schema.GatherOptionsT(axis=0),
+        )
+    deviation = writer.activation("edgeguard_deviation", (1, width + factors), Kind.FLOAT32)
+    writer.operator(
+        Op.SQUARED_DIFFERENCE,
+        [extended, row],
+        deviation,
+        schema.BuiltinOptions.SquaredDifferenceOptions,
+        schema.SquaredDifferenceOptionsT(),
+    )
+    weights = statistics.weights / np.asarray(compiled.thresholds).reshape(detectors, 1)
+    return writer.dense(deviation, weights, contract.SCORES, relu=True)
+
+
+class _Writer:
+    """Appends tensors and operators to a model."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.graph = model.subgraphs[0]
+        self.graph.outputs = np.asarray(self.graph.outputs, dtype=np.int32)
+        self._codes: dict[int, int] = {}
+
+    def constant(self, name: str, values: npt.NDArray[Any]) -> int:
+        self.model.buffers.append(
+            schema.BufferT(data=np.frombuffer(np.ascontiguousarray(values).tobytes(), dtype=np.uint8))
+        )
+        kind = Kind.INT32 if values.dtype == np.int32 else Kind.FLOAT32
+        return self._tensor(name, values.shape, kind, len(self.model.buffers) - 1, None)
+
+    def activation(
+        self, name: str, shape: tuple[int, ...], kind: int, quantization: tuple[float, int] | None = None
+    ) -> int:
+        # Buffer 0 is the empty one by the schema's convention.
+        return self._tensor(name, shape, kind, 0, quantization)
+
+    def _tensor(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        kind: int,
+        buffer: int,
+        quantization: tuple[float, int] | None,
+    ) -> int:
+        parameters = None
+        if quantization is not None:
+            scale, zero_point = quantization
+            parameters = schema.QuantizationParametersT(
+                scale=np.asarray([scale], dtype=np.float32),
+                zeroPoint=np.asarray([zero_point], dtype=np.int64),
+            )
+        self.graph.tensors.append(
+            schema.TensorT(
+                name=name.encode(),
+                shape=np.asarray(shape, dtype=np.int32),
+                type=kind,
+                buffer=buffer,
+                quantization=parameters,
+            )
+        )
+        return len(self.graph.tensors) - 1
+
+    def operator(self, code: int, inputs: list[int], output: int, options_type: int = 0, options: Any = None) -> None:
+        if code not in self._codes:
+            self._codes[code] = len(self.model.operatorCodes)
+            self.model.operatorCodes.append(
+                schema.OperatorCodeT(
+                    builtinCode=code, deprecatedBuiltinCode=min(code, 127), version=_MIN_VERSIONS.get(code, 1)
+                )
+            )
+        self.graph.operators.append(
+            schema.OperatorT(
+                opcodeIndex=self._codes[code],
+                inputs=np.asarray(inputs, dtype=np.int32),
+                outputs=np.asarray([output], dtype=np.int32),
+                builtinOptionsType=options_type,
+                builtinOptions=options,
+            )
+        )
+
+    def absolute(self, tap: PlannedTap, number: int) -> int:
+        shape = tuple(int(n) for n in self.graph.tensors[tap.tensor].shape)
+        kind, quantization = Kind.FLOAT32, None
+        if tap.dtype == "int8":
+            largest = max(127 - tap.zero_point, tap.zero_point + 128)
+            kind, quantization = Kind.INT8, (tap.scale * largest / 255.0, -128)
+        out = self.activation(f"edgeguard_abs{number}", shape, kind, quantization)
+        self.operator(Op.ABS, [tap.tensor], out, schema.BuiltinOptions.AbsOptions, schema.AbsOptionsT())
+        return out
+
+    def norm(self, tap: PlannedTap, source: int, norm: str, number: int) -> int:
+        tensor = self.graph.tensors[source]
+        quantization = None
+        if tap.dtype == "int8":
+            quantization = (float(tensor.quantization.scale[0]), int(tensor.quantization.zeroPoint[0]))
+        reduced = source
+        if tap.axes:
+            axes = self.constant(f"edgeguard_{norm}_axes{number}", np.asarray(tap.axes, dtype=np.int32))
+            reduced = self.activation(f"edgeguard_{norm}{number}", (1, tap.channels), tensor.type, quantization)
+            code = Op.REDUCE_MAX if norm == "linf" else Op.MEAN
+            options = schema.ReducerOptionsT(keepDims=False)
+            self.operator(code, [source, axes], reduced, schema.BuiltinOptions.ReducerOptions, options)
+        if tap.dtype == "float32":
+            return reduced
+        real = self.activation(f"edgeguard_{norm}{number}_real", (1, tap.channels), Kind.FLOAT32)
+        self.operator(
+            Op.DEQUANTIZE,
+            [reduced],
+            real,
+            schema.BuiltinOptions.DequantizeOptions,
+            schema.DequantizeOptionsT(),
+        )
+        return real
+
+    def concatenate(self, parts: list[int], width: int, name: str) -> int:
+        out = self.activation(name, (1, width), Kind.FLOAT32)
+        self.operator(
+            Op.CONCATENATION,
+            parts,
+            out,
+            schema.BuiltinOptions.ConcatenationOptions,
+            schema.ConcatenationOptionsT(axis=1),
+        )
+        return out
+
+    def dense(self, source: int, weights: npt.NDArray[np.float64], name: str, *, relu: bool = False) -> int:
+        rows = len(weights)
+        matrix = self.constant(f"{name}_weights", weights.astype(np.float32))
+        bias = self.constant(f"{name}_bias", np.zeros(rows, dtype=np.float32))
+        out = self.activation(name, (1, rows), Kind.FLOAT32)
+        activation = schema.ActivationFunctionType
+        options = schema.FullyConnectedOptionsT(fusedActivationFunction=activation.RELU if relu else activation.NONE)
+        self.operator(
+            Op.FULLY_CONNECTED,
+            [source, matrix, bias],
+            out,
+            schema.BuiltinOptions.FullyConnectedOptions,
+            options,
+        )
+        return out
+
+    def publish(self, tensor: int, key: str) -> None:
+        """Make a tensor an output of the graph and of every signature."""
+        self.graph.outputs = np.append(self.graph.outputs, np.int32(tensor))
+        for signature in self.model.signatureDefs:
+            signature.outputs.append(schema.TensorMapT(name=key, tensorIndex=tensor))
+
+    def add_metadata(self, content: bytes) -> int:
+        self.model.buffers.append(schema.BufferT(data=np.frombuffer(content, dtype=np.uint8)))
+        slot = len(self.model.buffers) - 1
+        entry = schema.MetadataT(name=contract.METADATA_NAME.encode(), buffer=slot)
+        self.model.metadata = [*(self.model.metadata or []), entry]
+        return slot
