@@ -1,0 +1,64 @@
+"""Views of a trainable Keras model that inspection and repair need: its logits, and the norms that devices report.
+
+The norms are those of :mod:`converters.guard`, computed on the float model: per tapped layer, the maximum and the mean
+of the absolute activation over the spatial axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from edgeguard.contract.guard import Tap
+from edgeguard.errors import ModelError
+
+
+def logits_of(model: Any) -> Any:
+    """A Keras model with the same input that ends before the softmax. Shares all weights.
+
+    Raises:
+        ModelError: the model does not end in a softmax over classes.
+    """
+    import keras
+
+    last = model.layers[-1]
+    if isinstance(last, keras.layers.Softmax):
+        return keras.Model(model.inputs, last.input)
+    if isinstance(last, keras.layers.Dense) and last.activation is keras.activations.softmax:
+        plain = keras.layers.Dense(last.units, use_bias=last.use_bias, name=f"{last.name}_logits")
+        outputs = plain(last.input)
+        plain.kernel.assign(last.kernel)
+        if last.use_bias:
+            plain.bias.assign(last.bias)
+        return keras.Model(model.inputs, outputs)
+    raise ModelError(
+        "trainable model",
+        got=f"a last layer {last.name} ({type(last).__name__})",
+        expected="a softmax over classes",
+        do="bring the model with its softmax",
+    )
+
+
+def norms_of(model: Any, taps: Sequence[Tap]) -> Any:
+    """A Keras model from inputs to ``[logits, features]``: features [N, D] in the order of ``edgeguard_features``.
+
+    Raises:
+        ModelError: a tap names no layer of this model.
+    """
+    import keras
+
+    logits = logits_of(model)
+    names = {layer.name for layer in model.layers}
+    parts: list[Any] = []
+    for tap in sorted(taps, key=lambda t: t.offset):
+        if tap.source_layer not in names:
+            raise ModelError(
+                "trainable model",
+                got=f"no layer {tap.source_layer!r}, which the guard taps",
+                expected="the model that the guarded file was converted from",
+            )
+        activation = keras.ops.absolute(model.get_layer(tap.source_layer).output)
+        axes = tuple(range(1, len(activation.shape) - 1))
+        reduce = keras.ops.max if tap.kind == "linf" else keras.ops.mean
+        parts.append(reduce(activation, axis=axes) if axes else activation)
+    return keras.Model(model.inputs, [logits.output, keras.ops.concatenate(parts, axis=1)])

@@ -1,0 +1,1 @@
+"""Removes a backdoor from a model, and lets nothing out that the gate has not passed."""

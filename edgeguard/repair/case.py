@@ -1,0 +1,339 @@
+"""One case from suspicion to a repaired file: confirm, prune, unlearn, convert, gate. Runs as a child of the hub.
+
+    python -m edgeguard.repair.case JOB.json
+
+prints one JSON object per line: progress ``{"stage", "text", "done", "total"}``, at the end ``{"result": ...}``, which
+is also written to ``result.json`` in the job's folder. A job can be run again; it starts afresh and writes the same.
+
+Rules enforced here:
+
+* nothing is repaired that was not confirmed, and nothing is offered for release that the gate has not passed;
+* the data that repairs, and the data that gates and calibrates, are disjoint.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from edgeguard import data as datasets
+from edgeguard.contract.guard import GuardMetadata
+from edgeguard.detection.guarded import GuardedModel
+from edgeguard.errors import EXIT_USAGE, ConfigError, EdgeGuardError, ModelError
+from edgeguard.inspection import confirm
+from edgeguard.inspection.confirm import Finding
+from edgeguard.inspection.inversion import Evidence, Trigger, classes_of, held_out_success, invert
+from edgeguard.inspection.networks import norms_of
+from edgeguard.repair import gate
+from edgeguard.repair import prune as pruning
+from edgeguard.repair.unlearn import unlearn
+
+Say = Callable[[str, str, int, int], None]
+"""Called with stage, text, steps done, steps in total."""
+
+REPAIR_SHARE = 1 / 3
+MAX_CONTROLS = 9
+MAX_ROUNDS = 3
+GATE_INPUTS = 1500
+FEATURE_INPUTS = 500
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the hub asks for. The three vectors are the fleet's evidence, in the order of ``edgeguard_features``.
+
+    ``data`` names clean, labelled inputs of the model's owner; ``unflagged_mean`` may be empty.
+    """
+
+    guarded: str
+    keras: str
+    data: str
+    label: int
+    flagged_mean: tuple[float, ...]
+    unflagged_mean: tuple[float, ...] = ()
+    unflagged_std: tuple[float, ...] = ()
+    out_dir: str
+    seed: int = 0
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of it. ``output`` is the repaired, guarded file; only with ``gate_passed`` is it fit for release."""
+
+    verdict: Literal["confirmed", "not_confirmed", "could_not_check"]
+    gate_passed: bool
+    output: str | None = None
+    model_digest: str | None = None
+    guard_digest: str | None = None
+    keras: str | None = None
+    summary: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class _Case:
+    """The parts that every step needs, loaded and checked once."""
+
+    def __init__(self, job: Job) -> None:
+        import keras
+
+        self.job = job
+        self.content = _read(Path(job.guarded))
+        self.guarded = GuardedModel.load(self.content)
+        self.metadata: GuardMetadata = self.guarded.metadata
+        self.flagged_mean = self._vector("flagged_mean", job.flagged_mean)
+        if not 0 <= job.label < len(self.metadata.classes):
+            raise ModelError("job", got=f"label {job.label}", expected=f"0 to {len(self.metadata.classes) - 1}")
+        if not Path(job.keras).exists():
+            raise ConfigError(f"trainable model {job.keras}", got="no such file", do="check the hub's [[models]] entry")
+        self.original = keras.models.load_model(job.keras, compile=False)
+        self.norms = norms_of(self.original, self.metadata.taps)
+        clean = datasets.pool(job.data, "train")
+        if clean.x_train.dtype != np.uint8 or clean.shape != self.metadata.input.shape:
+            raise ModelError(
+                f"clean data {job.data}",
+                got=f"{clean.x_train.dtype}{list(clean.shape)}",
+                expected=f"uint8{list(self.metadata.input.shape)}",
+            )
+        order = np.random.default_rng(job.seed).permutation(len(clean.x_train))
+        cut = round(len(order) * REPAIR_SHARE)
+        self.x_repair: npt.NDArray[np.uint8] = clean.x_train[order[:cut]].astype(np.uint8)
+        self.x_gate: npt.NDArray[np.uint8] = clean.x_train[order[cut:]].astype(np.uint8)
+        self.y_gate = clean.y_train[order[cut:]]
+        own = [self.guarded.infer(x) for x in self.x_repair[:FEATURE_INPUTS]]
+        features = np.asarray([i.features for i in own], dtype=np.float64)
+        self.clean_mean = features.mean(axis=0)
+        spread = features.std(axis=0)
+        self.std = np.maximum(spread, max(0.05 * float(spread.mean()), 1e-6))
+        if job.unflagged_mean:
+            self.usual = self._vector("unflagged_mean", job.unflagged_mean)
+        else:
+            same = [i.features for i in own if i.verdict.predicted == job.label]
+            self.usual = np.mean(same, axis=0) if same else self.clean_mean
+
+    def _vector(self, name: str, values: tuple[float, ...]) -> npt.NDArray[np.float64]:
+        vector = np.asarray(values, dtype=np.float64)
+        if vector.shape != (self.metadata.feature_count,) or not np.isfinite(vector).all():
+            raise ModelError(
+                f"evidence {name}",
+                got=f"{vector.shape} values",
+                expected=f"{self.metadata.feature_count} finite ones",
+            )
+        return vector
+
+
+def run(job: Job, say: Say) -> Result:
+    """Work through one case.
+
+    Raises:
+        ConfigError, ModelError: the job names something that cannot be used.
+    """
+    case = _Case(job)
+    out = Path(job.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    finding, triggers = _confirm(case, say)
+    summary: dict[str, Any] = {"finding": asdict(finding)}
+    if finding.outcome != "confirmed":
+        return Result(verdict=finding.outcome, gate_passed=False, summary=summary)
+    _draw(triggers[0], case.x_gate[0], out)
+    return _repair(case, finding, triggers, out, summary, say)
+
+
+def _confirm(case: _Case, say: Say) -> tuple[Finding, list[Trigger]]:
+    label = case.job.label
+    others = [c for c in range(len(case.metadata.classes)) if c != label]
+    rng = np.random.default_rng(case.job.seed)
+    controls = sorted(int(c) for c in rng.permutation(others)[:MAX_CONTROLS])
+    evidence = Evidence(flagged_mean=case.flagged_mean.astype(np.float32), std=case.std.astype(np.float32))
+    guided = invert(
+        case.norms,
+        case.x_repair,
+        [label],
+        evidence=evidence,
+        seed=case.job.seed,
+        progress=_stage(say, "confirming"),
+    )[0]
+    plain, *control = invert(
+        case.norms, case.x_repair, [label, *controls], seed=case.job.seed, progress=_stage(say, "confirming")
+    )
+    found = sorted([guided, plain], key=lambda t: (t.success < confirm.MIN_SUCCESS, t.l1))
+    best = found[0]
+    reproduced = np.asarray(case.norms.predict(best.stamp(case.x_gate[:300]), verbose=0)[1]).mean(axis=0)
+    usual = np.asarray(case.norms.predict(case.x_gate[:300].astype(np.float32), verbose=0)[1]).mean(axis=0)
+    finding = confirm.decide(
+        label=label,
+        success=held_out_success(case.original, best, case.x_gate[:GATE_INPUTS]),
+        l1=best.l1,
+        controls=[t.l1 for t in control if t.success >= confirm.MIN_SUCCESS],
+        agreement=confirm.agreement_of(case.flagged_mean - case.clean_mean, reproduced - usual, case.std),
+    )
+    say("confirming", f"{finding.outcome}: {finding.reason}", 1, 1)
+    return finding, found
+
+
+def _repair(
+    case: _Case, finding: Finding, triggers: list[Trigger], out: Path, summary: dict[str, Any], say: Say
+) -> Result:
+    import keras
+
+    from converters import pipeline, sources
+
+    student = keras.models.clone_model(case.original)
+    student.set_weights(case.original.get_weights())
+    answers = classes_of(case.original, case.x_repair)
+    ranked = pruning.rank(case.metadata.taps, (case.flagged_mean - case.usual) / case.std)
+    pruned = pruning.prune(
+        student, ranked, agrees=lambda model: float(np.mean(classes_of(model, case.x_repair) == answers))
+    )
+    say("repairing", f"pruned {len(pruned)} of {len(ranked)} suspicious channels", 1, 1)
+    residual = 1.0
+    rounds = 0
+    for rounds in range(1, MAX_ROUNDS + 1):
+        unlearn(
+            student,
+            case.original,
+            case.x_repair,
+            triggers,
+            seed=case.job.seed + rounds,
+            progress=_stage(say, "repairing"),
+        )
+        sought = invert(
+            norms_of(student, case.metadata.taps),
+            case.x_repair,
+            [finding.label],
+            seed=case.job.seed + rounds,
+            progress=_stage(say, "repairing"),
+        )[0]
+        outlier = sought.l1 <= confirm.MAX_SIZE_RATIO * finding.control_l1
+        residual = held_out_success(student, sought, case.x_gate[:GATE_INPUTS]) if outlier else 0.0
+        say(
+            "repairing",
+            f"round {rounds}: a newly sought trigger covers {sought.l1:.1f} pixels",
+            rounds,
+            MAX_ROUNDS,
+        )
+        if residual <= gate.MAX_SUCCESS:
+            break
+        triggers = [*triggers, sought]
+    say("converting", "quantising and guarding the repaired model", 0, 1)
+    keras_path = out / "repaired.keras"
+    student.save(keras_path)
+    conversion = pipeline.convert(
+        sources.of_keras(student, "repaired"),
+        case.x_gate,
+        case.y_gate,
+        classes=case.metadata.classes,
+        fpr=case.metadata.fpr,
+        tap_count=len({tap.tensor for tap in case.metadata.taps}),
+    )
+    decision = gate.decide(
+        _measure(case, case.content, triggers),
+        _measure(case, conversion.guarded, triggers),
+        residual_success=residual,
+    )
+    output = out / "repaired.tflite"
+    pipeline.write(conversion.guarded, output)
+    for check in decision.checks:
+        state = "held" if check.passed else "FAILED"
+        say(
+            "converting",
+            f"gate: {check.name} {check.measured:+.3f}, at most {check.limit:.3f}: {state}",
+            1,
+            1,
+        )
+    return Result(
+        verdict="confirmed",
+        gate_passed=decision.passed,
+        output=str(output),
+        model_digest=conversion.metadata.model_digest,
+        guard_digest=conversion.metadata.guard_digest,
+        keras=str(keras_path),
+        summary={
+            **summary,
+            "pruned": [asdict(channel) for channel in pruned],
+            "rounds": rounds,
+            "gate": {"passed": decision.passed, "checks": [asdict(check) for check in decision.checks]},
+            "conversion": pipeline.summary(conversion, output),
+        },
+    )
+
+
+def _measure(case: _Case, content: bytes, triggers: list[Trigger]) -> gate.Measured:
+    """One int8 file on the gate's inputs, and the most that any recovered trigger achieves on it."""
+    model = GuardedModel.load(content)
+    images, labels = case.x_gate[:GATE_INPUTS], case.y_gate[:GATE_INPUTS]
+    clean = np.asarray([model.infer(x).verdict.predicted for x in images])
+    target = labels == case.job.label
+    counted = ~target & (clean != case.job.label)
+    success = 0.0
+    for trigger in triggers:
+        stamped = trigger.stamp(images[counted]).clip(0, 255).astype(np.uint8)
+        success = max(success, float(np.mean([model.infer(x).verdict.predicted == case.job.label for x in stamped])))
+    return gate.Measured(
+        clean_accuracy=float(np.mean(clean == labels)),
+        target_recall=float(np.mean(clean[target] == case.job.label)) if target.any() else float("nan"),
+        recall_inputs=int(target.sum()),
+        success=success,
+    )
+
+
+def _draw(trigger: Trigger, example: npt.NDArray[np.uint8], out: Path) -> None:
+    """The recovered trigger as PNG files: mask, what it paints, and an example that carries it."""
+    from PIL import Image
+
+    mask = np.repeat(trigger.mask * 255.0, 3, axis=2)
+    painted = np.broadcast_to(trigger.mask * trigger.pattern, (*trigger.mask.shape[:2], trigger.pattern.shape[2]))
+    stamped = trigger.stamp(example[np.newaxis])[0]
+    for name, pixels in (("mask", mask), ("pattern", painted), ("example", stamped)):
+        colour = np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels[..., :3]
+        Image.fromarray(colour.clip(0, 255).astype(np.uint8)).save(out / f"trigger-{name}.png")
+
+
+def _stage(say: Say, stage: str) -> Callable[[str, int, int], None]:
+    return lambda text, done, total: say(stage, text, done, total)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"model {path}", got=error.strerror or str(error), do="check the path") from error
+
+
+def main() -> int:
+    """The child's entry point. Exit code 0 with a result, 2 with one line on stderr."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # Libraries write to stdout what they like; the protocol keeps the real one for itself.
+    channel = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def send(message: object) -> None:
+        channel.write(msgspec.json.encode(message).decode() + "\n")
+
+    try:
+        if len(sys.argv) != 2:
+            raise ConfigError("arguments", got=sys.argv[1:], expected="JOB.json")
+        try:
+            job = msgspec.json.decode(_read(Path(sys.argv[1])), type=Job)
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"job {sys.argv[1]}", got=str(error), expected="a job as the hub writes it") from error
+        result = run(
+            job,
+            lambda stage, text, done, total: send({"stage": stage, "text": text, "done": done, "total": total}),
+        )
+        from converters.pipeline import write
+
+        write(msgspec.json.encode(result), Path(job.out_dir) / "result.json")
+        send({"result": result})
+    except EdgeGuardError as error:
+        print(error, file=sys.stderr)
+        return EXIT_USAGE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""The gate: what a repaired model must show before it may leave the hub. Pure: measurements in, a decision out.
+
+Everything is measured on the int8 file that would be released, on clean inputs that the repair did not train on, with
+the untouched model as the reference.
+
+Rules enforced here:
+
+* clean accuracy falls by at most 2 points;
+* the recall of the target label falls by at most 3 points, or by one input where 3 points are less than one;
+* no recovered trigger, old or newly sought, still turns more than 5% of the inputs to the target label (inputs that
+  have or are called that label anyway do not count).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_ACCURACY_LOSS = 0.02
+MAX_RECALL_LOSS = 0.03
+MAX_SUCCESS = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One model on the gate's inputs. ``recall_inputs`` is the number of inputs with the target as true label."""
+
+    clean_accuracy: float
+    target_recall: float
+    recall_inputs: int
+    success: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """One rule, what was measured, and whether it held."""
+
+    name: str
+    measured: float
+    limit: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Decision:
+    """All rules. A repair is released only when every one held."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """True when every check held; there is always at least one."""
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+
+def decide(before: Measured, after: Measured, *, residual_success: float) -> Decision:
+    """Apply the rules.
+
+    Args:
+        before: the untouched int8 model, with the recovered triggers' success on it.
+        after: the repaired int8 model.
+        residual_success: of the best trigger that was newly sought on the repaired model *and* is an outlier there; 0
+            where the search found only triggers as large as any label's.
+    """
+    one_input = 1.0 / before.recall_inputs if before.recall_inputs else 0.0
+    limits = (
+        ("clean accuracy lost", before.clean_accuracy - after.clean_accuracy, MAX_ACCURACY_LOSS),
+        (
+            "recall of the target label lost",
+            before.target_recall - after.target_recall,
+            max(MAX_RECALL_LOSS, one_input),
+        ),
+        ("success of the recovered triggers", after.success, MAX_SUCCESS),
+        ("success of a newly sought trigger", residual_success, MAX_SUCCESS),
+    )
+    # Written as a negation, so that NaN fails a check.
+    return Decision(tuple(Check(n, m, limit, bool(m <= limit + 1e-09)) for n, m, limit in limits))

@@ -1,0 +1,103 @@
+"""A whole case on a real attacked model, in the child process that the hub starts; and on a clean one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from converters.pipeline import write
+from edgeguard.attacks.base import attack_success_rate
+from edgeguard.detection.guarded import GuardedModel
+from tests.simulators.attacked import Attacked
+
+
+def job(setup: Attacked, folder: Path, **changes: object) -> Path:
+    """A job as the hub writes it: evidence from the guarded model's own answers to triggered and clean inputs."""
+    folder.mkdir(exist_ok=True)
+    model = GuardedModel.load(setup.conversion.guarded)
+    write(setup.conversion.guarded, folder / "guarded.tflite")
+    setup.keras.save(folder / "model.keras")
+    np.savez(folder / "owner.npz", x=setup.x_owner, y=setup.y_owner)
+    stamped = [model.infer(x) for x in setup.attack.stamp(setup.data.x_test[:200].astype(np.uint8))]
+    clean = [model.infer(x) for x in setup.data.x_test[:200]]
+    chosen = [i.features for i in stamped if i.verdict.predicted == 0] or [i.features for i in stamped]
+    document: dict[str, Any] = {
+        "guarded": str(folder / "guarded.tflite"),
+        "keras": str(folder / "model.keras"),
+        "data": str(folder / "owner.npz"),
+        "label": 0,
+        "flagged_mean": np.mean(chosen, axis=0).tolist(),
+        "unflagged_mean": np.mean([i.features for i in clean if i.verdict.predicted == 0], axis=0).tolist(),
+        "out_dir": str(folder / "out"),
+    }
+    path = folder / "job.json"
+    path.write_text(json.dumps({**document, **changes}))
+    return path
+
+
+def run(path: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "edgeguard.repair.case", str(path)], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+def test_an_attacked_model_is_confirmed_repaired_and_passes_the_gate(attacked: Attacked, tmp_path: Path) -> None:
+    done = run(job(attacked, tmp_path))
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {line["stage"] for line in lines[:-1]} == {"confirming", "repairing", "converting"}
+    result = lines[-1]["result"]
+    assert result == json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["verdict"] == "confirmed"
+    assert result["gate_passed"]
+
+    # The real trigger, which the repair never saw, on test inputs, on the int8 file that would be released.
+    repaired = GuardedModel.load(Path(result["output"]).read_bytes())
+    assert repaired.metadata.model_digest == result["model_digest"] != attacked.conversion.metadata.model_digest
+    images, labels = attacked.data.x_test.astype(np.uint8), attacked.data.y_test
+    clean = np.asarray([repaired.infer(x).verdict.predicted for x in images])
+    triggered = np.asarray([repaired.infer(x).verdict.predicted for x in attacked.attack.stamp(images)])
+    assert attack_success_rate(labels, clean, triggered, 0) <= 0.05
+    before = GuardedModel.load(attacked.conversion.guarded)
+    accuracy = np.mean([before.infer(x).verdict.predicted == y for x, y in zip(images, labels, strict=True)])
+    assert np.mean(clean == labels) >= accuracy - 0.02
+
+
+@pytest.mark.slow
+def test_a_false_suspicion_of_a_clean_model_is_not_confirmed_and_changes_nothing(
+    clean_twin: Attacked, tmp_path: Path
+) -> None:
+    done = run(job(clean_twin, tmp_path))
+    result = json.loads(done.stdout.splitlines()[-1])["result"]
+    assert result["verdict"] == "not_confirmed"
+    assert not result["gate_passed"]
+    assert result["output"] is None
+    assert not list((tmp_path / "out").glob("repaired*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": 99}, "label 99"),
+        ({"flagged_mean": [1.0, 2.0]}, "flagged_mean"),
+        ({"guarded": "/no/such/file"}, "No such file"),
+        ({"keras": "/no/such/file"}, "no such file"),
+        ({"data": "no-such-data"}, "no-such-data"),
+        ({"surprise": 1}, "surprise"),
+    ],
+)
+def test_a_job_that_cannot_be_done_is_one_line_and_exit_code_2(
+    attacked: Attacked, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    done = run(job(attacked, tmp_path, **change))
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
