@@ -1,0 +1,57 @@
+"""The ``edgeguard`` command: one module per subcommand, heavy imports inside commands, one line per error.
+
+Exit codes: 0 clean, 1 findings, 2 usage or configuration, 3 nothing could be checked, 4 internal.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+import typer
+
+from edgeguard import __version__
+from edgeguard.cli import convert, demo, hub, inspect, run, score
+from edgeguard.errors import EXIT_INTERNAL, EXIT_USAGE, EdgeGuardError
+
+app = typer.Typer(
+    name="edgeguard",
+    help="Guards neural networks against backdoors on the device, and heals them where they are made.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for module in (demo, convert, inspect, score, run, hub):
+    module.register(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"edgeguard {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except EdgeGuardError as error:
+        print(f"edgeguard: {error}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    except BrokenPipeError:
+        # The reader went away (``| head``); there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception:
+        traceback.print_exc()
+        print("edgeguard: internal error; please report it with the lines above", file=sys.stderr)
+        sys.exit(EXIT_INTERNAL)

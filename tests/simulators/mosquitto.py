@@ -1,0 +1,86 @@
+"""A real mosquitto on a free loopback port in a temporary folder, which a test can kill and bring back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+
+def executable() -> str:
+    """The mosquitto program. Skips the test where it is not installed, but never in CI."""
+    found = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
+    if found:
+        return found
+    message = "mosquitto is not installed (Debian: apt-get install mosquitto)"
+    if os.environ.get("CI") == "true":
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+def free_port() -> int:
+    """A loopback TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_for_port(port: int, *, timeout_s: float = 15.0) -> None:
+    """Return once something accepts connections on a loopback port; fail the test after ``timeout_s``."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=1):
+                return
+        except OSError:
+            if time.monotonic() > deadline:
+                pytest.fail(f"nothing listens on port {port} after {timeout_s} s")
+            time.sleep(0.02)
+
+
+class Mosquitto:
+    """One broker: ``start``, ``kill`` (SIGKILL, as a power cut) and ``stop``; its port stays the same."""
+
+    def __init__(self, folder: Path) -> None:
+        self.host = "127.0.0.1"
+        self.port = free_port()
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the broker and wait until it listens. Its queues are kept on disk in the temporary folder."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        config = self._folder / "mosquitto.conf"
+        config.write_text(
+            f"listener {self.port} 127.0.0.1\n"
+            "allow_anonymous true\n"
+            "persistence true\n"
+            f"persistence_location {self._folder}/\n"
+            "max_queued_messages 100000\n"
+            f"log_dest file {self._folder}/mosquitto.log\n"
+            + (f"user {os.environ.get('USER', 'root')}\n" if os.geteuid() == 0 else "")
+        )
+        self._process = subprocess.Popen(
+            [executable(), "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        wait_for_port(self.port)
+
+    def kill(self) -> None:
+        """SIGKILL: nothing is flushed."""
+        self._end("kill")
+
+    def stop(self) -> None:
+        """SIGTERM, then wait."""
+        self._end("terminate")
+
+    def _end(self, how: str) -> None:
+        if self._process is not None:
+            getattr(self._process, how)()
+            self._process.wait(timeout=15)
+            self._process = None
