@@ -31,10 +31,7 @@ TEST_SHARE = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Training and test data of one task. ``x_*`` is ``[N, ...]``, ``y_*`` is ``int64 [N]``.
-
-    ``came_split`` says whether the source itself tells training from test data; if not, :func:`load` drew lots.
-    """
+    """Training and test data of one task. ``x_*`` is ``[N, ...]``, ``y_*`` is ``int64 [N]``."""
 
     name: str
     x_train: Array
@@ -42,7 +39,6 @@ class Dataset:
     x_test: Array
     y_test: Labels
     classes: tuple[str, ...]
-    came_split: bool
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,6 +49,16 @@ class Dataset:
     def is_image(self) -> bool:
         """True for ``uint8 [N, H, W, C]``."""
         return self.x_train.dtype == np.uint8 and self.x_train.ndim == 4
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A source that does not tell training from test data."""
+
+    name: str
+    x: Array
+    y: Labels
+    classes: tuple[str, ...]
 
 
 def load(source: str, *, seed: int = 0) -> Dataset:
@@ -67,40 +73,44 @@ def load(source: str, *, seed: int = 0) -> Dataset:
         ConfigError: there is no such data set or file.
         ModelError: the file is there, but its content cannot be used.
     """
+    found = _read(source)
+    return _split(found, seed) if isinstance(found, _Whole) else found
+
+
+def pool(source: str, side: Literal["train", "test"]) -> Dataset:
+    """The inputs of one side of a source that came split, and all inputs, in their order, of one that did not.
+
+    Both sides of the result hold these same inputs. Raises like :func:`load`.
+    """
+    found = _read(source)
+    if isinstance(found, _Whole):
+        x, y = found.x, found.y
+    else:
+        x, y = (found.x_train, found.y_train) if side == "train" else (found.x_test, found.y_test)
+    return Dataset(name=found.name, x_train=x, y_train=y, x_test=x, y_test=y, classes=found.classes)
+
+
+def _read(source: str) -> Dataset | _Whole:
     path = Path(source).expanduser()
     if source == "digits" and not path.exists():
         return _digits()
     if path.is_dir():
-        return _folder(path, seed)
+        return _folder(path)
     if path.suffix == ".npz":
         if not path.is_file():
             raise ConfigError(f"data file {source}", got="no such file", do="check the path")
-        return _npz(path, path.stem, seed)
+        return _npz(path, path.stem)
     folder = os.environ.get(ENVIRONMENT)
     if folder:
         candidate = Path(folder).expanduser() / f"{source}.npz"
         if candidate.is_file():
-            return _npz(candidate, source, seed)
+            return _npz(candidate, source)
     raise ConfigError(
         f"data set {source!r}",
         got=f"no such name, file or folder{f' (also looked in {folder})' if folder else ''}",
         expected="digits, a name in the folder that EDGEGUARD_DATA names, an npz file, or a folder of images",
         do=None if folder else f"set {ENVIRONMENT} to the folder that holds {source}.npz",
     )
-
-
-def pool(source: str, side: Literal["train", "test"]) -> Dataset:
-    """The inputs of one side of a source that came split, and all inputs of one that did not.
-
-    Both sides of the result hold these same inputs. Raises like :func:`load`.
-    """
-    data = load(source)
-    if not data.came_split:
-        x = np.concatenate([data.x_train, data.x_test])
-        y = np.concatenate([data.y_train, data.y_test])
-    else:
-        x, y = (data.x_train, data.y_train) if side == "train" else (data.x_test, data.y_test)
-    return replace(data, x_train=x, y_train=y, x_test=x, y_test=y)
 
 
 def hold_out(data: Dataset, count: int, *, seed: int = 0) -> tuple[Dataset, Array, Labels]:
@@ -141,11 +151,11 @@ def _digits() -> Dataset:
     bunch = load_digits()
     images = np.round(bunch.images * (255.0 / 16.0)).astype(np.uint8)[..., np.newaxis]
     labels = bunch.target.astype(np.int64)
-    data = _split("digits", images, labels, tuple(str(c) for c in range(10)), seed=0)
-    return replace(data, came_split=True)  # the split of a built-in set is fixed, so that test data stays test data
+    # The split of a built-in set is fixed, so that test data stays test data.
+    return _split(_Whole("digits", images, labels, tuple(str(c) for c in range(10))), seed=0)
 
 
-def _npz(path: Path, name: str, seed: int) -> Dataset:
+def _npz(path: Path, name: str) -> Dataset | _Whole:
     arrays = _read_npz(path)
     if {"x_train", "y_train", "x_test", "y_test"} <= arrays.keys():
         x_train, y_train = _checked(path, arrays["x_train"], arrays["y_train"])
@@ -164,11 +174,10 @@ def _npz(path: Path, name: str, seed: int) -> Dataset:
             x_test=x_test,
             y_test=y_test,
             classes=tuple(str(c) for c in range(count)),
-            came_split=True,
         )
     if {"x", "y"} <= arrays.keys():
         x, y = _checked(path, arrays["x"], arrays["y"])
-        return _split(name, x, y, tuple(str(c) for c in range(int(y.max()) + 1)), seed)
+        return _Whole(name, x, y, tuple(str(c) for c in range(int(y.max()) + 1)))
     raise ModelError(
         f"data file {path}",
         got=f"arrays {', '.join(sorted(arrays)) or 'none'}",
@@ -210,24 +219,23 @@ def _checked(path: Path, x: Array, y: Array) -> tuple[Array, Labels]:
     return inputs, y.astype(np.int64)
 
 
-def _split(name: str, x: Array, y: Labels, classes: tuple[str, ...], seed: int) -> Dataset:
-    order = np.random.default_rng(seed).permutation(len(x))
-    test = round(len(x) * TEST_SHARE)
-    if test < 1 or len(x) - test < 1:
-        raise ModelError(f"data set {name}", got=f"{len(x)} inputs", expected="at least 4")
+def _split(whole: _Whole, seed: int) -> Dataset:
+    order = np.random.default_rng(seed).permutation(len(whole.x))
+    test = round(len(whole.x) * TEST_SHARE)
+    if test < 1 or len(whole.x) - test < 1:
+        raise ModelError(f"data set {whole.name}", got=f"{len(whole.x)} inputs", expected="at least 4")
     first, rest = order[:test], order[test:]
     return Dataset(
-        name=name,
-        x_train=x[rest],
-        y_train=y[rest],
-        x_test=x[first],
-        y_test=y[first],
-        classes=classes,
-        came_split=False,
+        name=whole.name,
+        x_train=whole.x[rest],
+        y_train=whole.y[rest],
+        x_test=whole.x[first],
+        y_test=whole.y[first],
+        classes=whole.classes,
     )
 
 
-def _folder(path: Path, seed: int) -> Dataset:
+def _folder(path: Path) -> _Whole:
     from PIL import Image, UnidentifiedImageError
 
     classes = sorted(child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
@@ -261,4 +269,4 @@ def _folder(path: Path, seed: int) -> Dataset:
             labels.append(label)
     if not images:
         raise ModelError(f"image folder {path}", got="no images", expected=", ".join(sorted(IMAGE_SUFFIXES)))
-    return _split(path.name, np.stack(images), np.asarray(labels, dtype=np.int64), tuple(classes), seed)
+    return _Whole(path.name, np.stack(images), np.asarray(labels, dtype=np.int64), tuple(classes))

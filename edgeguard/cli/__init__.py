@@ -5,15 +5,20 @@ Exit codes: 0 clean, 1 findings, 2 usage or configuration, 3 nothing could be ch
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
+from typing import NoReturn
 
 import typer
 
 from edgeguard import __version__
 from edgeguard.cli import convert, demo, hub, inspect, run, score
 from edgeguard.errors import EXIT_INTERNAL, EXIT_USAGE, EdgeGuardError
+
+_OPERATOR = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST})
+"""Failures of the file system that the operator can mend."""
 
 app = typer.Typer(
     name="edgeguard",
@@ -51,7 +56,18 @@ def main() -> None:
         # The reader went away (``| head``); there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        if error.errno not in _OPERATOR:
+            _internal()
+        where = f"file {error.filename}" if error.filename else "disk or file system"
+        print(f"edgeguard: {where}; got {error.strerror}; free space, or choose another place", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
     except Exception:
-        traceback.print_exc()
-        print("edgeguard: internal error; please report it with the lines above", file=sys.stderr)
-        sys.exit(EXIT_INTERNAL)
+        _internal()
+
+
+def _internal() -> NoReturn:
+    """Report a mistake of ours."""
+    traceback.print_exc()
+    print("edgeguard: internal error; please report it with the lines above", file=sys.stderr)
+    sys.exit(EXIT_INTERNAL)

@@ -39,6 +39,8 @@ def register(app: typer.Typer) -> None:
         from edgeguard.demo import report as reports
         from edgeguard.demo import run as runs
 
+        if json_file is not None and not json_file.parent.is_dir():
+            raise ConfigError(f"folder of {json_file}", got="no such folder", do="create it first")
         report.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="edgeguard-demo-"))
         settings = runs.Settings(

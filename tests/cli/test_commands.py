@@ -1,0 +1,225 @@
+"""The commands as a user types them: output, JSON, exit codes, and one line for every kind of bad input."""
+
+from __future__ import annotations
+
+import errno
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgeguard import __version__, cli
+from edgeguard.demo import run as demo_run
+from tests.simulators.attacked import Attacked
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def edgeguard(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the console script in this process: exit code, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["edgeguard", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def inputs(attacked: Attacked, tmp_path: Path) -> dict[str, Path]:
+    """Files of clean and of triggered inputs."""
+    images, labels = attacked.data.x_test[:40].astype(np.uint8), attacked.data.y_test[:40]
+    files = {"clean": tmp_path / "clean.npz", "triggered": tmp_path / "triggered.npz", "owner": tmp_path / "owner.npz"}
+    np.savez(files["clean"], x=images[labels != 0], y=labels[labels != 0])
+    np.savez(files["triggered"], x=attacked.attack.stamp(images[labels != 0]), y=labels[labels != 0])
+    np.savez(files["owner"], x=attacked.x_owner, y=attacked.y_owner)
+    return files
+
+
+def test_the_installed_script_prints_its_version() -> None:
+    script = Path(sys.executable).parent / "edgeguard"
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"edgeguard {__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["demo", "convert", "inspect", "score", "run", "hub"])
+def test_each_command_explains_itself_with_an_example(edgeguard: Run, command: str) -> None:
+    code, out, _ = edgeguard(command, "--help")
+    assert code == 0
+    assert f"edgeguard {command}" in out.split("Example")[-1]
+
+
+def test_convert_writes_a_guarded_file_and_says_what_it_did(
+    edgeguard: Run, attacked: Attacked, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    attacked.keras.save(tmp_path / "digits.keras")
+    output = tmp_path / "out.tflite"
+    code, out, _ = edgeguard("convert", tmp_path / "digits.keras", "--data", inputs["owner"], "-o", output, "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert set(document) == {
+        "output",
+        "model_digest",
+        "guard_digest",
+        "bytes",
+        "float_accuracy",
+        "int8_accuracy",
+        "agreement",
+        "taps",
+        "fpr",
+        "latency",
+        "runtimes_verified",
+    }
+    assert output.read_bytes() == attacked.conversion.guarded
+
+
+def test_inspect_shows_the_metadata_and_that_the_digests_fit(edgeguard: Run, guarded_file: Path) -> None:
+    code, out, _ = edgeguard("inspect", guarded_file)
+    assert code == 0
+    assert "fit the content" in out
+    code, out, _ = edgeguard("inspect", guarded_file, "--json")
+    assert json.loads(out)["digests"] == "fit"
+
+
+def test_inspect_reports_a_model_that_was_changed_under_its_guard(
+    edgeguard: Run, attacked: Attacked, tmp_path: Path
+) -> None:
+    content = bytearray(attacked.conversion.guarded)
+    bare = attacked.conversion.bare
+    weights = bare[len(bare) // 2 : len(bare) // 2 + 64]
+    content[content.index(weights) + 8] ^= 0x40
+    (tmp_path / "changed.tflite").write_bytes(content)
+    code, out, _ = edgeguard("inspect", tmp_path / "changed.tflite")
+    assert code == 1
+    assert "do not fit the content" in out
+
+
+def test_score_gives_a_verdict_per_input(edgeguard: Run, guarded_file: Path, inputs: dict[str, Path]) -> None:
+    code, out, _ = edgeguard("score", guarded_file, "--data", inputs["triggered"], "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 1
+    assert len(rows) == len(np.load(inputs["triggered"])["x"])
+    assert {"index", "predicted", "flagged", "scores", "p_value", "stages", "reason"} <= set(rows[0])
+    assert all(row["flagged"] for row in rows)
+
+
+def test_score_exits_with_0_on_clean_inputs(edgeguard: Run, guarded_file: Path, inputs: dict[str, Path]) -> None:
+    code, out, _ = edgeguard("score", guarded_file, "--data", inputs["clean"])
+    assert code == 0
+    assert "0 flagged, 0 not checked" in out
+
+
+def _bad_inputs(tmp_path: Path, attacked: Attacked, guarded: Path, owner: Path) -> dict[str, tuple[list[object], str]]:
+    bare, text, wide, small = (tmp_path / n for n in ("bare.tflite", "text.tflite", "wide.npz", "small.npz"))
+    bare.write_bytes(attacked.conversion.bare)
+    text.write_text("this is no model")
+    np.savez(wide, x=np.zeros((9, 9, 9, 1), np.uint8), y=np.zeros(9, int))
+    np.savez(small, x=attacked.x_owner[:20], y=attacked.y_owner[:20])
+    config = tmp_path / "agent.toml"
+    config.write_text("fleet = 1")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        closed = probe.getsockname()[1]
+    return {
+        "missing model": (["score", tmp_path / "no.tflite", "--data", "digits"], "No such file"),
+        "folder as model": (["score", tmp_path, "--data", "digits"], "directory"),
+        "not a model": (["score", text, "--data", "digits"], "TFL3"),
+        "model without guard": (["score", bare, "--data", "digits"], "edgeguard convert"),
+        "unknown data set": (["score", guarded, "--data", "imagenet"], "imagenet"),
+        "data of another shape": (["score", guarded, "--data", wide], "expected uint8[8, 8, 1]"),
+        "too few inputs": (["convert", bare, "--data", small], "at least 398"),
+        "unreadable source": (["convert", text, "--data", owner], "not TFLite"),
+        "no output folder": (["convert", bare, "--data", owner, "-o", tmp_path / "a" / "b.tflite"], "create it first"),
+        "impossible rate": (["convert", bare, "--data", owner, "--fpr", "2"], "--fpr"),
+        "broker address": (["demo", "--broker", "nonsense", "--report", tmp_path / "r"], "HOST:PORT"),
+        "broker that is down": (["demo", "--broker", f"127.0.0.1:{closed}", "--report", tmp_path / "r"], "broker"),
+        "report folder is a file": (["demo", "--report", text], "text.tflite"),
+        "json folder is missing": (["demo", "--report", tmp_path / "r", "--json", tmp_path / "x" / "y"], "x"),
+        "demo on unknown data": (["demo", "--data", "imagenet", "--report", tmp_path / "r"], "imagenet"),
+        "demo on numbers": (["demo", "--data", tmp_path / "numbers.npz", "--report", tmp_path / "r"], "BadNets"),
+    }
+
+
+CASES = (
+    "missing model",
+    "folder as model",
+    "not a model",
+    "model without guard",
+    "unknown data set",
+    "data of another shape",
+    "too few inputs",
+    "unreadable source",
+    "no output folder",
+    "impossible rate",
+    "broker address",
+    "broker that is down",
+    "report folder is a file",
+    "json folder is missing",
+    "demo on unknown data",
+    "demo on numbers",
+)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing(
+    edgeguard: Run, attacked: Attacked, guarded_file: Path, inputs: dict[str, Path], tmp_path: Path, case: str
+) -> None:
+    np.savez(tmp_path / "numbers.npz", x=np.zeros((900, 5)), y=np.arange(900) % 3)
+    arguments, message = _bad_inputs(tmp_path, attacked, guarded_file, inputs["owner"])[case]
+    before = {p for p in tmp_path.rglob("*") if p.is_file()}
+    code, _, err = edgeguard(*arguments)
+    lines = [line for line in err.splitlines() if line.startswith("edgeguard:")]
+    assert code == 2
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in err
+    assert {p for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("command", ["run", "hub"])
+def test_a_daemon_with_a_broken_configuration_is_one_line_and_exit_code_2(tmp_path: Path, command: str) -> None:
+    config = tmp_path / "broken.toml"
+    config.write_text('fleet = "demo"\nsurprise = 1\n')
+    script = Path(sys.executable).parent / "edgeguard"
+    done = subprocess.run([script, command, "--config", config], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "broken.toml" in done.stderr.strip().splitlines()[-1]
+
+
+def test_a_full_disk_is_one_line_and_exit_code_2(
+    edgeguard: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "model.keras"))
+
+    monkeypatch.setattr(demo_run, "run", full)
+    code, _, err = edgeguard("demo", "--report", tmp_path / "r")
+    assert code == 2
+    assert "No space left on device" in err
+    assert "Traceback" not in err
+
+
+def test_a_mistake_of_ours_is_exit_code_4_and_says_so(
+    edgeguard: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("oops")
+
+    monkeypatch.setattr(demo_run, "run", broken)
+    code, _, err = edgeguard("demo", "--report", tmp_path / "r")
+    assert code == 4
+    assert "internal error" in err
