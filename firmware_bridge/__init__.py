@@ -1,0 +1,3 @@
+"""What lies below the daemon on a board: model slots. Of ours it imports ``edgeguard.errors`` only."""
+
+from __future__ import annotations
