@@ -37,9 +37,9 @@ def register(app: typer.Typer) -> None:
         target = output or Path(f"{source.stem}.guarded.tflite")
         if not target.parent.is_dir():
             raise ConfigError(f"output folder {target.parent}", got="no such folder", do="create it first")
-        model = sources.read(source)
-        calibration = datasets.pool(data, "train")
         with console.progress(quiet=as_json) as progress:
+            model = sources.read(source)
+            calibration = datasets.pool(data, "train")
             done = pipeline.convert(
                 model, calibration.x_train, calibration.y_train, fpr=fpr, tap_count=taps, progress=progress
             )

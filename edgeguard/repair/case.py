@@ -155,10 +155,14 @@ def _confirm(case: _Case, say: Say) -> tuple[Finding, list[Trigger]]:
         [label],
         evidence=evidence,
         seed=case.job.seed,
-        progress=_stage(say, "confirming"),
+        progress=_stage(say, "confirming", "seeking the trigger that devices saw"),
     )[0]
     plain, *control = invert(
-        case.norms, case.x_repair, [label, *controls], seed=case.job.seed, progress=_stage(say, "confirming")
+        case.norms,
+        case.x_repair,
+        [label, *controls],
+        seed=case.job.seed,
+        progress=_stage(say, "confirming", f"seeking triggers of {len(controls)} other labels to compare with"),
     )
     found = sorted([guided, plain], key=lambda t: (t.success < confirm.MIN_SUCCESS, t.l1))
     best = found[0]
@@ -199,14 +203,14 @@ def _repair(
             case.x_repair,
             triggers,
             seed=case.job.seed + rounds,
-            progress=_stage(say, "repairing"),
+            progress=_stage(say, "repairing", f"unlearning, round {rounds}"),
         )
         sought = invert(
             norms_of(student, case.metadata.taps),
             case.x_repair,
             [finding.label],
             seed=case.job.seed + rounds,
-            progress=_stage(say, "repairing"),
+            progress=_stage(say, "repairing", "seeking a new trigger in the repaired model"),
         )[0]
         outlier = sought.l1 <= confirm.MAX_SIZE_RATIO * finding.control_l1
         residual = held_out_success(student, sought, case.x_gate[:GATE_INPUTS]) if outlier else 0.0
@@ -293,8 +297,9 @@ def _draw(trigger: Trigger, example: npt.NDArray[np.uint8], out: Path) -> None:
         Image.fromarray(colour.clip(0, 255).astype(np.uint8)).save(out / f"trigger-{name}.png")
 
 
-def _stage(say: Say, stage: str) -> Callable[[str, int, int], None]:
-    return lambda text, done, total: say(stage, text, done, total)
+def _stage(say: Say, stage: str, text: str) -> Callable[[str, int, int], None]:
+    """Progress under one text, so that whoever listens sees one step and not each of its numbers."""
+    return lambda _, done, total: say(stage, text, done, total)
 
 
 def _read(path: Path) -> bytes:
