@@ -6,6 +6,7 @@ sets the thresholds. The quantised ranges are set with the fit half.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -254,7 +255,8 @@ def write(content: bytes, path: Path) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise ConfigError(f"output file {path}", got=error.strerror or str(error), do="choose another place") from error
 
 
