@@ -1,0 +1,347 @@
+"""The MQTT connection of one device, and when to send which spooled message.
+
+Rules enforced here:
+
+* the agent's main thread never waits for the network: a thread hands over events that ``poll`` takes;
+* every connection attempt has a session number of its own, in its will, its status and its birth, so that a
+  late will never beats a newer birth;
+* a broker's PUBACK proves nothing end to end: what the *hub* has not acknowledged is sent again, after a time
+  that doubles up to a bound, and after every reconnect;
+* payloads from the broker are hostile: one that does not decode is logged and ignored.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import socket
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, cast
+
+import paho.mqtt.client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+
+from edgeguard.agent.config import BrokerConfig, password
+from edgeguard.agent.spool import Entry
+from edgeguard.contract import topics
+from edgeguard.contract.messages import Ack, Desired, Message, Status, decode, encode
+from edgeguard.errors import ConfigError, LinkError
+
+CONNECT_TIMEOUT_S = 10.0
+IN_FLIGHT = 64
+RESEND_FIRST_S = 5.0
+RESEND_CAP = 12
+"""The time-out grows up to this many times the first one."""
+RECONNECT_FIRST_S = 0.5
+RECONNECT_CAP_S = 30.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Connected:
+    """This session is up and subscribed; what is retained must be published anew."""
+
+    session: int
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The connection is gone or was not made; a new attempt follows by itself."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Hint:
+    """A model waits. ``fresh`` when the hub sent it now, not when the broker repeated the retained one."""
+
+    desired: Desired
+    fresh: bool
+
+
+Event = Connected | Lost | Ack | Hint
+
+
+class Link:
+    """Keeps one device connected to its broker.
+
+    Args:
+        broker: where to connect.
+        fleet: id of the fleet.
+        device: id of the device.
+        boot: id of this process, 16 hex digits.
+        next_session: gives the number of the next connection attempt.
+
+    Raises:
+        ConfigError: the password file or the authority's certificate cannot be read.
+    """
+
+    def __init__(
+        self, broker: BrokerConfig, *, fleet: str, device: str, boot: str, next_session: Callable[[], int]
+    ) -> None:
+        self._broker = broker
+        self._boot = boot
+        self._next_session = next_session
+        self._client_id = f"edgeguard-{fleet}-{device}"
+        self._topic = {
+            channel: topics.topic(fleet, device, channel)
+            for channel in (*topics.DEVICE_CHANNELS, topics.ACK, topics.MODEL_DESIRED)
+        }
+        self._password = password(broker)
+        self._inbox: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+        self._client: mqtt.Client | None = None
+        self._attempt_at = time.monotonic()
+        self._failures = 0
+        self.session = 0
+        self.connected = False
+
+    def poll(self, wait_s: float = 0.0) -> list[Event]:
+        """Drive the connection and take what happened, waiting at most ``wait_s`` for something to happen."""
+        now = time.monotonic()
+        if self._client is None and now >= self._attempt_at:
+            self._connect(now)
+        elif self._client is not None and not self.connected and now - self._attempt_at > CONNECT_TIMEOUT_S:
+            self._inbox.put((self.session, Lost(f"no answer within {CONNECT_TIMEOUT_S:g} s")))
+        events: list[Event] = []
+        try:
+            item = self._inbox.get(timeout=wait_s) if wait_s else self._inbox.get_nowait()
+            while True:
+                events += self._accept(*item)
+                item = self._inbox.get_nowait()
+        except queue.Empty:
+            return events
+
+    def publish(self, channel: str, payload: Message | bytes, *, qos: int = 1, retain: bool = False) -> None:
+        """Hand a message to the broker; it is dropped where there is no connection."""
+        if self._client is not None and self.connected:
+            content = encode(payload) if isinstance(payload, Message) else payload
+            self._client.publish(self._topic[channel], content, qos=qos, retain=retain)
+
+    def close(self, *, wait_s: float = 2.0) -> None:
+        """Say that the device stopped, and disconnect without firing the will; waits at most ``wait_s``."""
+        client, self._client = self._client, None
+        if client is None:
+            return
+        if self.connected:
+            self.connected = False
+            status = Status(state="stopped", session=self.session, boot=self._boot)
+            info = client.publish(self._topic[topics.STATUS], encode(status), qos=1, retain=True)
+            with suppress(RuntimeError, ValueError):
+                info.wait_for_publish(wait_s)
+            client.disconnect()
+            deadline = time.monotonic() + wait_s
+            while client.socket() is not None and time.monotonic() < deadline:
+                time.sleep(0.01)
+        _abandon(client)
+
+    def _connect(self, now: float) -> None:
+        self.session = session = self._next_session()
+        will = Status(state="offline", session=session, boot=self._boot)
+        client = _client(
+            self._broker,
+            self._client_id,
+            self._password,
+            ended=lambda reason: self._inbox.put((session, Lost(reason))),
+        )
+        client.max_inflight_messages_set(IN_FLIGHT)
+        client.will_set(self._topic[topics.STATUS], encode(will), qos=1, retain=True)
+
+        def on_connect(_c: mqtt.Client, _u: Any, _f: Any, reason: Any, _p: Any) -> None:
+            # paho gives the codes of MQTT 3.1.1 in the terms of version 5.
+            if reason.is_failure:
+                self._inbox.put((session, Lost(f"refused: {reason}")))
+            elif self._client is not client:
+                client.disconnect()  # it took so long that another attempt was begun
+            else:
+                client.subscribe([(self._topic[c], 1) for c in (topics.ACK, topics.MODEL_DESIRED)])
+
+        def on_subscribe(_c: mqtt.Client, _u: Any, _mid: int, reasons: Any, _p: Any) -> None:
+            # Without acks nothing would ever leave the spool, so a connection counts from here on.
+            refused = any(reason.is_failure for reason in reasons)
+            self._inbox.put((session, Lost("subscription refused") if refused else Connected(session)))
+
+        def on_disconnect(_c: mqtt.Client, _u: Any, _f: Any, reason: Any, _p: Any) -> None:
+            self._inbox.put((session, Lost(str(reason))))
+
+        def on_message(_c: mqtt.Client, _u: Any, message: mqtt.MQTTMessage) -> None:
+            event = self._decode(message)
+            if event is not None:
+                self._inbox.put((session, event))
+
+        client.on_connect, client.on_subscribe = on_connect, on_subscribe
+        client.on_disconnect, client.on_message = on_disconnect, on_message
+        self._client, self._attempt_at = client, now
+
+        client.connect_async(self._broker.host, self._broker.port, self._broker.keepalive_s)
+        client.loop_start()
+
+    def _accept(self, session: int, event: Event) -> Sequence[Event]:
+        if session != self.session or self._client is None:
+            return ()
+        if isinstance(event, Connected):
+            self.connected, self._failures = True, 0
+            log.info("connected to %s:%d, session %d", self._broker.host, self._broker.port, session)
+        elif isinstance(event, Lost):
+            _abandon(self._client)
+            self._client, self.connected = None, False
+            delay = backoff(self._failures, first_s=RECONNECT_FIRST_S, cap_s=RECONNECT_CAP_S)
+            self._failures += 1
+            # Spread out, so that a fleet does not return to a restarted broker in one moment.
+            self._attempt_at = time.monotonic() + delay * random.uniform(0.5, 1.0)
+            log.warning("no connection to %s:%d: %s", self._broker.host, self._broker.port, event.reason)
+        return (event,)
+
+    def _decode(self, message: mqtt.MQTTMessage) -> Event | None:
+        try:
+            if message.topic == self._topic[topics.ACK]:
+                return decode(Ack, bytes(message.payload))
+            if message.topic == self._topic[topics.MODEL_DESIRED] and message.payload:
+                return Hint(decode(Desired, bytes(message.payload)), fresh=not message.retain)
+        except (LinkError, ValueError) as error:
+            log.warning("message from the broker ignored: %s", error)
+        return None
+
+
+class Outflow:
+    """Which spooled messages to send now: in order, so many unacknowledged, all again after a time-out.
+
+    Time is passed in, in seconds of any steady clock.
+    """
+
+    def __init__(
+        self, *, in_flight: int = IN_FLIGHT, first_s: float = RESEND_FIRST_S, cap_s: float | None = None
+    ) -> None:
+        self._in_flight = in_flight
+        self._first_s = first_s
+        self._cap_s = first_s * RESEND_CAP if cap_s is None else cap_s
+        self._fruitless = 0
+        self._deadline = 0.0
+        self._outstanding: set[int] = set()
+        self._after = 0
+
+    def restart(self) -> None:
+        """Begin from the oldest again: the connection is new."""
+        self._outstanding.clear()
+        self._after = 0
+
+    def take(self, pending: Callable[[int, int], Sequence[Entry]], now_s: float) -> Sequence[Entry]:
+        """What to send now.
+
+        Args:
+            pending: ``(after, limit)`` to the oldest entries behind a position: :meth:`Spool.pending`.
+            now_s: the time.
+        """
+        if self._outstanding and now_s >= self._deadline:
+            log.warning("no ack from the hub: sending %d messages again", len(self._outstanding))
+            self._fruitless += 1
+            self.restart()
+        room = self._in_flight - len(self._outstanding)
+        entries = pending(self._after, room) if room else ()
+        if entries:
+            if not self._outstanding:
+                self._set_deadline(now_s)
+            self._after = entries[-1].position
+            self._outstanding.update(entry.position for entry in entries)
+        return entries
+
+    def acknowledged(self, positions: frozenset[int], now_s: float) -> None:
+        """The hub has stored these."""
+        if positions:
+            self._fruitless = 0
+            self._outstanding -= positions
+            self._set_deadline(now_s)
+
+    def _set_deadline(self, now_s: float) -> None:
+        self._deadline = now_s + backoff(self._fruitless, first_s=self._first_s, cap_s=self._cap_s)
+
+
+def backoff(failures: int, *, first_s: float, cap_s: float) -> float:
+    """Seconds to wait after so many failures in a row: doubling, bounded."""
+    return float(min(cap_s, first_s * 2.0 ** min(failures, 30)))
+
+
+def check(broker: BrokerConfig) -> None:
+    """Connect once, as nobody in particular, and disconnect.
+
+    Raises:
+        LinkError: there is no such host, nobody listens, or the broker refuses.
+        ConfigError: the password file or the authority's certificate cannot be read.
+    """
+    answer: queue.SimpleQueue[str] = queue.SimpleQueue()
+    client = _client(broker, "", password(broker), ended=answer.put)
+
+    def on_connect(_c: mqtt.Client, _u: Any, _f: Any, reason: Any, _p: Any) -> None:
+        answer.put(f"refused: {reason}" if reason.is_failure else "")
+
+    client.on_connect = on_connect
+    client.connect_async(broker.host, broker.port, broker.keepalive_s)
+    client.loop_start()
+    try:
+        failure = answer.get(timeout=CONNECT_TIMEOUT_S)
+    except queue.Empty:
+        failure = f"no answer within {CONNECT_TIMEOUT_S:g} s"
+    client.disconnect()
+    _abandon(client)
+    if failure:
+        raise LinkError(
+            f"broker {broker.host}:{broker.port}",
+            got=failure,
+            expected="an MQTT broker",
+            do="start it, or correct [broker] in the configuration",
+        )
+
+
+class _Client(mqtt.Client):
+    """A client for one connection, whose thread tells how it ended, whatever ended it."""
+
+    def __init__(self, client_id: str, ended: Callable[[str], None]) -> None:
+        super().__init__(
+            CallbackAPIVersion.VERSION2,
+            client_id=client_id,
+            clean_session=True,
+            protocol=mqtt.MQTTv311,
+            reconnect_on_failure=False,
+        )
+        self._ended = ended
+
+    def loop_forever(self, timeout: float = 1.0, retry_first_connection: bool = False) -> MQTTErrorCode:
+        """Connect once and work until the connection ends. paho's own thread calls this."""
+        reason = "the connection ended"
+        try:
+            return super().loop_forever(timeout)
+        except Exception as error:
+            # Whatever a broker sends, or paho makes of it, must end as one lost connection.
+            reason = _reason(error)
+            return MQTTErrorCode.MQTT_ERR_CONN_LOST
+        finally:
+            self._ended(reason)
+
+
+def _client(broker: BrokerConfig, client_id: str, secret: str | None, *, ended: Callable[[str], None]) -> mqtt.Client:
+    client = _Client(client_id, ended)
+    client.connect_timeout = CONNECT_TIMEOUT_S
+    if broker.username:
+        client.username_pw_set(broker.username, secret)
+    if broker.ca:
+        try:
+            client.tls_set(ca_certs=str(broker.ca))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"broker.ca {broker.ca}", got=error, expected="a PEM certificate") from error
+    return client
+
+
+def _abandon(client: mqtt.Client) -> None:
+    """End a client's thread without waiting for it: its socket is shut, and it never reconnects by itself."""
+    opened = client.socket()
+    if opened is not None:
+        with suppress(OSError):
+            cast(socket.socket, opened).shutdown(socket.SHUT_RDWR)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

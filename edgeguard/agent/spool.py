@@ -1,0 +1,240 @@
+"""Reports on disk until the hub has stored them, in one SQLite file.
+
+Rules enforced here:
+
+* a report and the names of the input files that it counts are committed together: that is what makes counting
+  exact when the agent is killed;
+* ``seq`` counts from 1 without holes within one boot, and is given by the commit itself;
+* an entry leaves on the hub's ack alone, whichever boot it is of;
+* the size is bounded: beyond it the oldest entries are dropped and counted, never silently;
+* a commit is on disk when it returns (write-ahead log, ``synchronous=FULL``).
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from edgeguard.contract.messages import Ack, Alert, Report, encode
+from edgeguard.errors import ConfigError
+
+_SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE outbox (
+    position INTEGER PRIMARY KEY AUTOINCREMENT,
+    boot TEXT NOT NULL, seq INTEGER NOT NULL, kind TEXT NOT NULL, payload BLOB NOT NULL,
+    UNIQUE (boot, seq)
+);
+CREATE TABLE counters (
+    id INTEGER PRIMARY KEY CHECK (id = 1),
+    session INTEGER NOT NULL, reports_total INTEGER NOT NULL, alerts_total INTEGER NOT NULL,
+    dropped_total INTEGER NOT NULL
+);
+INSERT INTO counters VALUES (1, 0, 0, 0, 0);
+CREATE TABLE consumed (name TEXT PRIMARY KEY);
+"""
+
+Kind = Literal["report", "alert"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One message that waits for its ack. ``position`` orders the entries of all boots."""
+
+    position: int
+    boot: str
+    seq: int
+    kind: Kind
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Totals since the spool was made. ``reports_total`` counts each report put, acknowledged or not."""
+
+    session: int
+    reports_total: int
+    alerts_total: int
+    dropped_total: int
+    pending: int
+
+
+class Spool:
+    """The spool of one agent process.
+
+    Args:
+        path: the database file; made when missing.
+        boot: id of this process, 16 hex digits.
+        max_bytes: bound on the payloads that wait.
+
+    Raises:
+        ConfigError: the file cannot be made, is damaged or of another version.
+    """
+
+    def __init__(self, path: Path, *, boot: str, max_bytes: int) -> None:
+        self._path = path
+        self._boot = boot
+        self._max_bytes = max_bytes
+        self._next_seq = 1
+        with self._errors():
+            # Transactions are opened and ended by hand, in _transaction.
+            self._db = sqlite3.connect(path, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            (version,) = self._db.execute("PRAGMA user_version").fetchone()
+            if version == 0:
+                with self._transaction():
+                    for statement in _SCHEMA.split(";"):
+                        self._db.execute(statement)
+                    self._db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+            elif version != _SCHEMA_VERSION:
+                raise ConfigError(f"spool {path}", got=f"version {version}", expected=f"version {_SCHEMA_VERSION}")
+            row = self._db.execute("SELECT COUNT(*), TOTAL(LENGTH(payload)) FROM outbox").fetchone()
+            self.pending_count, self._bytes = int(row[0]), int(row[1])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def next_session(self) -> int:
+        """Count one more connection attempt and return its number; numbers are never given twice."""
+        with self._errors(), self._transaction():
+            self._db.execute("UPDATE counters SET session = session + 1")
+            (session,) = self._db.execute("SELECT session FROM counters").fetchone()
+        return int(session)
+
+    def put(self, build: Callable[[str, int], Report | Alert], consumed: Iterable[str] = ()) -> int:
+        """Commit one message, and with it the names of the input files that it counts.
+
+        Args:
+            build: makes the message for (boot, seq).
+            consumed: names of files that must not be counted again.
+
+        Returns:
+            The message's seq.
+
+        Raises:
+            ConfigError: the disk is full or refuses to write; nothing was changed.
+        """
+        seq = self._next_seq
+        message = build(self._boot, seq)
+        payload = encode(message)
+        is_report = isinstance(message, Report)
+        with self._errors(), self._transaction():
+            self._db.execute(
+                "INSERT INTO outbox (boot, seq, kind, payload) VALUES (?, ?, ?, ?)",
+                (self._boot, seq, "report" if is_report else "alert", payload),
+            )
+            self._db.execute(
+                "UPDATE counters SET reports_total = reports_total + ?, alerts_total = alerts_total + ?",
+                (int(is_report), int(not is_report)),
+            )
+            self._db.executemany("INSERT OR IGNORE INTO consumed VALUES (?)", ((name,) for name in consumed))
+            dropped, freed = self._make_room(self._bytes + len(payload))
+        self._next_seq = seq + 1
+        self._bytes += len(payload) - freed
+        self.pending_count += 1 - dropped
+        if dropped:
+            log.warning("spool full: %d oldest messages dropped, the hub will never see them", dropped)
+        return seq
+
+    def pending(self, after: int = 0, limit: int = 100) -> list[Entry]:
+        """At most ``limit`` entries behind a position, oldest first."""
+        with self._errors():
+            rows = self._db.execute(
+                "SELECT position, boot, seq, kind, payload FROM outbox WHERE position > ? ORDER BY position LIMIT ?",
+                (after, limit),
+            ).fetchall()
+        return [Entry(*row) for row in rows]
+
+    def forget(self, ack: Ack) -> frozenset[int]:
+        """Delete what the hub has stored: all of the ack's boot up to ``through_seq``, but its gaps.
+
+        Returns:
+            The positions that were deleted; empty for a repeated ack.
+        """
+        with self._errors(), self._transaction():
+            rows = self._db.execute(
+                "SELECT position, seq, LENGTH(payload) FROM outbox WHERE boot = ? AND seq <= ?",
+                (ack.boot, ack.through_seq),
+            ).fetchall()
+            gaps = frozenset(ack.gaps)
+            stored = [(position, size) for position, seq, size in rows if seq not in gaps]
+            self._db.executemany("DELETE FROM outbox WHERE position = ?", ((position,) for position, _ in stored))
+        self._bytes -= sum(size for _, size in stored)
+        self.pending_count -= len(stored)
+        return frozenset(position for position, _ in stored)
+
+    def consumed(self) -> list[str]:
+        """Names of input files that are counted and may still lie in the source."""
+        with self._errors():
+            return [name for (name,) in self._db.execute("SELECT name FROM consumed ORDER BY name")]
+
+    def clear_consumed(self) -> None:
+        """Forget these names, once the files are deleted."""
+        with self._errors(), self._transaction():
+            self._db.execute("DELETE FROM consumed")
+
+    def _make_room(self, size: int) -> tuple[int, int]:
+        """Drop the oldest until ``size`` fits; the newest always stays. Returns (entries, bytes) dropped."""
+        dropped = freed = 0
+        if size > self._max_bytes:
+            rows = self._db.execute("SELECT position, LENGTH(payload) FROM outbox ORDER BY position").fetchall()
+            for position, length in rows[:-1]:
+                if size - freed <= self._max_bytes:
+                    break
+                self._db.execute("DELETE FROM outbox WHERE position = ?", (position,))
+                dropped, freed = dropped + 1, freed + length
+            self._db.execute("UPDATE counters SET dropped_total = dropped_total + ?", (dropped,))
+        return dropped, freed
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise _config_error(self._path, error) from error
+
+
+def read_counters(path: Path) -> Counters:
+    """The totals of a spool that an agent may be writing to; nothing is changed.
+
+    Raises:
+        ConfigError: there is no such spool, or it cannot be read.
+    """
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            row = db.execute(
+                "SELECT session, reports_total, alerts_total, dropped_total,"
+                " (SELECT COUNT(*) FROM outbox) FROM counters"
+            ).fetchone()
+    except sqlite3.Error as error:
+        raise _config_error(path, error) from error
+    return Counters(*row)
+
+
+def _config_error(path: Path, error: sqlite3.Error) -> ConfigError:
+    return ConfigError(
+        f"spool {path}",
+        got=str(error),
+        expected="a file that can be read and written",
+        do="free disk space or check the folder; move the file away if it is damaged",
+    )

@@ -1,0 +1,268 @@
+"""The link to the broker: sessions and wills, reconnecting, and which message is sent when."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from edgeguard.agent import link as network
+from edgeguard.agent.config import BrokerConfig
+from edgeguard.agent.link import Connected, Event, Hint, Link, Lost, Outflow, backoff
+from edgeguard.agent.spool import Entry
+from edgeguard.contract import topics
+from edgeguard.contract.messages import Ack, Desired, Status, encode
+from edgeguard.errors import ConfigError, LinkError
+from tests.simulators.mosquitto import Mosquitto, free_port
+from tests.simulators.tiny_hub import TinyHub, wait_until
+
+BOOT = "00000000000000aa"
+
+
+def make(port: int, *, host: str = "127.0.0.1") -> Link:
+    counter = itertools.count(1)
+    return Link(
+        BrokerConfig(host=host, port=port),
+        fleet="demo",
+        device="camera-1",
+        boot=BOOT,
+        next_session=lambda: next(counter),
+    )
+
+
+def next_event(link: Link, kind: type[Event]) -> Event:
+    found: list[Event] = []
+
+    def arrived() -> bool:
+        found.extend(event for event in link.poll(0.02) if isinstance(event, kind))
+        return bool(found)
+
+    wait_until(arrived, f"{kind.__name__}")
+    return found[0]
+
+
+@pytest.fixture
+def link(mosquitto: Mosquitto) -> Iterator[Link]:
+    one = make(mosquitto.port)
+    yield one
+    one.close()
+
+
+def test_a_connection_has_the_number_of_its_attempt(link: Link) -> None:
+    assert next_event(link, Connected) == Connected(session=1)
+    assert link.connected
+
+
+def test_a_broker_that_is_down_is_tried_until_it_is_there(mosquitto: Mosquitto, link: Link) -> None:
+    mosquitto.stop()
+    lost = next_event(link, Lost)
+    assert isinstance(lost, Lost) and "refused" in lost.reason
+    next_event(link, Lost)
+    mosquitto.start()
+    connected = next_event(link, Connected)
+    assert isinstance(connected, Connected)
+    assert connected.session == link.session >= 3
+
+
+def test_each_reconnection_is_a_new_session(mosquitto: Mosquitto, link: Link) -> None:
+    first = next_event(link, Connected)
+    mosquitto.kill()
+    next_event(link, Lost)
+    assert not link.connected
+    mosquitto.start()
+    again = next_event(link, Connected)
+    assert isinstance(first, Connected) and isinstance(again, Connected)
+    assert again.session > first.session
+
+
+def test_what_a_former_connection_still_says_does_not_end_the_present_one(link: Link) -> None:
+    next_event(link, Connected)
+    link._inbox.put((link.session - 1, Lost("late news")))
+    assert link.poll(0.2) == []
+    assert link.connected
+
+
+def test_the_will_fires_with_the_session_of_its_connection(hub: TinyHub, mosquitto: Mosquitto, link: Link) -> None:
+    next_event(link, Connected)
+    # A second connection of the same device: the broker ends the first one and sends its will.
+    second = make(mosquitto.port)
+    next_event(second, Connected)
+    wait_until(lambda: hub.latest(Status), "the will")
+    assert hub.latest(Status) == Status(state="offline", session=1, boot=BOOT)
+    second.close()
+
+
+def test_closing_says_stopped_and_fires_no_will(hub: TinyHub, mosquitto: Mosquitto) -> None:
+    link = make(mosquitto.port)
+    next_event(link, Connected)
+    link.close()
+    wait_until(lambda: hub.latest(Status), "a status")
+    hub.send("camera-1", topics.STATUS, encode(Status(state="online", session=99, boot=BOOT)))
+    wait_until(lambda: len(hub.said) == 2, "the message that closes the experiment")
+    assert [m.state for m in hub.said if isinstance(m, Status)] == ["stopped", "online"]
+
+
+def test_closing_without_a_connection_returns() -> None:
+    link = make(free_port())
+    link.poll()
+    link.close()
+
+
+def test_acks_and_hints_arrive_as_events(hub: TinyHub, link: Link) -> None:
+    next_event(link, Connected)
+    ack, desired = Ack(boot=BOOT, through_seq=3), Desired(target="m-2.tflite", sequence=2)
+    wait_until(lambda: not link.poll(0.05), "quiet")
+    hub.send("camera-1", topics.ACK, encode(ack))
+    assert next_event(link, Ack) == ack
+    hub.hint("camera-1", desired.target, desired.sequence)
+    assert next_event(link, Hint) == Hint(desired, fresh=True)
+
+
+def test_a_retained_hint_is_told_from_a_fresh_one(hub: TinyHub, link: Link) -> None:
+    hub.hint("camera-1", "m-2.tflite", 2)
+    hint = next_event(link, Hint)
+    assert isinstance(hint, Hint) and not hint.fresh
+
+
+@pytest.mark.parametrize("channel", [topics.ACK, topics.MODEL_DESIRED])
+@pytest.mark.parametrize(
+    "payload",
+    [b"{", b"[]", b'{"v":2,"boot":"00000000000000aa","through_seq":1}', b"\xff", b'{"target":"../x","sequence":1}'],
+)
+def test_a_hostile_payload_is_ignored_and_the_link_lives(
+    hub: TinyHub, link: Link, channel: str, payload: bytes
+) -> None:
+    next_event(link, Connected)
+    hub.send("camera-1", channel, payload)
+    good = Ack(boot=BOOT, through_seq=1)
+    hub.send("camera-1", topics.ACK, encode(good))
+    assert next_event(link, Ack) == good
+
+
+def test_a_peer_that_is_no_broker_is_lost_and_tried_again(link: Link) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            for _ in range(2):
+                connection, _ = server.accept()
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                connection.close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        confused = make(server.getsockname()[1])
+        next_event(confused, Lost)
+        next_event(confused, Lost)
+        confused.close()
+
+
+def silent(_tmp_path: Path) -> Iterator[BrokerConfig]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield BrokerConfig(host="127.0.0.1", port=server.getsockname()[1])
+
+
+def nobody(_tmp_path: Path) -> Iterator[BrokerConfig]:
+    yield BrokerConfig(host="127.0.0.1", port=free_port())
+
+
+def no_such_host(_tmp_path: Path) -> Iterator[BrokerConfig]:
+    yield BrokerConfig(host="no-such-host.invalid")
+
+
+def no_host_name(_tmp_path: Path) -> Iterator[BrokerConfig]:
+    yield BrokerConfig(host="a" * 200 + "..b")
+
+
+@pytest.mark.parametrize("case", [silent, nobody, no_such_host, no_host_name])
+def test_a_check_of_a_broker_that_is_not_there_says_so_in_one_line(
+    case: Callable[[Path], Iterator[BrokerConfig]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network, "CONNECT_TIMEOUT_S", 1.0)
+    for broker in case(tmp_path):
+        with pytest.raises(LinkError, match=f"broker {broker.host}:{broker.port}; got .+; expected an MQTT") as caught:
+            network.check(broker)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_check_of_a_broker_that_is_there_disturbs_no_running_agent(mosquitto: Mosquitto, link: Link) -> None:
+    next_event(link, Connected)
+    network.check(BrokerConfig(host="127.0.0.1", port=mosquitto.port))
+    assert not [event for event in link.poll(0.3) if isinstance(event, Lost)]
+
+
+def test_a_certificate_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text("nonsense")
+    for name in ("ca.pem", "missing.pem"):
+        with pytest.raises(ConfigError, match=name):
+            network.check(BrokerConfig(host="127.0.0.1", ca=tmp_path / name))
+
+
+class Waiting:
+    """A spool's pending entries, as a plain list of positions."""
+
+    def __init__(self, count: int) -> None:
+        self.positions = list(range(1, count + 1))
+
+    def __call__(self, after: int, limit: int) -> list[Entry]:
+        found = [p for p in self.positions if p > after][:limit]
+        return [Entry(p, BOOT, p, "report", b"") for p in found]
+
+    def forget(self, *positions: int) -> frozenset[int]:
+        self.positions = [p for p in self.positions if p not in positions]
+        return frozenset(positions)
+
+
+def sent(outflow: Outflow, waiting: Waiting, now_s: float) -> list[int]:
+    return [entry.position for entry in outflow.take(waiting, now_s)]
+
+
+def test_messages_go_out_in_order_and_no_more_than_the_window() -> None:
+    outflow, waiting = Outflow(in_flight=3), Waiting(5)
+    assert sent(outflow, waiting, 0) == [1, 2, 3]
+    assert sent(outflow, waiting, 0) == []
+    outflow.acknowledged(waiting.forget(1, 2), 0)
+    assert sent(outflow, waiting, 0) == [4, 5]
+
+
+def test_what_is_unacknowledged_is_sent_again_ever_more_rarely() -> None:
+    outflow, waiting = Outflow(first_s=5, cap_s=15), Waiting(2)
+    times = [t for t in range(100) if sent(outflow, waiting, float(t)) == [1, 2]]
+    assert times == [0, 5, 15, 30, 45, 60, 75, 90]
+
+
+def test_an_ack_brings_the_time_out_back_to_its_first_value() -> None:
+    outflow, waiting = Outflow(first_s=5, cap_s=100), Waiting(2)
+    for t in (0.0, 5.0, 15.0):
+        assert sent(outflow, waiting, t) == [1, 2]
+    outflow.acknowledged(waiting.forget(1), 20.0)
+    assert sent(outflow, waiting, 24.9) == []
+    assert sent(outflow, waiting, 25.0) == [2]
+
+
+def test_an_ack_of_nothing_new_does_not_put_off_the_time_out() -> None:
+    outflow, waiting = Outflow(first_s=5), Waiting(1)
+    sent(outflow, waiting, 0)
+    outflow.acknowledged(frozenset(), 4)
+    assert sent(outflow, waiting, 5) == [1]
+
+
+def test_a_new_connection_starts_from_the_oldest() -> None:
+    outflow, waiting = Outflow(), Waiting(3)
+    assert sent(outflow, waiting, 0) == [1, 2, 3]
+    outflow.restart()
+    assert sent(outflow, waiting, 0) == [1, 2, 3]
+
+
+def test_a_gap_is_sent_again() -> None:
+    outflow, waiting = Outflow(first_s=5), Waiting(3)
+    sent(outflow, waiting, 0)
+    outflow.acknowledged(waiting.forget(1, 3), 1)
+    assert sent(outflow, waiting, 5.9) == []
+    assert sent(outflow, waiting, 6) == [2]
+
+
+def test_back_off_doubles_up_to_its_bound() -> None:
+    assert [backoff(n, first_s=1, cap_s=10) for n in (0, 1, 2, 3, 4, 10_000)] == [1, 2, 4, 8, 10, 10]

@@ -1,0 +1,212 @@
+"""Updates the whole way: a signed repository over HTTP, a fetch child, a running agent."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import threading
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from edgeguard.contract.messages import Birth, Reported
+from edgeguard.detection import metadata as metadata_reader
+from edgeguard.release.repository import Release, Repository
+from firmware_bridge.slots import Slots
+from tests.agent.conftest import Device
+from tests.simulators.tiny_hub import TinyHub, wait_until
+
+Make = Callable[..., Device]
+Digits = npt.NDArray[np.uint8]
+
+
+class Site:
+    """A repository that signs and serves the second model; ``served`` is its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.served = folder / "served"
+        self.repository = Repository.create(self.served, folder / "keys", clock=lambda: datetime.now(timezone.utc))
+        (folder / "root.json").write_bytes(self.repository.root())
+        handler = functools.partial(_Quiet, directory=str(self.served))
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.config = (
+            f'[update]\nmetadata_url = "{url}/metadata"\ntargets_url = "{url}/targets"\n'
+            f'root = "{folder}/root.json"\nretry_s = 0.5\n'
+        )
+
+    def release(self, new: Path, old: Path) -> Release:
+        content = new.read_bytes()
+        metadata = metadata_reader.read(content)
+        return self.repository.add(
+            content,
+            name="digits",
+            model_digest=metadata.model_digest,
+            guard_digest=metadata.guard_digest,
+            replaces=metadata_reader.read(old.read_bytes()).model_digest,
+        )
+
+    def target(self) -> Path:
+        """The file of the newest release."""
+        (path,) = (self.served / "targets").iterdir()
+        return path
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        """Be quiet."""
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    one = Site(tmp_path)
+    yield one
+    one.close()
+
+
+def state(hub: TinyHub) -> str | None:
+    reported = hub.latest(Reported)
+    return reported.state if reported else None
+
+
+def digests(models: tuple[Path, Path]) -> tuple[str, str]:
+    first, second = (metadata_reader.read(path.read_bytes()).model_digest for path in models)
+    return first, second
+
+
+def test_a_swap_loses_no_input_and_every_window_has_one_model(
+    hub: TinyHub, device: Make, site: Site, digit_models: tuple[Path, Path], digits: Digits
+) -> None:
+    release = site.release(digit_models[1], digit_models[0])
+    camera = device(more=site.config)
+    fed = camera.feed(digits[:100], batch=8)
+    camera.start()
+    wait_until(hub.reports, "a report of the old model")
+    hub.hint("camera-1", release.target, release.sequence)
+    for _ in range(1000):
+        if state(hub) == "updated":
+            break
+        fed += camera.feed(digits[:8], batch=8)
+        wait_until(lambda: camera.waiting() < 20, "inputs taken")
+    fed += camera.feed(digits[:100], batch=8)
+    wait_until(lambda: camera.waiting() == 0, "an empty inbox")
+    assert camera.stop() == 0
+    assert hub.inputs() == fed
+    order = [report.model_digest for report in hub.reports()]
+    old, new = digests(digit_models)
+    assert order == [old] * order.count(old) + [new] * order.count(new)
+    assert order.count(old) and order.count(new)
+    birth, reported = hub.latest(Birth), hub.latest(Reported)
+    assert birth is not None and reported is not None
+    assert birth.model_digest == reported.model_digest == new
+    assert (birth.sequence, reported.desired_sequence) == (1, 1)
+
+
+def test_a_swap_closes_the_window_of_the_old_model(
+    hub: TinyHub, device: Make, site: Site, digit_models: tuple[Path, Path], digits: Digits
+) -> None:
+    release = site.release(digit_models[1], digit_models[0])
+    camera = device(more=site.config, window="inputs = 64\nseconds = 3600")
+    camera.feed(digits[:48])
+    camera.start()
+    hub.hint("camera-1", release.target, release.sequence)
+    wait_until(lambda: state(hub) == "updated", "the update")
+    camera.feed(digits[:64])
+    camera.wait_for_waiting(0)
+    assert camera.stop() == 0
+    old, new = digests(digit_models)
+    assert [(report.model_digest, report.inputs) for report in hub.reports()] == [(old, 48), (new, 64)]
+    states = [reported.state for reported in hub.all(Reported)]
+    assert set(states[states.index("updated") :]) == {"updated"}, "nothing is left to fetch"
+    assert Slots(camera.folder / "state" / "slots").confirmed, "a model that filled a window proved itself"
+
+
+def test_the_new_model_still_runs_after_a_kill(
+    hub: TinyHub, device: Make, site: Site, digit_models: tuple[Path, Path]
+) -> None:
+    release = site.release(digit_models[1], digit_models[0])
+    camera = device(more=site.config)
+    camera.start()
+    hub.hint("camera-1", release.target, release.sequence)
+    wait_until(lambda: state(hub) == "updated", "the update")
+    camera.kill()
+    births = len(hub.all(Birth))
+    camera.start()
+    wait_until(lambda: len(hub.all(Birth)) > births, "a new birth")
+    assert hub.all(Birth)[-1].model_digest == digests(digit_models)[1]
+    wait_until(lambda: state(hub) == "updated", "the standing hint is answered")
+
+
+def test_a_tampered_file_is_refused_the_old_model_runs_on_and_the_genuine_one_follows(
+    hub: TinyHub, device: Make, site: Site, digit_models: tuple[Path, Path], digits: Digits
+) -> None:
+    release = site.release(digit_models[1], digit_models[0])
+    genuine = site.target().read_bytes()
+    site.target().write_bytes(genuine[:-1] + bytes([genuine[-1] ^ 1]))
+    camera = device(more=site.config)
+    camera.start()
+    hub.hint("camera-1", release.target, release.sequence)
+    wait_until(lambda: state(hub) == "refused", "the refusal")
+    fed = camera.feed(digits[:64])
+    wait_until(lambda: hub.inputs() == fed, "inputs that the old model still counts")
+    assert {report.model_digest for report in hub.reports()} == {digests(digit_models)[0]}
+    site.target().write_bytes(genuine)
+    wait_until(lambda: state(hub) == "updated", "the genuine release")
+    assert camera.stop() == 0
+
+
+def test_a_signed_release_that_describes_another_model_is_refused(
+    hub: TinyHub, device: Make, site: Site, digit_models: tuple[Path, Path]
+) -> None:
+    old, new = digests(digit_models)
+    content = digit_models[1].read_bytes()
+    release = site.repository.add(content, name="digits", model_digest=new, guard_digest="f" * 64, replaces=old)
+    camera = device(more=site.config)
+    camera.start()
+    hub.hint("camera-1", release.target, release.sequence)
+    wait_until(lambda: state(hub) == "refused", "the refusal")
+    reported = hub.latest(Reported)
+    assert reported is not None and "guard_digest" in reported.reason
+    assert reported.model_digest == old
+    assert camera.stop() == 0
+
+
+def test_a_server_that_is_down_is_a_failure_and_not_a_refusal(
+    hub: TinyHub, device: Make, site: Site, digit_models: tuple[Path, Path]
+) -> None:
+    release = site.release(digit_models[1], digit_models[0])
+    site.close()
+    camera = device(more=site.config)
+    camera.start()
+    hub.hint("camera-1", release.target, release.sequence)
+    wait_until(lambda: state(hub) == "failed", "the failure")
+    assert camera.stop() == 0
+
+
+def test_a_damaged_slot_falls_back_to_the_model_before_it(
+    hub: TinyHub, device: Make, site: Site, digit_models: tuple[Path, Path]
+) -> None:
+    release = site.release(digit_models[1], digit_models[0])
+    camera = device(more=site.config)
+    camera.start()
+    hub.hint("camera-1", release.target, release.sequence)
+    wait_until(lambda: state(hub) == "updated", "the update")
+    camera.kill()
+    site.target().unlink()
+    new = digit_models[1].read_bytes()
+    slots = camera.folder / "state" / "slots"
+    (active,) = (path for path in slots.glob("*.tflite") if path.read_bytes() == new)
+    active.write_bytes(new[:-100])
+    births = len(hub.all(Birth))
+    camera.start()
+    wait_until(lambda: len(hub.all(Birth)) > births, "a new birth")
+    assert hub.all(Birth)[-1].model_digest == digests(digit_models)[0]
