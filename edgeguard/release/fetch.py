@@ -125,9 +125,20 @@ def _flush(folder: Path) -> None:
             os.close(descriptor)
 
 
+_MEANINGS = {
+    "LengthOrHashMismatchError": "the file is not the one that was signed",
+    "UnsignedMetadataError": "the metadata is not signed by the keys that this device trusts",
+    "ExpiredMetadataError": "the signed metadata has expired",
+    "BadVersionNumberError": "the signed metadata is older than what this device has seen",
+    "DownloadLengthMismatchError": "the server sent more than was signed",
+}
+"""What an operator reads first; the library's own words follow."""
+
+
 def _describe(error: BaseException) -> str:
-    """One line: the error and what caused it, which is where urllib3 and TUF keep the reason."""
-    parts: list[str] = []
+    """One line: what it means, the error, and what caused it, which is where urllib3 and TUF keep the reason."""
+    meaning = _MEANINGS.get(type(error).__name__)
+    parts: list[str] = [meaning] if meaning else []
     cause: BaseException | None = error
     while cause is not None and len(parts) < 3:
         parts.append(f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__)

@@ -21,8 +21,8 @@ import pytest
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]
-from tuf.api.metadata import Metadata, MetaFile, Snapshot, TargetFile, Targets, Timestamp  # type: ignore[attr-defined]
+from securesystemslib.signer import CryptoSigner
+from tuf.api.metadata import Metadata, MetaFile, Snapshot, TargetFile, Targets, Timestamp
 
 from edgeguard.errors import ConfigError
 from edgeguard.release.client import FetchRequest, FetchResult, read_outcome, spawn_fetch
@@ -396,7 +396,7 @@ def test_random_bytes_in_metadata_are_refused(world: World, name: str, content: 
 
 
 def test_a_role_that_the_targets_delegate_to_is_not_followed(world: World) -> None:
-    from tuf.api.metadata import DelegatedRole, Delegations  # type: ignore[attr-defined]
+    from tuf.api.metadata import DelegatedRole, Delegations
 
     helper = CryptoSigner.generate_ed25519()
     delegated: Metadata[Targets] = Metadata(Targets(expires=now() + timedelta(days=1)))
