@@ -15,7 +15,7 @@ from edgeguard.detection import runtime
 from edgeguard.detection.guarded import GuardedModel, TfliteModel
 from edgeguard.detection.statistics import fit, raw_scores, set_thresholds
 from edgeguard.errors import ConfigError, ModelError
-from tests.simulators import third_party
+from tests.simulators import needs
 from tests.simulators.attacked import Attacked
 
 THIRD_PARTY = (
@@ -147,7 +147,7 @@ def test_a_layer_is_found_in_a_tensors_name(name: str, layer: str) -> None:
 
 @pytest.mark.parametrize("name", THIRD_PARTY)
 def test_a_third_party_model_is_guarded_and_verified(name: str) -> None:
-    content = third_party.model(name).read_bytes()
+    content = needs.third_party_model(name).read_bytes()
     shape = TfliteModel(content).input_shape
     pixels = np.random.default_rng(0).integers(0, 256, (420, *shape), dtype=np.uint8)
     inputs = pixels.astype(np.float32) / 64 - 2 if "kws" in name else pixels

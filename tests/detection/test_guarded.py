@@ -17,6 +17,7 @@ from edgeguard.detection import metadata, runtime
 from edgeguard.detection.guarded import GuardedModel
 from edgeguard.detection.verdict import judge
 from edgeguard.errors import ConfigError, ModelError
+from tests.simulators import needs
 from tests.simulators.attacked import Attacked
 
 
@@ -42,9 +43,8 @@ def test_on_a_clean_twin_the_detector_stays_silent(clean_twin: Attacked) -> None
 
 
 def test_every_runtime_gives_the_same_answers(attacked: Attacked) -> None:
+    needs.python_module("tflite_runtime", "tflite-runtime", until=(3, 11))
     names = [n for n in runtime.available() if n != "tensorflow"]
-    if len(names) < 2:
-        pytest.skip("one TFLite runtime installed; tflite-runtime needs Python 3.11")
     models = [GuardedModel.load(attacked.conversion.guarded, runtime=name) for name in names]
     for x in attacked.data.x_test[:50]:
         first, *others = [m.infer(x) for m in models]
@@ -54,9 +54,7 @@ def test_every_runtime_gives_the_same_answers(attacked: Attacked) -> None:
 
 
 def test_tflite_micro_runs_the_same_file(attacked: Attacked) -> None:
-    micro = pytest.importorskip(
-        "tflite_micro.python.tflite_micro.runtime", reason="pip install tflite-micro (x86-64, up to Python 3.12)"
-    )
+    micro = needs.python_module("tflite_micro.python.tflite_micro.runtime", "tflite-micro", until=(3, 12))
     model = GuardedModel.load(attacked.conversion.guarded)
     interpreter = micro.Interpreter.from_bytes(attacked.conversion.guarded)
     images = attacked.data.x_test[:40].astype(np.uint8)

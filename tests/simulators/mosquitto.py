@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import time
@@ -11,16 +10,7 @@ from pathlib import Path
 
 import pytest
 
-
-def executable() -> str:
-    """The mosquitto program. Skips the test where it is not installed, but never in CI."""
-    found = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
-    if found:
-        return found
-    message = "mosquitto is not installed (Debian: apt-get install mosquitto)"
-    if os.environ.get("CI") == "true":
-        pytest.fail(message)
-    pytest.skip(message)
+from tests.simulators import needs
 
 
 def free_port() -> int:
@@ -67,7 +57,9 @@ class Mosquitto:
             + (f"user {os.environ.get('USER', 'root')}\n" if os.geteuid() == 0 else "")
         )
         self._process = subprocess.Popen(
-            [executable(), "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [needs.program("mosquitto", "mosquitto"), "-c", str(config)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         wait_for_port(self.port)
 
