@@ -1,0 +1,176 @@
+"""Adds up what devices say of one model and predicted label, so that no single device decides. Pure.
+
+Rules enforced here:
+
+* counts and feature sums of one device and label are added exactly once per report (the store sees to that);
+* when devices are pooled, none brings more than a given share of the inputs, nor of the flagged inputs: a device
+  that floods the hub with clean windows hides nothing, and one that floods it with flags decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeguard.contract import messages
+
+Vector = npt.NDArray[np.float64]
+
+
+def _nothing() -> Vector:
+    return np.zeros(0)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DeviceEvidence:
+    """The sums of one device for one predicted label, over all of its reports.
+
+    ``flagged_vectors`` of the ``flagged`` inputs came with features, ``unflagged`` likewise; the sums are float64
+    ``[D]``, empty while there were none.
+    """
+
+    device: str
+    label: int
+    inputs: int = 0
+    flagged: int = 0
+    flagged_vectors: int = 0
+    flagged_sum: Vector = field(default_factory=_nothing)
+    unflagged: int = 0
+    unflagged_sum: Vector = field(default_factory=_nothing)
+    unflagged_squares: Vector = field(default_factory=_nothing)
+
+    @property
+    def width(self) -> int:
+        """D, or 0 while no features came."""
+        return max(self.flagged_sum.size, self.unflagged_sum.size)
+
+    def add(self, count: messages.LabelCount, features: messages.LabelEvidence | None) -> DeviceEvidence:
+        """These sums and one window more. The features must have the width of those before."""
+        total = replace(self, inputs=self.inputs + count.inputs, flagged=self.flagged + count.flagged)
+        if features is None:
+            return total
+        total = replace(
+            total,
+            flagged_vectors=self.flagged_vectors + features.flagged,
+            flagged_sum=_plus(self.flagged_sum, features.flagged * np.array(features.flagged_mean, dtype=np.float64)),
+        )
+        if not features.unflagged:
+            return total
+        mean = np.array(features.unflagged_mean, dtype=np.float64)
+        std = np.array(features.unflagged_std, dtype=np.float64)
+        return replace(
+            total,
+            unflagged=self.unflagged + features.unflagged,
+            unflagged_sum=_plus(self.unflagged_sum, features.unflagged * mean),
+            unflagged_squares=_plus(
+                self.unflagged_squares, features.unflagged * np.asarray(std**2 + mean**2, dtype=np.float64)
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceCount:
+    """What one device counted, before any capping."""
+
+    device: str
+    inputs: int
+    flagged: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LabelEvidence:
+    """The pooled evidence of one model and predicted label.
+
+    ``inputs`` and ``flagged`` are counts after capping, rounded so that the suspicion is never strengthened. The
+    vectors are float64 ``[D]``, empty where no device sent such features.
+    """
+
+    model_digest: str
+    label: int
+    per_device: tuple[DeviceCount, ...]
+    inputs: int
+    flagged: int
+    flagged_mean: Vector
+    unflagged_mean: Vector
+    unflagged_std: Vector
+
+
+def pool(rows: Iterable[DeviceEvidence], *, model_digest: str, width: int, share: float) -> tuple[LabelEvidence, ...]:
+    """Pool the devices of one model, label by label.
+
+    Args:
+        rows: the sums of every device and label.
+        model_digest: the model that they belong to.
+        width: D of that model; features of another width are left out.
+        share: the largest share that one device may bring, above 0 and at most 1.
+    """
+    ordered = sorted(rows, key=lambda row: (row.label, row.device))
+    return tuple(
+        _pool_label(tuple(group), label, model_digest=model_digest, width=width, share=share)
+        for label, group in groupby(ordered, key=lambda row: row.label)
+    )
+
+
+def capped(counts: Sequence[float], share: float) -> list[float]:
+    """Cut the largest counts down until none exceeds ``share`` of the sum of what is left.
+
+    With fewer than 1 / share contributors the best that can be asked for is equal parts.
+    """
+    contributors = sum(count > 0 for count in counts)
+    share = max(share, 1.0 / max(contributors, 1))
+    descending = sorted(counts, reverse=True)
+    rest = float(sum(counts))
+    for cut, largest in enumerate(descending):
+        # With the `cut` largest at one common level: level = share * (cut * level + rest).
+        level = share * rest / (1.0 - share * cut)
+        if largest <= level * (1.0 + 1e-12):
+            return [min(float(count), level) if cut else float(count) for count in counts]
+        rest -= largest
+    return [0.0] * len(counts)
+
+
+def _pool_label(
+    rows: tuple[DeviceEvidence, ...], label: int, *, model_digest: str, width: int, share: float
+) -> LabelEvidence:
+    weights = _weights(rows, share)
+    flagged_count = unflagged_count = 0.0
+    flagged_sum, unflagged_sum, unflagged_squares = np.zeros(width), np.zeros(width), np.zeros(width)
+    for row, weight in zip(rows, weights, strict=True):
+        if row.flagged_sum.size == width:
+            flagged_count += weight * row.flagged_vectors
+            flagged_sum += weight * row.flagged_sum
+        if row.unflagged_sum.size == width:
+            unflagged_count += weight * row.unflagged
+            unflagged_sum += weight * row.unflagged_sum
+            unflagged_squares += weight * row.unflagged_squares
+    mean = unflagged_sum / unflagged_count if unflagged_count else _nothing()
+    variance = unflagged_squares / unflagged_count - mean**2 if unflagged_count else _nothing()
+    return LabelEvidence(
+        model_digest=model_digest,
+        label=label,
+        per_device=tuple(DeviceCount(device=r.device, inputs=r.inputs, flagged=r.flagged) for r in rows),
+        # The small slack keeps a whole number whole after floating-point weights.
+        inputs=int(np.ceil(sum(w * r.inputs for w, r in zip(weights, rows, strict=True)) - 1e-6)),
+        flagged=int(np.floor(sum(w * r.flagged for w, r in zip(weights, rows, strict=True)) + 1e-6)),
+        flagged_mean=flagged_sum / flagged_count if flagged_count else _nothing(),
+        unflagged_mean=mean,
+        unflagged_std=np.sqrt(np.maximum(variance, 0.0)),
+    )
+
+
+def _weights(rows: Sequence[DeviceEvidence], share: float) -> list[float]:
+    """One factor a device, at most 1, that keeps its inputs and then its flagged inputs within ``share``."""
+    inputs = capped([row.inputs for row in rows], share)
+    by_inputs = [kept / row.inputs if row.inputs else 0.0 for kept, row in zip(inputs, rows, strict=True)]
+    before = [weight * row.flagged for weight, row in zip(by_inputs, rows, strict=True)]
+    after = capped(before, share)
+    by_flags = [new / old if old else 1.0 for new, old in zip(after, before, strict=True)]
+    return [first * second for first, second in zip(by_inputs, by_flags, strict=True)]
+
+
+def _plus(total: Vector, more: Vector) -> Vector:
+    return more if not total.size else total + more

@@ -1,0 +1,179 @@
+"""The hub as one process: puts the parts together, runs until it is told to stop, and stops within seconds.
+
+Rules enforced here:
+
+* what can be wrong with the configuration is found before anything starts: models, keys, database, port;
+* one hub per state folder: a second one is refused;
+* the hub starts and keeps running without a broker, and says at each attempt that it has none.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edgeguard.errors import ConfigError
+from edgeguard.hub import listener, web
+from edgeguard.hub.config import HubConfig, store_url
+from edgeguard.hub.director import REPAIR, Director, configured
+from edgeguard.hub.listener import Listener
+from edgeguard.hub.store import Store
+from edgeguard.hub.web import Web
+from edgeguard.release.repository import Repository
+
+log = logging.getLogger(__name__)
+
+
+def clock_ms() -> int:
+    """Milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
+
+
+class Hub:
+    """A hub that is ready to start; use it as a context.
+
+    Args:
+        config: the checked configuration.
+        command: the repair worker's program and first arguments.
+
+    Raises:
+        ConfigError: state folder, database, keys or port cannot be used.
+        ModelError: a configured model cannot be used.
+        TrustError: the release repository is not what its keys signed.
+    """
+
+    def __init__(self, config: HubConfig, *, command: Sequence[str] = REPAIR) -> None:
+        self._config = config
+        with ExitStack() as stack:
+            models = configured(config)
+            repository = _repository(config)
+            stack.enter_context(_lock(config.state_dir))
+            self._store = Store(store_url(config), fleet=config.fleet)
+            stack.callback(self._store.close)
+            self._web = Web(config.web)
+            stack.callback(self._web.stop)
+            self._listener = Listener(
+                config.broker,
+                fleet=config.fleet,
+                client_id=config.client_id,
+                store=self._store,
+                models=lambda: {digest: model.shape for digest, model in dict(self._director.models).items()},
+                clock_ms=clock_ms,
+                stored=self._notice,
+            )
+            self._director = Director(
+                config,
+                store=self._store,
+                models=models,
+                repository=repository,
+                listener=self._listener,
+                clock_ms=clock_ms,
+                command=command,
+            )
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Hub:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def port(self) -> int:
+        """The port of the web server."""
+        return self._web.port
+
+    def run(self, stopping: Callable[[float], bool]) -> None:
+        """Run until ``stopping``, which is asked to wait so many seconds, returns True."""
+        release = self._config.release
+        self._stack.callback(self._listener.stop)
+        self._stack.callback(self._director.stop)
+        self._web.start(web.build(self.status, release.folder if release else None))
+        self._listener.start()
+        log.info("hub of fleet %s is up", self._config.fleet)
+        while not stopping(self._config.policy.interval_s):
+            self._director.tick()
+        log.info("hub is stopping")
+
+    def _notice(self) -> None:
+        self._director.notice()
+
+    def status(self, since: int = 0) -> Mapping[str, Any]:
+        """What ``/v1/status`` shows: counts, devices, models, cases, and the timeline after event ``since``."""
+        release = self._config.release
+        return {
+            "fleet": self._config.fleet,
+            "broker_connected": self._listener.connected,
+            "base_url": release.base_url if release else None,
+            "counts": self._store.counts(),
+            "devices": self._store.devices(),
+            "models": [
+                {"name": model.name, "model_digest": digest, "guard_digest": model.guard.guard_digest}
+                for digest, model in dict(self._director.models).items()
+            ],
+            "cases": msgspec.to_builtins(self._store.cases()),
+            "events": self._store.events(since=since),
+        }
+
+
+def check(config: HubConfig) -> None:
+    """Everything that can be checked without running: configuration, models, keys, database, port, broker once.
+
+    Raises:
+        EdgeGuardError: the first thing that is wrong.
+    """
+    with Hub(config):
+        listener.check(config.broker)
+
+
+def run(config: HubConfig) -> None:
+    """Run until SIGTERM or SIGINT."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: stop.set())
+    with Hub(config) as hub:
+        hub.run(stop.wait)
+
+
+def _repository(config: HubConfig) -> Repository | None:
+    if config.release is None:
+        return None
+    repository = Repository.open(config.release.folder, config.release.keys, clock=lambda: datetime.now(timezone.utc))
+    latest = max((release.sequence for release in repository.releases()), default=0)
+    for model in config.models:
+        if model.sequence > latest:
+            # Devices take only higher numbers than the one they run: the next release would never be accepted.
+            raise ConfigError(
+                f"[[models]] {model.name}: sequence {model.sequence}",
+                expected=f"at most {latest}, the latest release in {config.release.folder}",
+                do="name the repository that released it",
+            )
+    return repository
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold the state folder for this process; the lock ends with the process, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "hub.lock").open("a")
+    except OSError as error:
+        raise ConfigError(f"state_dir {folder}", got=error.strerror, expected="a folder to write to") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"state_dir {folder}", got="another hub that uses it", do="stop that hub first"
+            ) from error
+        yield

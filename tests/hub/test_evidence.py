@@ -1,0 +1,105 @@
+"""Adding up evidence, and pooling it so that no device decides alone."""
+
+from __future__ import annotations
+
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgeguard.contract.messages import LabelCount
+from edgeguard.hub.evidence import DeviceEvidence, LabelEvidence, capped, pool
+from tests.simulators import fleet
+
+counts = st.lists(st.integers(0, 10**9), min_size=1, max_size=12)
+
+
+def device(name: str, *windows: tuple[int, int], label: int = 0, shift: float = 3.0) -> DeviceEvidence:
+    total = DeviceEvidence(device=name, label=label)
+    for inputs, flagged in windows:
+        message = fleet.report(counts=((label, inputs, flagged),), shift=shift)
+        total = total.add(message.labels[0], message.evidence[0] if message.evidence else None)
+    return total
+
+
+def pooled(*rows: DeviceEvidence, share: float = 0.5) -> LabelEvidence:
+    (only,) = pool(rows, model_digest=fleet.MODEL, width=fleet.WIDTH, share=share)
+    return only
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), max_size=8), st.randoms())
+def test_the_order_of_windows_does_not_matter(windows: list[tuple[int, int]], random: Random) -> None:
+    valid = [(a + b, b) for a, b in windows]
+    shuffled = list(valid)
+    random.shuffle(shuffled)
+    one, other = device("d", *valid), device("d", *shuffled)
+    assert (one.inputs, one.flagged, one.unflagged) == (other.inputs, other.flagged, other.unflagged)
+    np.testing.assert_allclose(one.flagged_sum, other.flagged_sum)
+    np.testing.assert_allclose(one.unflagged_squares, other.unflagged_squares)
+
+
+def test_means_and_deviations_are_those_of_all_inputs_together() -> None:
+    total = pooled(device("a", (10, 4), (30, 6)), device("b", (20, 10)))
+    np.testing.assert_allclose(total.flagged_mean, (1, 2, 3, 7))
+    np.testing.assert_allclose(total.unflagged_mean, (1, 2, 3, 4))
+    np.testing.assert_allclose(total.unflagged_std, (0.5, 0.5, 0.5, 0.5))
+
+
+def test_a_window_without_features_still_counts() -> None:
+    total = device("a", (10, 2)).add(LabelCount(label=0, inputs=5, flagged=5), None)
+    assert (total.inputs, total.flagged, total.flagged_vectors) == (15, 7, 2)
+
+
+def test_labels_are_pooled_apart() -> None:
+    rows = (device("a", (10, 1), label=3), device("b", (20, 2), label=1), device("b", (5, 0), label=3))
+    found = pool(rows, model_digest=fleet.MODEL, width=fleet.WIDTH, share=1.0)
+    assert [(item.label, item.inputs, item.flagged) for item in found] == [(1, 20, 2), (3, 15, 1)]
+
+
+def test_features_of_another_width_are_left_out_and_the_counts_kept() -> None:
+    (only,) = pool([device("a", (10, 4))], model_digest=fleet.MODEL, width=7, share=1.0)
+    assert (only.inputs, only.flagged) == (10, 4)
+    assert only.flagged_mean.size == only.unflagged_mean.size == only.unflagged_std.size == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "share", "after"),
+    [
+        ([10, 10], 0.5, [10, 10]),
+        ([100, 10], 0.5, [10, 10]),
+        ([100, 10, 10], 0.5, [20, 10, 10]),
+        ([1000, 900, 10], 0.4, [20, 20, 10]),
+        ([100, 0], 0.5, [100, 0]),
+        ([100], 0.5, [100]),
+        ([100, 10], 1.0, [100, 10]),
+        ([0, 0], 0.5, [0, 0]),
+        ([9, 3, 3], 0.1, [3, 3, 3]),
+    ],
+)
+def test_the_largest_are_cut_to_the_share(before: list[float], share: float, after: list[float]) -> None:
+    assert capped(before, share) == pytest.approx(after)
+
+
+@given(counts, st.floats(0.05, 1.0))
+def test_nobody_brings_more_than_the_share(before: list[int], share: float) -> None:
+    after = capped(before, share)
+    contributors = sum(count > 0 for count in before)
+    assert max(after) <= max(share, 1 / max(contributors, 1)) * sum(after) * (1 + 1e-6)
+    assert all(new <= old for new, old in zip(after, before, strict=True))
+
+
+def test_a_device_that_floods_with_flags_brings_half_of_them() -> None:
+    total = pooled(device("liar", (10_000, 10_000)), device("a", (10_000, 40)), device("b", (10_000, 60)))
+    assert total.flagged == 200
+
+
+def test_a_device_that_floods_with_clean_windows_hides_nothing() -> None:
+    total = pooled(device("liar", (10**9, 0)), device("a", (1000, 100)), device("b", (1000, 100)))
+    assert (total.inputs, total.flagged) == (4000, 200)
+
+
+def test_what_each_device_counted_is_kept_as_it_was() -> None:
+    total = pooled(device("liar", (100, 90)), device("a", (100, 10)))
+    assert [(d.device, d.inputs, d.flagged) for d in total.per_device] == [("a", 100, 10), ("liar", 100, 90)]
