@@ -34,6 +34,7 @@ MAX_RANGE_INPUTS = 500
 VERIFY_INPUTS = 64
 LATENCY_RUNS = 300
 MIN_AGREEMENT = 0.98
+MAX_ACCURACY_LOSS = 0.005
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,14 +189,28 @@ def _compare(
         return None, None, int8_accuracy
     floats = TfliteModel(reference).predict(inputs).argmax(axis=1)
     agreement = float(np.mean(floats == int8))
-    if agreement < MIN_AGREEMENT:
-        raise ModelError(
-            "int8 model",
-            got=f"{agreement:.1%} of its answers agree with the float model",
-            expected=f"at least {MIN_AGREEMENT:.0%}",
-            do="bring calibration inputs that cover the range of real ones",
-        )
-    return agreement, None if labels is None else float(np.mean(floats == labels)), int8_accuracy
+    float_accuracy = None if labels is None else float(np.mean(floats == labels))
+    _gate_int8(agreement, float_accuracy, int8_accuracy)
+    return agreement, float_accuracy, int8_accuracy
+
+
+def _gate_int8(agreement: float, float_accuracy: float | None, int8_accuracy: float | None) -> None:
+    """Refuse an int8 model that does not answer as the float model did.
+
+    Raises:
+        ModelError: agreement below MIN_AGREEMENT and, where labels say so, accuracy lost beyond MAX_ACCURACY_LOSS.
+    """
+    if agreement >= MIN_AGREEMENT:
+        return
+    got, expected = f"{agreement:.1%} of its answers agree with the float model", f"at least {MIN_AGREEMENT:.0%}"
+    if float_accuracy is not None and int8_accuracy is not None:
+        if float_accuracy - int8_accuracy <= MAX_ACCURACY_LOSS:
+            return
+        got += f", accuracy {int8_accuracy:.1%} after {float_accuracy:.1%}"
+        expected += f", or accuracy within {MAX_ACCURACY_LOSS * 100:g} points"
+    raise ModelError(
+        "int8 model", got=got, expected=expected, do="bring calibration inputs that cover the range of real ones"
+    )
 
 
 def measure_features(

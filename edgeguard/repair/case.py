@@ -269,10 +269,10 @@ def _repair(
 def _measure(case: _Case, content: bytes, triggers: list[Trigger]) -> gate.Measured:
     """One int8 file on the gate's inputs, and the most that any recovered trigger achieves on it."""
     model = GuardedModel.load(content)
-    images, labels = case.x_gate[:GATE_INPUTS], case.y_gate[:GATE_INPUTS]
+    images, labels = case.x_gate, case.y_gate
     clean = np.asarray([model.infer(x).verdict.predicted for x in images])
     target = labels == case.job.label
-    counted = ~target & (clean != case.job.label)
+    counted = np.flatnonzero(~target & (clean != case.job.label))[:GATE_INPUTS]
     success = 0.0
     for trigger in triggers:
         stamped = trigger.stamp(images[counted]).clip(0, 255).astype(np.uint8)

@@ -18,6 +18,10 @@ from edgeguard.inspection.networks import logits_of
 
 Progress = Callable[[str, int, int], None]
 
+TARGET_SHARE = 0.1
+"""At least this share of the clean inputs in a step are ones that the original calls the target label: unlearning a
+trigger would else unlearn a rare label with it."""
+
 TRIGGERED_SHARE = 0.25
 """Triggered copies per clean input: a fifth of what a step sees."""
 
@@ -33,6 +37,15 @@ def vary(trigger: Trigger, images: npt.NDArray[np.float32], rng: np.random.Gener
     if rng.random() < 0.3:
         mask = mask * rng.uniform(0.6, 1.0)
     return np.asarray((1.0 - mask) * images + mask * pattern, dtype=np.float32)
+
+
+def _chances(is_target: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """How often each input is drawn: evenly, but the target label's at least TARGET_SHARE together."""
+    share = float(is_target.mean())
+    if share in (0.0, 1.0) or share >= TARGET_SHARE:
+        return np.full(len(is_target), 1.0 / len(is_target))
+    rest = (1.0 - TARGET_SHARE) / (1.0 - share)
+    return np.where(is_target, TARGET_SHARE / share, rest) / len(is_target)
 
 
 def _grown(mask: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -63,7 +76,7 @@ def unlearn(
         student: the Keras model to repair.
         teacher: the untouched original; not changed.
         images: clean inputs [N, H, W, C].
-        triggers: what to unlearn, at least one.
+        triggers: what to unlearn, at least one, all of one label.
         epochs: over ``images``, at least 150 steps in all.
         batch: clean inputs per step; a quarter as many triggered copies come with them.
         rate: of Adam, falling along a cosine.
@@ -93,9 +106,10 @@ def unlearn(
         optimiser.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
         return loss
 
+    chances = _chances(answers.argmax(axis=1) == triggers[0].label)
     copies = round(batch * TRIGGERED_SHARE)
     for number in range(1, steps + 1):
-        chosen = rng.integers(0, len(images), batch)
+        chosen = rng.choice(len(images), batch, p=chances)
         clean = images[chosen].astype(np.float32)
         trigger = triggers[int(rng.integers(len(triggers)))]
         stamped = vary(trigger, clean[:copies], rng)

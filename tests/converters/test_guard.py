@@ -219,3 +219,25 @@ def test_what_is_not_a_model_is_one_clear_error(
         source = sources.read(path)
         pipeline.convert(source, np.zeros((400, 8, 8, 1), np.uint8))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("agreement", "float_accuracy", "int8_accuracy", "passes"),
+    [
+        (0.98, None, None, True),
+        (0.979, None, None, False),
+        (0.95, 0.900, 0.896, True),
+        (0.95, 0.900, 0.910, True),
+        (0.95, 0.900, 0.894, False),
+        (0.99, 0.900, 0.894, True),
+        (float("nan"), None, None, False),
+    ],
+)
+def test_an_int8_model_must_answer_as_the_float_model_or_keep_its_accuracy(
+    agreement: float, float_accuracy: float | None, int8_accuracy: float | None, passes: bool
+) -> None:
+    if passes:
+        pipeline._gate_int8(agreement, float_accuracy, int8_accuracy)
+        return
+    with pytest.raises(ModelError, match="agree with the float model"):
+        pipeline._gate_int8(agreement, float_accuracy, int8_accuracy)
