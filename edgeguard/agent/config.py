@@ -1,10 +1,6 @@
 """The agent's configuration: one TOML file into frozen values, or one clear line on what is wrong with it.
 
-Rules enforced here:
-
-* an unknown key is refused by its name, so that a typing error never passes as a default;
-* every number has a range;
-* relative paths count from the folder of the configuration file, not from where the agent was started.
+The rules that both daemons' configurations follow stand in :mod:`edgeguard.settings`.
 
 Example:
     fleet = "demo"
@@ -21,53 +17,20 @@ Example:
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import msgspec
 from msgspec import Meta
 
+from edgeguard import settings
 from edgeguard.contract import topics
-from edgeguard.errors import ConfigError
 from edgeguard.release.client import MAX_MODEL_BYTES, Url
+from edgeguard.settings import BrokerConfig, Section
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-_MAX_BYTES = 1 << 20
-
-Port = Annotated[int, Meta(ge=1, le=65535)]
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 
 
-class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of the sections: immutable, and a key that no field is named after is refused."""
-
-
-class BrokerConfig(_Section, frozen=True, kw_only=True):
-    """``[broker]``: the MQTT broker, any that speaks MQTT 3.1.1.
-
-    Attributes:
-        host: name or address.
-        port: TCP port.
-        username: user name, where the broker asks for one.
-        password_file: file whose first line is the password; it never stands in the configuration itself.
-        ca: PEM file of the authority that signed the broker's certificate; TLS is used when it is given.
-        keepalive_s: seconds without traffic after which broker and device test each other.
-    """
-
-    host: Annotated[str, Meta(min_length=1, max_length=253)]
-    port: Port = 1883
-    username: Annotated[str, Meta(min_length=1)] | None = None
-    password_file: Path | None = None
-    ca: Path | None = None
-    keepalive_s: Annotated[int, Meta(ge=5, le=3600)] = 30
-
-
-class SourceConfig(_Section, frozen=True, kw_only=True):
+class SourceConfig(Section, frozen=True, kw_only=True):
     """``[source]``: where the inputs come from.
 
     Attributes:
@@ -81,7 +44,7 @@ class SourceConfig(_Section, frozen=True, kw_only=True):
     stop_at_end: bool = False
 
 
-class WindowConfig(_Section, frozen=True, kw_only=True):
+class WindowConfig(Section, frozen=True, kw_only=True):
     """``[window]``: how many inputs go into one report.
 
     Attributes:
@@ -93,7 +56,7 @@ class WindowConfig(_Section, frozen=True, kw_only=True):
     seconds: Seconds = 10.0
 
 
-class AlertsConfig(_Section, frozen=True, kw_only=True):
+class AlertsConfig(Section, frozen=True, kw_only=True):
     """``[alerts]``: flagged inputs that are told at once.
 
     Attributes:
@@ -103,7 +66,7 @@ class AlertsConfig(_Section, frozen=True, kw_only=True):
     per_minute: Annotated[int, Meta(ge=0, le=6000)] = 6
 
 
-class UpdateConfig(_Section, frozen=True, kw_only=True):
+class UpdateConfig(Section, frozen=True, kw_only=True):
     """``[update]``: signed models. Without this section the agent keeps the model it has.
 
     Attributes:
@@ -123,7 +86,7 @@ class UpdateConfig(_Section, frozen=True, kw_only=True):
     retry_s: Seconds = 5.0
 
 
-class SpoolConfig(_Section, frozen=True, kw_only=True):
+class SpoolConfig(Section, frozen=True, kw_only=True):
     """``[spool]``: reports that wait for the hub.
 
     Attributes:
@@ -135,7 +98,7 @@ class SpoolConfig(_Section, frozen=True, kw_only=True):
     resend_s: Seconds = 5.0
 
 
-class RuntimeConfig(_Section, frozen=True, kw_only=True):
+class RuntimeConfig(Section, frozen=True, kw_only=True):
     """``[runtime]``: what runs the model.
 
     Attributes:
@@ -147,7 +110,7 @@ class RuntimeConfig(_Section, frozen=True, kw_only=True):
     name: Literal["litert", "tflite-runtime"] | None = None
 
 
-class ResultsConfig(_Section, frozen=True, kw_only=True):
+class ResultsConfig(Section, frozen=True, kw_only=True):
     """``[results]``: a file with one line of JSON per counted input, for people and tests.
 
     Attributes:
@@ -157,7 +120,7 @@ class ResultsConfig(_Section, frozen=True, kw_only=True):
     path: Path
 
 
-class AgentConfig(_Section, frozen=True, kw_only=True):
+class AgentConfig(Section, frozen=True, kw_only=True):
     """The whole file.
 
     Attributes:
@@ -193,19 +156,7 @@ def load(path: Path) -> AgentConfig:
     Raises:
         ConfigError: it cannot be read, is not TOML, has an unknown or missing key or a value out of range.
     """
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_BYTES + 1)
-        if len(content) > _MAX_BYTES:
-            raise ConfigError(f"configuration {path}", got="more than 1 MiB", expected="a TOML file")
-        raw = tomllib.loads(content.decode())
-    except OSError as error:
-        raise ConfigError(
-            f"configuration {path}", got=error.strerror, expected="a readable TOML file", do="check the path"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"configuration {path}", got=str(error), expected="TOML", do="correct the file") from error
-    return parse(raw, base=path.parent, name=str(path))
+    return parse(settings.read_toml(path), base=path.parent, name=str(path))
 
 
 def parse(raw: dict[str, Any], *, base: Path, name: str = "configuration") -> AgentConfig:
@@ -219,31 +170,8 @@ def parse(raw: dict[str, Any], *, base: Path, name: str = "configuration") -> Ag
     Raises:
         ConfigError: an unknown or missing key, a wrong type, a value out of range, an id that is not valid.
     """
-
-    def from_toml(kind: type, value: object) -> object:
-        if kind is Path and isinstance(value, str) and value and "\0" not in value:
-            return base.absolute() / value
-        raise ValueError("Expected a path")
-
-    try:
-        config = msgspec.convert(raw, AgentConfig, dec_hook=from_toml)
-    except (msgspec.ValidationError, RecursionError) as error:
-        raise ConfigError(name, got=str(error), do="correct this key") from error
+    config = settings.convert(raw, AgentConfig, base=base, name=name)
     topics.check_fleet(config.fleet)
     topics.check_device(config.device)
-    if config.broker.password_file and not config.broker.username:
-        raise ConfigError(name, got="broker.password_file without broker.username", do="give both or neither")
+    settings.check_broker(config.broker, name)
     return config
-
-
-def password(broker: BrokerConfig) -> str | None:
-    """The first line of the password file, None where none is named. Raises ConfigError if unreadable."""
-    if broker.password_file is None:
-        return None
-    try:
-        lines = broker.password_file.read_text().splitlines()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"password file {broker.password_file}", got=error, expected="a text file") from error
-    if not lines or not lines[0]:
-        raise ConfigError(f"password file {broker.password_file}", got="nothing", expected="a password in line 1")
-    return lines[0]

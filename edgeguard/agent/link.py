@@ -25,13 +25,13 @@ from typing import Any, cast
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
-from edgeguard.agent.config import BrokerConfig, password
+from edgeguard import broker as brokers
 from edgeguard.agent.spool import Entry
 from edgeguard.contract import topics
 from edgeguard.contract.messages import Ack, Desired, Message, Status, decode, encode
-from edgeguard.errors import ConfigError, LinkError
+from edgeguard.errors import LinkError
+from edgeguard.settings import BrokerConfig, password
 
-CONNECT_TIMEOUT_S = 10.0
 IN_FLIGHT = 64
 RESEND_FIRST_S = 5.0
 RESEND_CAP = 12
@@ -105,8 +105,8 @@ class Link:
         now = time.monotonic()
         if self._client is None and now >= self._attempt_at:
             self._connect(now)
-        elif self._client is not None and not self.connected and now - self._attempt_at > CONNECT_TIMEOUT_S:
-            self._inbox.put((self.session, Lost(f"no answer within {CONNECT_TIMEOUT_S:g} s")))
+        elif self._client is not None and not self.connected and now - self._attempt_at > brokers.CONNECT_TIMEOUT_S:
+            self._inbox.put((self.session, Lost(f"no answer within {brokers.CONNECT_TIMEOUT_S:g} s")))
         events: list[Event] = []
         try:
             item = self._inbox.get(timeout=wait_s) if wait_s else self._inbox.get_nowait()
@@ -265,37 +265,6 @@ def backoff(failures: int, *, first_s: float, cap_s: float) -> float:
     return float(min(cap_s, first_s * 2.0 ** min(failures, 30)))
 
 
-def check(broker: BrokerConfig) -> None:
-    """Connect once, as nobody in particular, and disconnect.
-
-    Raises:
-        LinkError: there is no such host, nobody listens, or the broker refuses.
-        ConfigError: the password file or the authority's certificate cannot be read.
-    """
-    answer: queue.SimpleQueue[str] = queue.SimpleQueue()
-    client = _client(broker, "", password(broker), ended=answer.put)
-
-    def on_connect(_c: mqtt.Client, _u: Any, _f: Any, reason: Any, _p: Any) -> None:
-        answer.put(f"refused: {reason}" if reason.is_failure else "")
-
-    client.on_connect = on_connect
-    client.connect_async(broker.host, broker.port, broker.keepalive_s)
-    client.loop_start()
-    try:
-        failure = answer.get(timeout=CONNECT_TIMEOUT_S)
-    except queue.Empty:
-        failure = f"no answer within {CONNECT_TIMEOUT_S:g} s"
-    client.disconnect()
-    _abandon(client)
-    if failure:
-        raise LinkError(
-            f"broker {broker.host}:{broker.port}",
-            got=failure,
-            expected="an MQTT broker",
-            do="start it, or correct [broker] in the configuration",
-        )
-
-
 class _Client(mqtt.Client):
     """A client for one connection, whose thread tells how it ended, whatever ended it."""
 
@@ -316,7 +285,7 @@ class _Client(mqtt.Client):
             return super().loop_forever(timeout)
         except Exception as error:
             # Whatever a broker sends, or paho makes of it, must end as one lost connection.
-            reason = _reason(error)
+            reason = brokers.reason(error)
             return MQTTErrorCode.MQTT_ERR_CONN_LOST
         finally:
             self._ended(reason)
@@ -324,14 +293,7 @@ class _Client(mqtt.Client):
 
 def _client(broker: BrokerConfig, client_id: str, secret: str | None, *, ended: Callable[[str], None]) -> mqtt.Client:
     client = _Client(client_id, ended)
-    client.connect_timeout = CONNECT_TIMEOUT_S
-    if broker.username:
-        client.username_pw_set(broker.username, secret)
-    if broker.ca:
-        try:
-            client.tls_set(ca_certs=str(broker.ca))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"broker.ca {broker.ca}", got=error, expected="a PEM certificate") from error
+    brokers.prepare(client, broker, secret)
     return client
 
 
@@ -341,7 +303,3 @@ def _abandon(client: mqtt.Client) -> None:
     if opened is not None:
         with suppress(OSError):
             cast(socket.socket, opened).shutdown(socket.SHUT_RDWR)
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from edgeguard.agent import link
+from edgeguard import broker
 from edgeguard.agent.config import AgentConfig, RuntimeConfig, UpdateConfig
 from edgeguard.agent.source import FolderSource
 from edgeguard.detection import runtime
@@ -40,7 +40,7 @@ def check(config: AgentConfig) -> None:
     expected = model.metadata.input
     FolderSource(config.source.path, shape=expected.shape, dtype=expected.dtype)
     check_root(config.update)
-    link.check(config.broker)
+    broker.check(config.broker)
 
 
 def loader(config: RuntimeConfig) -> Callable[[bytes], GuardedModel]:

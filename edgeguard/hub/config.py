@@ -1,10 +1,6 @@
 """The hub's configuration: one TOML file into frozen values, or one clear line on what is wrong with it.
 
-Rules enforced here:
-
-* an unknown key is refused by its name, so that a typing error never passes as a default;
-* every number has a range;
-* relative paths count from the folder of the configuration file, not from where the hub was started.
+The rules that both daemons' configurations follow stand in :mod:`edgeguard.settings`.
 
 Example:
     fleet = "demo"
@@ -26,54 +22,22 @@ Example:
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
+from edgeguard import settings
 from edgeguard.contract import topics
 from edgeguard.errors import ConfigError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-_MAX_BYTES = 1 << 20
+from edgeguard.settings import BrokerConfig, NonEmpty, Section
 
 Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
-Port = Annotated[int, Meta(ge=1, le=65535)]
 Probability = Annotated[float, Meta(gt=0, lt=1)]
-NonEmpty = Annotated[str, Meta(min_length=1, max_length=2000)]
 
 
-class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of the sections: immutable, and a key that no field is named after is refused."""
-
-
-class BrokerConfig(_Section, frozen=True, kw_only=True):
-    """``[broker]``: the MQTT broker, any that speaks MQTT 3.1.1.
-
-    Attributes:
-        host: name or address.
-        port: TCP port.
-        username: user name, where the broker asks for one.
-        password_file: file whose first line is the password; it never stands in the configuration itself.
-        ca: PEM file of the authority that signed the broker's certificate; TLS is used when it is given.
-        keepalive_s: seconds without traffic after which broker and hub test each other.
-    """
-
-    host: Annotated[str, Meta(min_length=1, max_length=253)]
-    port: Port = 1883
-    username: NonEmpty | None = None
-    password_file: Path | None = None
-    ca: Path | None = None
-    keepalive_s: Annotated[int, Meta(ge=5, le=3600)] = 30
-
-
-class StoreConfig(_Section, frozen=True, kw_only=True):
+class StoreConfig(Section, frozen=True, kw_only=True):
     """``[store]``: the database.
 
     Attributes:
@@ -83,7 +47,7 @@ class StoreConfig(_Section, frozen=True, kw_only=True):
     url: NonEmpty | None = None
 
 
-class WebConfig(_Section, frozen=True, kw_only=True):
+class WebConfig(Section, frozen=True, kw_only=True):
     """``[web]``: the HTTP server that devices fetch releases from. It asks nobody who they are.
 
     Attributes:
@@ -95,7 +59,7 @@ class WebConfig(_Section, frozen=True, kw_only=True):
     port: Annotated[int, Meta(ge=0, le=65535)] = 8080
 
 
-class ReleaseConfig(_Section, frozen=True, kw_only=True):
+class ReleaseConfig(Section, frozen=True, kw_only=True):
     """``[release]``: the signed repository. Without this section repaired models are kept, not released.
 
     Attributes:
@@ -109,7 +73,7 @@ class ReleaseConfig(_Section, frozen=True, kw_only=True):
     base_url: Annotated[str, Meta(pattern="^https?://[^/ ]", max_length=2000)] | None = None
 
 
-class PolicyConfig(_Section, frozen=True, kw_only=True):
+class PolicyConfig(Section, frozen=True, kw_only=True):
     """``[policy]``: when evidence is a suspicion, and how carefully a repaired model is rolled out.
 
     Attributes:
@@ -139,7 +103,7 @@ class PolicyConfig(_Section, frozen=True, kw_only=True):
     interval_s: Annotated[float, Meta(ge=0.05, le=3600)] = 1.0
 
 
-class ModelConfig(_Section, frozen=True, kw_only=True):
+class ModelConfig(Section, frozen=True, kw_only=True):
     """``[[models]]``: one model that the fleet runs.
 
     Attributes:
@@ -157,7 +121,7 @@ class ModelConfig(_Section, frozen=True, kw_only=True):
     sequence: Annotated[int, Meta(ge=0, le=2**53)] = 0
 
 
-class HubConfig(_Section, frozen=True, kw_only=True):
+class HubConfig(Section, frozen=True, kw_only=True):
     """The whole file.
 
     Attributes:
@@ -183,20 +147,7 @@ def load(path: Path) -> HubConfig:
     Raises:
         ConfigError: it cannot be read, is not TOML, has an unknown or missing key or a value out of range.
     """
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(
-            f"configuration {path}", got=error.strerror, expected="a readable TOML file", do="check the path"
-        ) from error
-    if len(content) > _MAX_BYTES:
-        raise ConfigError(f"configuration {path}", got="more than 1 MiB", expected="a TOML file")
-    try:
-        raw = tomllib.loads(content.decode())
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"configuration {path}", got=error, expected="TOML", do="correct the file") from error
-    return parse(raw, base=path.parent, name=str(path))
+    return parse(settings.read_toml(path), base=path.parent, name=str(path))
 
 
 def parse(raw: dict[str, Any], *, base: Path, name: str = "configuration") -> HubConfig:
@@ -210,20 +161,9 @@ def parse(raw: dict[str, Any], *, base: Path, name: str = "configuration") -> Hu
     Raises:
         ConfigError: an unknown or missing key, a wrong type, a value out of range, an id that is not valid.
     """
-    base = base.absolute()
-
-    def from_toml(kind: type, value: object) -> object:
-        if kind is Path and isinstance(value, str) and value and "\0" not in value:
-            return base / value
-        raise ValueError("Expected a path")
-
-    try:
-        config = msgspec.convert(raw, HubConfig, dec_hook=from_toml)
-    except (msgspec.ValidationError, RecursionError) as error:
-        raise ConfigError(name, got=error, do="correct this key") from error
+    config = settings.convert(raw, HubConfig, base=base, name=name)
     topics.check_fleet(config.fleet)
-    if config.broker.password_file and not config.broker.username:
-        raise ConfigError(name, got="broker.password_file without broker.username", do="give both or neither")
+    settings.check_broker(config.broker, name)
     names = [model.name for model in config.models]
     if len(set(names)) != len(names):
         raise ConfigError(name, got="two [[models]] of one name", do="give each its own name")
@@ -231,27 +171,13 @@ def parse(raw: dict[str, Any], *, base: Path, name: str = "configuration") -> Hu
         raise ConfigError(
             name, got="release.keys inside release.folder, which is served to everyone", do="keep the keys elsewhere"
         )
-    models = tuple(msgspec.structs.replace(model, data=_data(model.data, base)) for model in config.models)
+    models = tuple(msgspec.structs.replace(model, data=_data(model.data, base.absolute())) for model in config.models)
     return msgspec.structs.replace(config, models=models)
 
 
 def store_url(config: HubConfig) -> str:
     """Where the database is."""
     return config.store.url or f"sqlite:///{config.state_dir / 'hub.db'}"
-
-
-def password(broker: BrokerConfig) -> str | None:
-    """The first line of the password file, None where none is named. Raises ConfigError where it cannot be read."""
-    if broker.password_file is None:
-        return None
-    what = f"password file {broker.password_file}"
-    try:
-        lines = broker.password_file.read_text().splitlines()
-    except (OSError, ValueError) as error:
-        raise ConfigError(what, got=error, expected="a text file") from error
-    if not lines or not lines[0]:
-        raise ConfigError(what, got="nothing", expected="a password in line 1")
-    return lines[0]
 
 
 def _data(data: str, base: Path) -> str:

@@ -27,16 +27,15 @@ from paho.mqtt.enums import CallbackAPIVersion
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from edgeguard import broker as brokers
 from edgeguard.contract import topics
 from edgeguard.contract.messages import Ack, Alert, Message, Report, encode
-from edgeguard.errors import ConfigError, LinkError
 from edgeguard.hub import ingest
-from edgeguard.hub.config import BrokerConfig, password
 from edgeguard.hub.ingest import Accepted, ModelShape, Rejected
 from edgeguard.hub.store import Store
+from edgeguard.settings import BrokerConfig, password
 
 BATCH = 256
-CONNECT_TIMEOUT_S = 10.0
 RECONNECT_FIRST_S = 0.5
 RECONNECT_CAP_S = 10.0
 STORE_RETRY_S = 1.0
@@ -185,7 +184,7 @@ class Listener:
                 pass
         except Exception as error:
             # Whatever a broker sends, or paho makes of it, must end as one lost connection.
-            reasons.append(_reason(error))
+            reasons.append(brokers.reason(error))
         return reasons[-1]
 
     def _work(self) -> None:
@@ -245,39 +244,6 @@ class Listener:
         return None
 
 
-def check(broker: BrokerConfig) -> None:
-    """Connect once, as nobody in particular, and disconnect.
-
-    Raises:
-        LinkError: there is no such host, nobody listens, or the broker refuses.
-        ConfigError: the password file or the authority's certificate cannot be read.
-    """
-    client = _client(broker, "", password(broker))
-    answer: list[str] = []
-
-    def on_connect(_c: mqtt.Client, _u: Any, _f: Any, reason: Any, _p: Any) -> None:
-        answer.append(f"refused: {reason}" if reason.is_failure else "")
-        client.disconnect()
-
-    client.on_connect = on_connect
-    client.on_disconnect = lambda _c, _u, _f, reason, _p: answer.append(str(reason))
-    deadline = time.monotonic() + CONNECT_TIMEOUT_S
-    try:
-        client.connect(broker.host, broker.port, broker.keepalive_s)
-        while not answer and time.monotonic() < deadline:
-            client.loop(timeout=0.2)
-    except (OSError, ValueError) as error:
-        answer.append(_reason(error))
-    failure = answer[0] if answer else f"no answer within {CONNECT_TIMEOUT_S:g} s"
-    if failure:
-        raise LinkError(
-            f"broker {broker.host}:{broker.port}",
-            got=failure,
-            expected="an MQTT broker",
-            do="start it, or correct [broker] in the configuration",
-        )
-
-
 def _unstorable(item: Accepted | Rejected, error: Exception) -> Rejected:
     reason = f"cannot be stored: {type(error).__name__}"
     if isinstance(item, Rejected):
@@ -300,18 +266,7 @@ def _client(broker: BrokerConfig, client_id: str, secret: str | None, *, clean_s
         protocol=mqtt.MQTTv311,
         reconnect_on_failure=False,
     )
-    client.connect_timeout = CONNECT_TIMEOUT_S
     # Without this, paho writes to the socket in the thread that publishes while its loop writes in another.
     client.on_socket_register_write = lambda _client, _userdata, _socket: None
-    if broker.username:
-        client.username_pw_set(broker.username, secret)
-    if broker.ca:
-        try:
-            client.tls_set(ca_certs=str(broker.ca))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"broker.ca {broker.ca}", got=error, expected="a PEM certificate") from error
+    brokers.prepare(client, broker, secret)
     return client
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__

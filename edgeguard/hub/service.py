@@ -22,8 +22,9 @@ from typing import Any
 
 import msgspec
 
+from edgeguard import broker
 from edgeguard.errors import ConfigError
-from edgeguard.hub import listener, web
+from edgeguard.hub import web
 from edgeguard.hub.config import HubConfig, store_url
 from edgeguard.hub.director import REPAIR, Director, configured
 from edgeguard.hub.listener import Listener
@@ -133,7 +134,7 @@ def check(config: HubConfig) -> None:
         EdgeGuardError: the first thing that is wrong.
     """
     with Hub(config):
-        listener.check(config.broker)
+        broker.check(config.broker)
 
 
 def run(config: HubConfig) -> None:

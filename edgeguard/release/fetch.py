@@ -138,12 +138,13 @@ _MEANINGS = {
 def _describe(error: BaseException) -> str:
     """One line: what it means, the error, and what caused it, which is where urllib3 and TUF keep the reason."""
     meaning = _MEANINGS.get(type(error).__name__)
-    parts: list[str] = [meaning] if meaning else []
+    parts: list[str] = []
     cause: BaseException | None = error
     while cause is not None and len(parts) < 3:
         parts.append(f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__)
         cause = cause.__cause__
-    return ", from ".join(parts)
+    told = ", from ".join(parts)
+    return f"{meaning} ({told})" if meaning else told
 
 
 def _unsuccessful(state: Literal["refused", "failed"], reason: str) -> FetchResult:

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from edgeguard.agent.config import load, parse, password
+from edgeguard.agent.config import load, parse
 from edgeguard.errors import ConfigError
 
 
@@ -83,21 +83,6 @@ def test_a_file_that_is_not_toml_is_refused_in_one_line(tmp_path: Path, content:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.toml; got No such file"):
         load(tmp_path / "nowhere.toml")
-
-
-def test_the_password_is_the_first_line_of_its_file(tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("s3cret\nnot this\n")
-    broker = {"host": "h", "username": "u", "password_file": "secret"}
-    assert password(parse(minimal(broker=broker), base=tmp_path).broker) == "s3cret"
-
-
-@pytest.mark.parametrize("content", [None, ""])
-def test_a_password_file_without_a_password_is_an_error(tmp_path: Path, content: str | None) -> None:
-    if content is not None:
-        (tmp_path / "secret").write_text(content)
-    broker = {"host": "h", "username": "u", "password_file": "secret"}
-    with pytest.raises(ConfigError, match="secret"):
-        password(parse(minimal(broker=broker), base=tmp_path).broker)
 
 
 def test_the_configuration_is_immutable() -> None:

@@ -181,7 +181,7 @@ def test_batches_counted_before_a_kill_but_not_yet_deleted_are_not_counted_again
     camera.kill()
     # As if the kill had come between the commit and the deletion.
     with sqlite3.connect(camera.spool) as db:
-        db.executemany("INSERT INTO consumed VALUES (?)", [(name,) for name in kept])
+        db.executemany("INSERT OR IGNORE INTO consumed VALUES (?)", [(name,) for name in kept])
     for name, content in kept.items():
         (camera.inbox / name).write_bytes(content)
     fed += camera.feed(digits[:32])

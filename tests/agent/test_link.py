@@ -5,18 +5,15 @@ from __future__ import annotations
 import itertools
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
-from edgeguard.agent import link as network
-from edgeguard.agent.config import BrokerConfig
 from edgeguard.agent.link import Connected, Event, Hint, Link, Lost, Outflow, backoff
 from edgeguard.agent.spool import Entry
 from edgeguard.contract import topics
 from edgeguard.contract.messages import Ack, Desired, Status, encode
-from edgeguard.errors import ConfigError, LinkError
+from edgeguard.settings import BrokerConfig
 from tests.simulators.mosquitto import Mosquitto, free_port
 from tests.simulators.tiny_hub import TinyHub, wait_until
 
@@ -157,47 +154,6 @@ def test_a_peer_that_is_no_broker_is_lost_and_tried_again(link: Link) -> None:
         next_event(confused, Lost)
         next_event(confused, Lost)
         confused.close()
-
-
-def silent(_tmp_path: Path) -> Iterator[BrokerConfig]:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield BrokerConfig(host="127.0.0.1", port=server.getsockname()[1])
-
-
-def nobody(_tmp_path: Path) -> Iterator[BrokerConfig]:
-    yield BrokerConfig(host="127.0.0.1", port=free_port())
-
-
-def no_such_host(_tmp_path: Path) -> Iterator[BrokerConfig]:
-    yield BrokerConfig(host="no-such-host.invalid")
-
-
-def no_host_name(_tmp_path: Path) -> Iterator[BrokerConfig]:
-    yield BrokerConfig(host="a" * 200 + "..b")
-
-
-@pytest.mark.parametrize("case", [silent, nobody, no_such_host, no_host_name])
-def test_a_check_of_a_broker_that_is_not_there_says_so_in_one_line(
-    case: Callable[[Path], Iterator[BrokerConfig]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(network, "CONNECT_TIMEOUT_S", 1.0)
-    for broker in case(tmp_path):
-        with pytest.raises(LinkError, match=f"broker {broker.host}:{broker.port}; got .+; expected an MQTT") as caught:
-            network.check(broker)
-        assert "\n" not in str(caught.value)
-
-
-def test_a_check_of_a_broker_that_is_there_disturbs_no_running_agent(mosquitto: Mosquitto, link: Link) -> None:
-    next_event(link, Connected)
-    network.check(BrokerConfig(host="127.0.0.1", port=mosquitto.port))
-    assert not [event for event in link.poll(0.3) if isinstance(event, Lost)]
-
-
-def test_a_certificate_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    (tmp_path / "ca.pem").write_text("nonsense")
-    for name in ("ca.pem", "missing.pem"):
-        with pytest.raises(ConfigError, match=name):
-            network.check(BrokerConfig(host="127.0.0.1", ca=tmp_path / name))
 
 
 class Waiting:

@@ -66,17 +66,3 @@ def test_what_is_wrong_is_named_in_one_line(tmp_path: Path, text: str, word: str
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing\.toml"):
         config.load(tmp_path / "nothing.toml")
-
-
-@pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe"])
-def test_a_password_file_must_hold_a_password(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "secret"
-    path.write_bytes(content)
-    with pytest.raises(ConfigError, match="password file"):
-        config.password(config.BrokerConfig(host="h", username="u", password_file=path))
-
-
-def test_the_password_is_the_first_line(tmp_path: Path) -> None:
-    path = tmp_path / "secret"
-    path.write_text("open sesame\nnot this\n")
-    assert config.password(config.BrokerConfig(host="h", username="u", password_file=path)) == "open sesame"

@@ -12,12 +12,10 @@ from sqlalchemy.exc import DataError
 
 from edgeguard.contract import topics
 from edgeguard.contract.messages import Ack, Alert, Desired, Report, encode
-from edgeguard.errors import ConfigError, LinkError
-from edgeguard.hub import listener
-from edgeguard.hub.config import BrokerConfig
 from edgeguard.hub.ingest import Accepted, ModelShape, Rejected
 from edgeguard.hub.listener import Listener
 from edgeguard.hub.store import Store
+from edgeguard.settings import BrokerConfig
 from tests.simulators import fleet
 from tests.simulators.fleet import Publisher, wait_until
 from tests.simulators.mosquitto import Mosquitto, free_port
@@ -211,17 +209,3 @@ def test_without_a_broker_each_attempt_is_one_line_in_the_log(database: str, cap
     hub.stop()
     assert all("refused" in line.getMessage() and "\n" not in line.getMessage() for line in caplog.records)
     assert not hub.publish("d1", topics.MODEL_DESIRED, Desired(target="t", sequence=1))
-
-
-class TestCheck:
-    def test_a_broker_that_is_there_passes(self, mosquitto: Mosquitto) -> None:
-        listener.check(BrokerConfig(host="127.0.0.1", port=mosquitto.port))
-
-    @pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
-    def test_one_that_is_not_is_told(self, host: str) -> None:
-        with pytest.raises(LinkError, match=host):
-            listener.check(BrokerConfig(host=host, port=free_port()))
-
-    def test_a_missing_certificate_is_told(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match=r"ca\.pem"):
-            listener.check(BrokerConfig(host="127.0.0.1", ca=tmp_path / "ca.pem"))
