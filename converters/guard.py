@@ -2,9 +2,8 @@
 
 What is appended, with built-in ops only (so that LiteRT, tflite-runtime and TFLite Micro run it):
 
-    per tap     [ABS] -> REDUCE_MAX over space -> DEQUANTIZE     (l-infinity norms)
-                      -> MEAN       over space -> DEQUANTIZE     (l1 norms)
-    features    CONCATENATION of all norms                                            = edgeguard_features [1, D]
+    per tap     [ABS] -> REDUCE_MAX (l-infinity norms) and MEAN (l1 norms) over space -> CONCATENATION -> DEQUANTIZE
+    features    CONCATENATION of all taps, RESHAPE                                     = edgeguard_features [1, D]
     scores      FULLY_CONNECTED to K factors, CONCATENATION with the features,
                 SQUARED_DIFFERENCE with the GATHERed row of the predicted class (ARG_MAX),
                 FULLY_CONNECTED with ReLU, weights divided by the thresholds          = edgeguard_scores [1, detectors]
@@ -14,6 +13,9 @@ Rules enforced here:
 * the model's own tensors, operators and outputs stay as they are and where they are; the guard only appends;
 * every tensor of the guard is named ``edgeguard_...``, and no other may be: that is how it is found again;
 * guarding a guarded file replaces its guard.
+
+Reductions keep their axes: the int8 MEAN of tflite-runtime 2.14 has a fast path for that shape alone (a fifth of the
+time on a ResNet-8). One CONCATENATION before one DEQUANTIZE is cheaper than two of these.
 """
 
 from __future__ import annotations
@@ -210,13 +212,18 @@ def bake(content: bytes, plan: TapPlan, compiled: Compiled, metadata: GuardMetad
 
 
 def _features(writer: _Writer, plan: TapPlan) -> int:
-    norms: list[int] = []
-    for number, tap in enumerate(plan.taps):
-        source = writer.absolute(tap, number) if tap.signed else tap.tensor
-        for norm in NORMS:
-            norms.append(writer.norm(tap, source, norm, number))
+    parts = [writer.norms(tap, number) for number, tap in enumerate(plan.taps)]
     width = sum(tap.channels for tap in plan.taps) * len(NORMS)
-    return writer.concatenate(norms, width, contract.FEATURES)
+    ranks = {len(tap.axes) for tap in plan.taps}
+    if len(ranks) > 1:  # a 1-D and a 2-D activation: bring both to [1, 2C] first
+        parts = [
+            writer.reshape(part, tap.channels * len(NORMS), f"edgeguard_flat{number}")
+            for number, (part, tap) in enumerate(zip(parts, plan.taps, strict=True))
+        ]
+        return writer.concatenate(parts, (1, width), Kind.FLOAT32, contract.FEATURES)
+    shape = (*(1 for _ in range(ranks.pop() + 1)), width)
+    joined = writer.concatenate(parts, shape, Kind.FLOAT32, "edgeguard_joined") if len(parts) > 1 else parts[0]
+    return writer.reshape(joined, width, contract.FEATURES)
 
 
 def _scores(writer: _Writer, plan: TapPlan, compiled: Compiled, features: int) -> int:
@@ -226,7 +233,7 @@ def _scores(writer: _Writer, plan: TapPlan, compiled: Compiled, features: int) -
     extended = features
     if factors:
         projected = writer.dense(features, statistics.projection, "edgeguard_projected")
-        extended = writer.concatenate([features, projected], width + factors, "edgeguard_extended")
+        extended = writer.concatenate([features, projected], (1, width + factors), Kind.FLOAT32, "edgeguard_extended")
     if plan.class_output is None:
         row = writer.constant("edgeguard_expected", statistics.table[:1].astype(np.float32))
     else:
@@ -332,39 +339,54 @@ class _Writer:
         self.operator(Op.ABS, [tap.tensor], out, schema.BuiltinOptions.AbsOptions, schema.AbsOptionsT())
         return out
 
-    def norm(self, tap: PlannedTap, source: int, norm: str, number: int) -> int:
+    def norms(self, tap: PlannedTap, number: int) -> int:
+        """Both norms of a tap, ``[1, ..., 1, 2C]`` in real numbers: l-infinity first, as in :func:`layout`."""
+        source = self.absolute(tap, number) if tap.signed else tap.tensor
         tensor = self.graph.tensors[source]
         quantization = None
         if tap.dtype == "int8":
             quantization = (float(tensor.quantization.scale[0]), int(tensor.quantization.zeroPoint[0]))
-        reduced = source
-        if tap.axes:
+        shape = (*(1 for _ in range(len(tap.axes) + 1)), tap.channels)
+        reduced: list[int] = []
+        for norm in NORMS:
+            if not tap.axes:
+                reduced.append(source)
+                continue
             axes = self.constant(f"edgeguard_{norm}_axes{number}", np.asarray(tap.axes, dtype=np.int32))
-            reduced = self.activation(f"edgeguard_{norm}{number}", (1, tap.channels), tensor.type, quantization)
+            reduced.append(self.activation(f"edgeguard_{norm}{number}", shape, tensor.type, quantization))
             code = Op.REDUCE_MAX if norm == "linf" else Op.MEAN
-            options = schema.ReducerOptionsT(keepDims=False)
-            self.operator(code, [source, axes], reduced, schema.BuiltinOptions.ReducerOptions, options)
+            options = schema.ReducerOptionsT(keepDims=True)
+            self.operator(code, [source, axes], reduced[-1], schema.BuiltinOptions.ReducerOptions, options)
+        both = (*shape[:-1], tap.channels * len(NORMS))
+        joined = self.concatenate(reduced, both, tensor.type, f"edgeguard_norms{number}", quantization)
         if tap.dtype == "float32":
-            return reduced
-        real = self.activation(f"edgeguard_{norm}{number}_real", (1, tap.channels), Kind.FLOAT32)
+            return joined
+        real = self.activation(f"edgeguard_norms{number}_real", both, Kind.FLOAT32)
         self.operator(
-            Op.DEQUANTIZE,
-            [reduced],
-            real,
-            schema.BuiltinOptions.DequantizeOptions,
-            schema.DequantizeOptionsT(),
+            Op.DEQUANTIZE, [joined], real, schema.BuiltinOptions.DequantizeOptions, schema.DequantizeOptionsT()
         )
         return real
 
-    def concatenate(self, parts: list[int], width: int, name: str) -> int:
+    def concatenate(
+        self,
+        parts: list[int],
+        shape: tuple[int, ...],
+        kind: int,
+        name: str,
+        quantization: tuple[float, int] | None = None,
+    ) -> int:
+        """Join along the last axis."""
+        out = self.activation(name, shape, kind, quantization)
+        options = schema.ConcatenationOptionsT(axis=len(shape) - 1)
+        self.operator(Op.CONCATENATION, parts, out, schema.BuiltinOptions.ConcatenationOptions, options)
+        return out
+
+    def reshape(self, source: int, width: int, name: str) -> int:
+        """Bring a float tensor to ``[1, width]``."""
+        shape = self.constant(f"{name}_shape", np.asarray([1, width], dtype=np.int32))
         out = self.activation(name, (1, width), Kind.FLOAT32)
-        self.operator(
-            Op.CONCATENATION,
-            parts,
-            out,
-            schema.BuiltinOptions.ConcatenationOptions,
-            schema.ConcatenationOptionsT(axis=1),
-        )
+        options = schema.ReshapeOptionsT(newShape=np.asarray([1, width], dtype=np.int32))
+        self.operator(Op.RESHAPE, [source, shape], out, schema.BuiltinOptions.ReshapeOptions, options)
         return out
 
     def dense(self, source: int, weights: npt.NDArray[np.float64], name: str, *, relu: bool = False) -> int:
