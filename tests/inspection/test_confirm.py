@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from edgeguard.inspection import confirm
@@ -32,11 +33,16 @@ def test_outcomes(success: float, l1: float, controls: tuple[float, ...], agreem
     assert found.reason
 
 
-def test_agreement_is_one_for_the_same_shift_and_minus_one_for_its_opposite() -> None:
-    shift, std = np.array([1.0, -2.0, 3.0]), np.array([1.0, 2.0, 0.5])
-    assert confirm.agreement_of(shift, shift * 4, std) == pytest.approx(1.0)
-    assert confirm.agreement_of(shift, -shift, std) == pytest.approx(-1.0)
+SHIFT: npt.NDArray[np.float64] = np.array([1.0, -2.0, 3.0])
+STD: npt.NDArray[np.float64] = np.array([1.0, 2.0, 0.5])
+NONE: npt.NDArray[np.float64] = np.zeros(3)
+
+
+@pytest.mark.parametrize(("factor", "agreement"), [(4.0, 1.0), (-1.0, -1.0)])
+def test_agreement_is_one_for_the_same_shift_and_minus_one_for_its_opposite(factor: float, agreement: float) -> None:
+    reproduced: npt.NDArray[np.float64] = SHIFT * factor
+    assert confirm.agreement_of(SHIFT, reproduced, STD) == pytest.approx(agreement)
 
 
 def test_agreement_with_no_shift_at_all_is_unknown() -> None:
-    assert math.isnan(confirm.agreement_of(np.zeros(3), np.full(3, 1.0), np.full(3, 1.0)))
+    assert math.isnan(confirm.agreement_of(NONE, SHIFT, STD))
