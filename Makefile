@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint wheel clean
+.PHONY: help demo test test-all lint conformance fuzz wheel clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,12 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+conformance: $(STAMP) ## ONNX import against the onnx package's own tests; writes benchmarks/results
+	$(BIN)/python -m benchmarks.onnx_conformance --json benchmarks/results/onnx_conformance.json
+
+fuzz: $(STAMP) ## 20,000 damaged model files (ARGS="--count 1000"); writes benchmarks/results
+	$(BIN)/python -m benchmarks.fuzz --json benchmarks/results/fuzz.json $(ARGS)
 
 wheel: $(STAMP) ## build the wheel and the source distribution into dist/
 	$(BIN)/python -m build

@@ -4,8 +4,7 @@ Uses the schema classes that ship with ai-edge-litert (pure Python) and the ``fl
 
 Rules enforced here:
 
-* a file is checked before it is used: identifier, one subgraph, every tensor, buffer, operator code and signature index
-  in range;
+* a file is checked before it is used, see :mod:`converters.structure`;
 * constant data starts at a multiple of 16 bytes, as the schema demands: microcontrollers fault on less;
 * a fingerprint is taken over the content, not the bytes, so that it does not depend on who packed the file.
 """
@@ -13,21 +12,16 @@ Rules enforced here:
 from __future__ import annotations
 
 import hashlib
-import struct
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import flatbuffers
 import numpy as np
-from ai_edge_litert import schema_py_generated as schema
 
+from converters import structure
 from edgeguard.detection.metadata import IDENTIFIER
-from edgeguard.errors import ModelError
 
 Model = Any
 """``schema.ModelT``: the object form of a file."""
-
-_OPTIONAL = -1
 
 
 class _AlignedBuilder(flatbuffers.Builder):  # type: ignore[misc]
@@ -48,62 +42,7 @@ def parse(content: bytes) -> Model:
     Raises:
         ModelError: not a TFLite file, damaged, or with other than one subgraph.
     """
-    if len(content) < 8 or content[4:8] != IDENTIFIER:
-        raise ModelError(
-            "model file",
-            got=f"{len(content)} bytes that do not start as a TFLite file",
-            expected="a .tflite file (identifier TFL3 at byte 4)",
-        )
-    try:
-        model = schema.ModelT.InitFromPackedBuf(content, 0)
-        _check(model)
-    except (
-        struct.error,
-        IndexError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        MemoryError,
-    ) as error:
-        raise ModelError(
-            "model file", got=f"a damaged flatbuffer ({str(error)[:200]})", do="export it again"
-        ) from error
-    return model
-
-
-def _check(model: Model) -> None:
-    if not model.subgraphs or len(model.subgraphs) != 1:
-        raise ValueError(f"{len(model.subgraphs or [])} subgraphs where one is expected")
-    graph = model.subgraphs[0]
-    tensors, buffers, codes = (
-        len(graph.tensors or []),
-        len(model.buffers or []),
-        len(model.operatorCodes or []),
-    )
-    _in_range("output", _list(graph.outputs), tensors)
-    _in_range("input", _list(graph.inputs), tensors)
-    for tensor in graph.tensors or []:
-        _in_range("tensor buffer", [tensor.buffer], buffers)
-    for operator in graph.operators or []:
-        _in_range("operator code", [operator.opcodeIndex], codes)
-        _in_range("operator input", [i for i in _list(operator.inputs) if i != _OPTIONAL], tensors)
-        _in_range("operator output", _list(operator.outputs), tensors)
-    for entry in model.metadata or []:
-        _in_range("metadata buffer", [entry.buffer], buffers)
-    for signature in model.signatureDefs or []:
-        for entry in [*(signature.inputs or []), *(signature.outputs or [])]:
-            _in_range("signature tensor", [entry.tensorIndex], tensors)
-
-
-def _list(values: Iterable[int] | None) -> list[int]:
-    return [] if values is None else [int(v) for v in values]
-
-
-def _in_range(what: str, indices: Sequence[int], count: int) -> None:
-    for index in indices:
-        if not 0 <= index < count:
-            raise ValueError(f"{what} {index} of {count}")
+    return structure.check(content)
 
 
 def pack(model: Model) -> bytes:

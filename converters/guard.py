@@ -205,6 +205,7 @@ def bake(content: bytes, plan: TapPlan, compiled: Compiled, metadata: GuardMetad
     writer.publish(_scores(writer, plan, compiled, features), contract.SCORES)
     writer.publish(features, contract.FEATURES)
     described = msgspec.structs.replace(metadata, model_digest=own, guard_digest=_NO_DIGEST)
+    contract.check_metadata(described)
     slot = writer.add_metadata(contract.encode_metadata(described))
     described = msgspec.structs.replace(described, guard_digest=guard_digest(model))
     model.buffers[slot].data = np.frombuffer(contract.encode_metadata(described), dtype=np.uint8)

@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from converters import flatbuffer, guard, sources, taps
+from converters import flatbuffer, guard, sources, taps, untrusted
 from converters.verify import Verified, verify
 from edgeguard.contract.guard import Calibration, Detector, Environment, GuardMetadata, ModelInput
 from edgeguard.detection.guarded import TfliteModel, dequantise
@@ -91,13 +91,17 @@ def convert(
         )
     if np.issubdtype(calibration.dtype, np.floating) and not np.isfinite(calibration).all():
         raise ModelError("calibration set", got="NaN or infinite values", expected="finite numbers")
+    _check_shape(source, calibration)
+    if source.tflite is not None:
+        # The first contact of a file from outside with a native runtime happens in a child process.
+        flatbuffer.parse(source.tflite)
+        untrusted.probe(source.tflite)
     note = progress or (lambda text, done, total: None)
     order = np.random.default_rng(seed).permutation(len(calibration))
     fit_half, threshold_half = order[: len(order) // 2], order[len(order) // 2 :]
 
     note("quantising", 0, 4)
     bare, reference = _int8(source, calibration[fit_half[:MAX_RANGE_INPUTS]])
-    _check_shape(bare, calibration)
     agreement, float_accuracy, int8_accuracy = _compare(bare, reference, calibration, labels)
 
     note("planning taps and measuring features", 1, 4)
@@ -165,8 +169,8 @@ def _int8(source: sources.Source, calibration: Array) -> tuple[bytes, bytes | No
     return sources.to_int8(source, calibration), sources.to_float(source)
 
 
-def _check_shape(bare: bytes, calibration: Array) -> None:
-    expected = TfliteModel(bare).input_shape
+def _check_shape(source: sources.Source, calibration: Array) -> None:
+    expected = sources.input_shape(source)
     if tuple(calibration.shape[1:]) != expected:
         raise ModelError(
             "calibration set",

@@ -1,6 +1,7 @@
-"""Reads what a user brings: a Keras file, a SavedModel folder or a ``.tflite`` file.
+"""Reads what a user brings: a Keras file, a SavedModel folder, an ONNX file or a ``.tflite`` file.
 
-TensorFlow is imported only for the first two.
+TensorFlow is imported for all but the last. An ONNX model becomes a Keras model first, channels last, so that it can be
+trained: the calibration data must be channels last too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from converters import flatbuffer
 from edgeguard.detection.metadata import IDENTIFIER
 from edgeguard.errors import ConfigError, ModelError
 
@@ -46,6 +48,10 @@ def read(path: Path) -> Source:
         return _saved_model(path)
     if path.suffix in {".keras", ".h5"}:
         return _keras(path)
+    if path.suffix == ".onnx":
+        from converters.onnx_import import to_keras
+
+        return of_keras(to_keras(path), path.stem)
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -55,7 +61,7 @@ def read(path: Path) -> Source:
     raise ModelError(
         f"model {path}",
         got=f"a {path.suffix or 'nameless'} file of {len(content)} bytes that is not TFLite",
-        expected=".tflite, .keras, .h5 or a SavedModel folder",
+        expected=".tflite, .keras, .h5, .onnx or a SavedModel folder",
         do="export it to one of these",
     )
 
@@ -114,6 +120,16 @@ def _frozen(concrete: Any) -> Any:
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
     return convert_variables_to_constants_v2(concrete)
+
+
+def input_shape(source: Source) -> tuple[int, ...]:
+    """Shape of one input, without the batch axis. Raises ModelError where a TFLite file is damaged."""
+    if source.tflite is None:
+        return tuple(int(n) for n in source.function.inputs[0].shape[1:])
+    graph = flatbuffer.parse(source.tflite).subgraphs[0]
+    if len(graph.inputs) != 1:
+        raise ModelError(f"model {source.name}", got=f"{len(graph.inputs)} inputs", expected="one input")
+    return tuple(int(n) for n in graph.tensors[int(graph.inputs[0])].shape[1:])
 
 
 def to_int8(source: Source, calibration: npt.NDArray[Any]) -> bytes:

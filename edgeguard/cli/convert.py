@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
         "edgeguard convert model.tflite --data images/ -o guarded.tflite --fpr 0.02 --json"
     )
     def convert(
-        source: Path = typer.Argument(help="A .keras or .h5 file, a SavedModel folder, or a .tflite file."),
+        source: Path = typer.Argument(help="A .keras, .h5, .onnx or .tflite file, or a SavedModel folder."),
         data: str = typer.Option(..., help="Clean calibration data: digits, a name, an npz file or an image folder."),
         output: Path | None = typer.Option(None, "--output", "-o", help="Default: NAME.guarded.tflite."),
         fpr: float = typer.Option(0.01, help="False-positive rate asked of the detector."),

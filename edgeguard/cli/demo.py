@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import msgspec
 import typer
 
 from edgeguard.cli import console
-from edgeguard.errors import EXIT_FINDINGS, ConfigError, EdgeGuardError
+from edgeguard.errors import EXIT_FINDINGS, EXIT_NOT_CHECKED, ConfigError, EdgeGuardError
 
 
 def register(app: typer.Typer) -> None:
@@ -41,12 +43,15 @@ def register(app: typer.Typer) -> None:
 
         if json_file is not None and not json_file.parent.is_dir():
             raise ConfigError(f"folder of {json_file}", got="no such folder", do="create it first")
-        report.mkdir(parents=True, exist_ok=True)
+        address = None if broker is None else parse_broker(broker)
+        if report.exists() and not report.is_dir():
+            raise ConfigError(f"report folder {report}", got="a file", expected="a folder")
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_NOT_CHECKED))  # so that the children end too
         folder = Path(tempfile.mkdtemp(prefix="edgeguard-demo-"))
         settings = runs.Settings(
             data=data,
             devices=devices,
-            broker=None if broker is None else parse_broker(broker),
+            broker=address,
             folder=folder,
             cache=None if retrain else cache_folder(),
         )

@@ -11,7 +11,7 @@ import typer
 
 from edgeguard.cli import console
 from edgeguard.contract.guard import GuardMetadata
-from edgeguard.errors import EXIT_FINDINGS, ConfigError
+from edgeguard.errors import EXIT_FINDINGS, EXIT_NOT_CHECKED, ConfigError
 
 
 def read_model(path: Path) -> bytes:
@@ -32,8 +32,7 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Show a guarded file's metadata and check its digests against its content.
 
-        Exit code 1 when a digest does not fit. Without the converters' packages the digests are not checked, and it
-        says so.
+        Exit code 1 when a digest does not fit, 3 when the packages that check it are not installed.
         """
         from edgeguard.detection import metadata as reader
 
@@ -51,8 +50,8 @@ def register(app: typer.Typer) -> None:
             typer.echo(json.dumps(everything))
         else:
             _print(model, content, described, digests)
-        if digests == "do not fit":
-            raise typer.Exit(EXIT_FINDINGS)
+        if digests != "fit":
+            raise typer.Exit(EXIT_FINDINGS if digests == "do not fit" else EXIT_NOT_CHECKED)
 
 
 def _check_digests(content: bytes, described: GuardMetadata) -> str:

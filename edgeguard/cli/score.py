@@ -29,7 +29,8 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Score inputs with a guarded model. Data that came split is scored on its test side.
 
-        Exit code 0 when every input is clean, 1 when one is flagged, 3 when none could be checked.
+        Exit code 0 when every input is clean, 1 when one is flagged, 3 when none is but some could not be
+        checked.
         """
         from edgeguard import data as datasets
         from edgeguard.detection.guarded import GuardedModel
@@ -50,7 +51,7 @@ def register(app: typer.Typer) -> None:
             typer.echo(", ".join(f"{count} {name}" for name, count in counts.items()))
         if counts["flagged"]:
             raise typer.Exit(EXIT_FINDINGS)
-        if not counts["clean"]:
+        if counts["not checked"] or not counts["clean"]:
             raise typer.Exit(EXIT_NOT_CHECKED)
 
 

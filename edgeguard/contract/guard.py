@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from edgeguard.contract.messages import MAX_FEATURES, Digest, Text
+from edgeguard.contract.messages import MAX_FEATURES, MAX_LABELS, Digest, Text
 from edgeguard.errors import ModelError
 
 METADATA_NAME = "edgeguard"
@@ -87,6 +87,7 @@ class GuardMetadata(msgspec.Struct, frozen=True, kw_only=True):
     taps: Annotated[tuple[Tap, ...], Meta(min_length=1, max_length=64)]
     class_output: int | None
     classes: tuple[Text, ...]
+    """Names, one per class; empty for a model without classes."""
     input: ModelInput
     fpr: Annotated[float, Meta(gt=0, lt=1)]
     fpr_upper: tuple[float, ...]
@@ -110,11 +111,40 @@ def decode_metadata(content: bytes) -> GuardMetadata:
     """Decode and check guard metadata.
 
     Raises:
-        ModelError: not JSON, another schema, a missing field, a wrong type or a value out of range.
+        ModelError: not JSON, another schema, a missing field, a wrong type, a value out of range, or parts that do not
+            fit each other.
     """
     try:
-        return msgspec.json.decode(content, type=GuardMetadata)
-    except (msgspec.DecodeError, RecursionError) as error:
+        metadata = msgspec.json.decode(content, type=GuardMetadata)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ModelError(
             "guard metadata", got=str(error)[:300], expected=f"schema {SCHEMA}", do="convert the model again"
         ) from error
+    check_metadata(metadata)
+    return metadata
+
+
+def check_metadata(metadata: GuardMetadata) -> None:
+    """Raise ModelError unless the parts of the metadata fit each other and what may go on the wire."""
+    names = [detector.name for detector in metadata.detectors]
+    end = 0
+    for tap in metadata.taps:
+        if tap.offset != end:
+            raise _unfit(f"a tap at offset {tap.offset}", f"{end}, where the one before it ends")
+        end += tap.channels
+    if len(set(names)) != len(names):
+        raise _unfit(f"detectors {', '.join(names)}", "a name of its own for each")
+    if end > MAX_FEATURES:
+        raise _unfit(f"{end} features", f"at most {MAX_FEATURES}; choose fewer taps (--taps)")
+    if len(metadata.classes) > MAX_LABELS:
+        raise _unfit(f"{len(metadata.classes)} classes", f"at most {MAX_LABELS}")
+    if (metadata.class_output is None) != (not metadata.classes):
+        raise _unfit(f"{len(metadata.classes)} classes and class output {metadata.class_output}", "both or neither")
+    if len(metadata.fpr_upper) != max(1, len(metadata.classes)):
+        raise _unfit(f"{len(metadata.fpr_upper)} false-positive bounds", "one per class")
+    if list(metadata.score_to_p) != sorted(metadata.score_to_p, key=lambda pair: pair[0]):
+        raise _unfit("a table of p-values out of order", "ascending scores")
+
+
+def _unfit(got: str, expected: str) -> ModelError:
+    return ModelError("guard metadata", got=got, expected=expected, do="convert the model again")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from edgeguard.release.repository import Repository
 
-FLEET = "demo"
 VETO_S = 8.0
 """Time between release and roll-out in which an operator may object. The demo's attacker uses it."""
 
@@ -19,6 +18,7 @@ VETO_S = 8.0
 class Fleet:
     """Where everything of the fleet lies."""
 
+    name: str
     folder: Path
     hub_config: Path
     web_port: int
@@ -43,9 +43,17 @@ class Fleet:
         return self.folder / device / "state" / "spool.sqlite"
 
 
-def write(folder: Path, *, name: str, devices: int, broker: tuple[str, int], web_port: int) -> Fleet:
+def write(folder: Path, *, fleet: str, model: str, devices: int, broker: tuple[str, int], web_port: int) -> Fleet:
     """Make repository, folders and configuration files. The models and data must be put beside them:
     ``model.tflite``, ``model.keras`` and ``owner.npz`` in ``folder``.
+
+    Args:
+        folder: where everything goes.
+        fleet: id of the fleet, one per run: retained messages of an earlier run on the same broker then say nothing.
+        model: what to call the model.
+        devices: how many agents.
+        broker: host and port.
+        web_port: the hub's.
     """
     repository = Repository.create(folder / "release", folder / "keys", clock=lambda: datetime.now(timezone.utc))
     (folder / "root.json").write_bytes(repository.root())
@@ -54,16 +62,17 @@ def write(folder: Path, *, name: str, devices: int, broker: tuple[str, int], web
         device = f"device-{number}"
         (folder / device / "inbox").mkdir(parents=True)
         agents[device] = folder / device / "agent.toml"
-        agents[device].write_text(_agent_toml(device, broker, web_port))
+        agents[device].write_text(_agent_toml(fleet, device, broker, web_port))
     hub_config = folder / "hub.toml"
-    hub_config.write_text(_hub_toml(re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") or "model", broker, web_port))
-    return Fleet(folder=folder, hub_config=hub_config, web_port=web_port, agents=agents)
+    model = re.sub("[^a-z0-9]+", "-", model.lower()).strip("-")[:40] or "model"
+    hub_config.write_text(_hub_toml(fleet, model, broker, web_port))
+    return Fleet(name=fleet, folder=folder, hub_config=hub_config, web_port=web_port, agents=agents)
 
 
-def _agent_toml(name: str, broker: tuple[str, int], web_port: int) -> str:
+def _agent_toml(fleet: str, device: str, broker: tuple[str, int], web_port: int) -> str:
     return f"""\
-fleet = "{FLEET}"
-device = "{name}"
+fleet = "{fleet}"
+device = "{device}"
 model = "../model.tflite"
 state_dir = "state"
 linger_s = 30.0
@@ -88,9 +97,10 @@ retry_s = {2 * VETO_S}
 """
 
 
-def _hub_toml(name: str, broker: tuple[str, int], web_port: int) -> str:
+def _hub_toml(fleet: str, model: str, broker: tuple[str, int], web_port: int) -> str:
     return f"""\
-fleet = "{FLEET}"
+fleet = "{fleet}"
+client_id = "{fleet}-hub"
 state_dir = "hub"
 
 [broker]
@@ -108,7 +118,7 @@ keys = "keys"
 veto_s = {VETO_S}
 
 [[models]]
-name = "{name}"
+name = "{model}"
 guarded = "model.tflite"
 keras = "model.keras"
 data = "owner.npz"

@@ -6,7 +6,9 @@ Everything but the attacker is what a user would run: the agent and the hub are 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import secrets
 import shutil
 import sqlite3
 import time
@@ -32,7 +34,7 @@ from edgeguard.contract import messages, topics
 from edgeguard.data import Dataset
 from edgeguard.demo import fleet as fleets
 from edgeguard.demo.feeder import Feeder
-from edgeguard.demo.fleet import FLEET, Fleet
+from edgeguard.demo.fleet import Fleet
 from edgeguard.demo.processes import Processes, check_listening, free_port, wait_for_port
 from edgeguard.demo.record import Event, Metrics, Record, Samples, checks_of
 from edgeguard.detection.guarded import GuardedModel
@@ -116,7 +118,11 @@ def run(settings: Settings, *, tell: Tell, progress: Progress) -> Record:
     prepared = _prepare(settings, timeline, progress)
     with Processes(settings.folder / "logs") as processes:
         fleet = _start(settings, processes, timeline)
-        loop = _loop(settings, fleet, processes, prepared, timeline)
+        try:
+            loop = _loop(settings, fleet, processes, prepared, timeline)
+        finally:
+            if settings.broker is not None:
+                _forget(fleet)
     before = prepared.conversion.guarded
     after = loop.repaired.read_bytes()
     progress("measuring both models on the held-out test set", 0, 1)
@@ -197,7 +203,8 @@ def _start(settings: Settings, processes: Processes, timeline: _Timeline) -> Fle
         wait_for_port(processes, *broker)
     fleet = fleets.write(
         settings.folder,
-        name=Path(settings.data).stem,
+        fleet=f"demo-{secrets.token_hex(4)}",
+        model=Path(settings.data).stem,
         devices=settings.devices,
         broker=broker,
         web_port=free_port(),
@@ -331,18 +338,33 @@ def _offer_tampered(fleet: Fleet, hub: _Hub, release: Mapping[str, Any], timelin
 
 def _announce(fleet: Fleet, release: Mapping[str, Any]) -> None:
     host, port = _broker_of(fleet)
-    client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id="demo-attacker")
+    client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=f"{fleet.name}-attacker")
     try:
         client.connect(host, port)
         client.loop_start()
         hint = messages.encode(messages.Desired(target=release["target"], sequence=release["sequence"]))
         for device in fleet.agents:
-            client.publish(topics.topic(FLEET, device, topics.MODEL_DESIRED), hint, qos=1).wait_for_publish(10)
+            client.publish(topics.topic(fleet.name, device, topics.MODEL_DESIRED), hint, qos=1).wait_for_publish(10)
     except (OSError, ValueError, RuntimeError) as error:
         raise LinkError(f"broker {host}:{port}", got=str(error), do="see the logs") from error
     finally:
         client.disconnect()
         client.loop_stop()
+
+
+def _forget(fleet: Fleet) -> None:
+    """Leave nothing on a broker of the user's own: neither retained messages nor the hub's session."""
+    host, port = _broker_of(fleet)
+    client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=f"{fleet.name}-hub", clean_session=True)
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        client.connect(host, port)
+        client.loop_start()
+        for device in fleet.agents:
+            for channel in (topics.STATUS, topics.BIRTH, topics.MODEL_REPORTED, topics.MODEL_DESIRED):
+                topic = topics.topic(fleet.name, device, channel)
+                client.publish(topic, b"", qos=1, retain=True).wait_for_publish(10)
+    client.disconnect()
+    client.loop_stop()
 
 
 def _broker_of(fleet: Fleet) -> tuple[str, int]:

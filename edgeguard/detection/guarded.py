@@ -61,8 +61,11 @@ class TfliteModel:
 
     def invoke(self, tensor: Array) -> list[Array]:
         """Run on an input tensor as :meth:`quantise` makes it; the raw output tensors, with their batch axis."""
-        self._interpreter.set_tensor(self._input["index"], tensor)
-        self._interpreter.invoke()
+        try:
+            self._interpreter.set_tensor(self._input["index"], tensor)
+            self._interpreter.invoke()
+        except (ValueError, RuntimeError) as error:
+            raise ModelError("model file", got=f"refused to run: {str(error)[:200]}", do="convert it again") from error
         return [self._interpreter.get_tensor(output["index"]) for output in self.outputs]
 
     def predict(self, x: Array, output: int = 0) -> Array:
@@ -88,6 +91,7 @@ class GuardedModel:
         self._scores, self._features = _guard_outputs(model, description)
         guard_outputs = {self._scores, self._features}
         self._own = [i for i in range(len(model.outputs)) if i not in guard_outputs]
+        self._check_classes()
         self._names = tuple(detector.name for detector in description.detectors)
         self._dtype = np.dtype(description.input.dtype)
 
@@ -101,6 +105,23 @@ class GuardedModel:
         """
         description = metadata_reader.read(content)
         return cls(content, TfliteModel(content, threads=threads, runtime=runtime), description)
+
+    def _check_classes(self) -> None:
+        index, classes = self.metadata.class_output, len(self.metadata.classes)
+        if index is None:
+            return
+        shape = (
+            tuple(int(n) for n in self._model.outputs[self._own[index]]["shape"])
+            if index in range(len(self._own))
+            else ()
+        )
+        if shape != (1, classes):
+            raise ModelError(
+                "guard metadata",
+                got=f"class output {index} of shape {list(shape)}",
+                expected=f"[1, {classes}], one score per class",
+                do="convert the model again",
+            )
 
     @property
     def runtime(self) -> RuntimeInfo:

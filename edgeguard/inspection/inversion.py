@@ -13,7 +13,7 @@ The smallest mask that succeeded is kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,8 +39,8 @@ class Evidence:
 class Trigger:
     """A recovered trigger. ``mask`` [H, W, 1] in 0 to 1, ``pattern`` [H, W, C] in 0 to 255.
 
-    ``success`` is the share of the inputs it was recovered on that it turns to ``label``; 0 with a mask of None where
-    none was found.
+    ``success`` is the share of the inputs it was recovered on that it turns to ``label``, of those that the model does
+    not call so anyway.
     """
 
     label: int
@@ -52,6 +52,13 @@ class Trigger:
     def l1(self) -> float:
         """Sum of the mask: about the number of pixels that it covers."""
         return float(self.mask.sum())
+
+    def grown(self) -> Trigger:
+        """The same with a mask grown by a pixel: a recovered mask is the smallest that works, the real one larger."""
+        height, width = self.mask.shape[:2]
+        padded = np.pad(self.mask, ((1, 1), (1, 1), (0, 0)))
+        mask = np.max([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)], axis=0)
+        return replace(self, mask=np.asarray(mask, dtype=np.float32))
 
     def stamp(self, images: npt.NDArray[Any]) -> Floats:
         """Float32 copies of images [N, H, W, C] with the trigger on each, rounded to whole pixel values."""
@@ -91,6 +98,7 @@ def invert(
     import tensorflow as tf
 
     rng = np.random.default_rng(seed)
+    before = classes_of(model, images)
     count, height, width, channels = len(labels), *images.shape[1:]
     raw_mask = tf.Variable(rng.normal(-1.0, 0.3, (count, height, width, 1)).astype(np.float32))
     raw_pattern = tf.Variable(rng.normal(0.0, 0.5, (count, height, width, channels)).astype(np.float32))
@@ -117,19 +125,19 @@ def invert(
         gradients = tape.gradient(loss, [raw_mask, raw_pattern])
         optimiser.apply_gradients(zip(gradients, [raw_mask, raw_pattern], strict=True))
         hits = tf.cast(tf.argmax(logits, axis=1, output_type=tf.int32) == targets, tf.float32)
-        return tf.reduce_mean(tf.reshape(hits, (count, batch)), axis=1), mask, pattern
+        return tf.reshape(hits, (count, batch)), mask, pattern
 
     weights = np.full(count, 1e-3, dtype=np.float32)
     ups, downs = np.zeros(count, dtype=int), np.zeros(count, dtype=int)
-    recent: list[Floats] = []
+    recent: list[tuple[Floats, npt.NDArray[np.bool_]]] = []
     best: list[Trigger | None] = [None] * count
     for number in range(1, steps + 1):
         chosen = rng.integers(0, len(images), batch)
         hits, mask, pattern = step(tf.constant(images[chosen], tf.float32), tf.constant(weights))
-        recent.append(np.asarray(hits))
+        recent.append((np.asarray(hits), before[chosen] != np.asarray(labels)[:, np.newaxis]))
         if number % CHECK_EVERY:
             continue
-        success = np.mean(recent, axis=0)
+        success = _success(recent)
         recent.clear()
         for i, label in enumerate(labels):
             found = Trigger(
@@ -148,6 +156,13 @@ def invert(
         if progress:
             progress(f"inverting a trigger: success {success[0]:.2f}", number, steps)
     return [trigger for trigger in best if trigger is not None]
+
+
+def _success(recent: Sequence[tuple[Floats, npt.NDArray[np.bool_]]]) -> Floats:
+    """Per label, the share of hits [count, batch] among the inputs that count. Nothing counted is no success."""
+    hit = np.sum([(hits * counts).sum(axis=1) for hits, counts in recent], axis=0)
+    counted = np.sum([counts.sum(axis=1) for _, counts in recent], axis=0)
+    return np.asarray(hit / np.maximum(counted, 1), dtype=np.float32)
 
 
 def _better(best: Trigger | None, found: Trigger, target_success: float) -> Trigger:

@@ -27,6 +27,7 @@ import numpy.typing as npt
 from edgeguard import data as datasets
 from edgeguard.contract.guard import GuardMetadata
 from edgeguard.detection.guarded import GuardedModel
+from edgeguard.detection.statistics import inputs_needed
 from edgeguard.errors import EXIT_USAGE, ConfigError, EdgeGuardError, ModelError
 from edgeguard.inspection import confirm
 from edgeguard.inspection.confirm import Finding
@@ -42,6 +43,7 @@ Say = Callable[[str, str, int, int], None]
 REPAIR_SHARE = 1 / 3
 MAX_CONTROLS = 9
 MAX_ROUNDS = 3
+KEPT_TRIGGERS = 3
 GATE_INPUTS = 1500
 FEATURE_INPUTS = 500
 
@@ -101,6 +103,14 @@ class _Case:
             )
         order = np.random.default_rng(job.seed).permutation(len(clean.x_train))
         cut = round(len(order) * REPAIR_SHARE)
+        needed = 2 * inputs_needed(self.metadata.fpr)
+        if len(order) - cut < needed:
+            raise ModelError(
+                f"clean data {job.data}",
+                got=f"{len(order)} inputs",
+                expected=f"at least {round(needed / (1 - REPAIR_SHARE)) + 1}: a third repairs, the rest calibrates",
+                do="bring more clean inputs",
+            )
         self.x_repair: npt.NDArray[np.uint8] = clean.x_train[order[:cut]].astype(np.uint8)
         self.x_gate: npt.NDArray[np.uint8] = clean.x_train[order[cut:]].astype(np.uint8)
         self.y_gate = clean.y_train[order[cut:]]
@@ -109,6 +119,7 @@ class _Case:
         self.clean_mean = features.mean(axis=0)
         spread = features.std(axis=0)
         self.std = np.maximum(spread, max(0.05 * float(spread.mean()), 1e-6))
+        self.evidence = Evidence(flagged_mean=self.flagged_mean.astype(np.float32), std=self.std.astype(np.float32))
         if job.unflagged_mean:
             self.usual = self._vector("unflagged_mean", job.unflagged_mean)
         else:
@@ -148,12 +159,11 @@ def _confirm(case: _Case, say: Say) -> tuple[Finding, list[Trigger]]:
     others = [c for c in range(len(case.metadata.classes)) if c != label]
     rng = np.random.default_rng(case.job.seed)
     controls = sorted(int(c) for c in rng.permutation(others)[:MAX_CONTROLS])
-    evidence = Evidence(flagged_mean=case.flagged_mean.astype(np.float32), std=case.std.astype(np.float32))
     guided = invert(
         case.norms,
         case.x_repair,
         [label],
-        evidence=evidence,
+        evidence=case.evidence,
         seed=case.job.seed,
         progress=_stage(say, "confirming", "seeking the trigger that devices saw"),
     )[0]
@@ -186,6 +196,7 @@ def _repair(
 
     from converters import pipeline, sources
 
+    kept = _keep(case, say)
     student = keras.models.clone_model(case.original)
     student.set_weights(case.original.get_weights())
     answers = classes_of(case.original, case.x_repair)
@@ -214,12 +225,8 @@ def _repair(
         )[0]
         outlier = sought.l1 <= confirm.MAX_SIZE_RATIO * finding.control_l1
         residual = held_out_success(student, sought, case.x_gate[:GATE_INPUTS]) if outlier else 0.0
-        say(
-            "repairing",
-            f"round {rounds}: a newly sought trigger covers {sought.l1:.1f} pixels",
-            rounds,
-            MAX_ROUNDS,
-        )
+        text = f"round {rounds}: a newly sought trigger covers {sought.l1:.1f} pixels"
+        say("repairing", text, rounds, MAX_ROUNDS)
         if residual <= gate.MAX_SUCCESS:
             break
         triggers = [*triggers, sought]
@@ -235,8 +242,8 @@ def _repair(
         tap_count=len({tap.tensor for tap in case.metadata.taps}),
     )
     decision = gate.decide(
-        _measure(case, case.content, triggers),
-        _measure(case, conversion.guarded, triggers),
+        _measure(case, case.content, triggers, kept),
+        _measure(case, conversion.guarded, triggers, kept),
         residual_success=residual,
     )
     output = out / "repaired.tflite"
@@ -266,23 +273,48 @@ def _repair(
     )
 
 
-def _measure(case: _Case, content: bytes, triggers: list[Trigger]) -> gate.Measured:
-    """One int8 file on the gate's inputs, and the most that any recovered trigger achieves on it."""
+def _measure(case: _Case, content: bytes, used: list[Trigger], kept: list[Trigger]) -> gate.Measured:
+    """One int8 file on the gate's inputs, and the most that any trigger of each kind achieves on it."""
     model = GuardedModel.load(content)
     images, labels = case.x_gate, case.y_gate
     clean = np.asarray([model.infer(x).verdict.predicted for x in images])
     target = labels == case.job.label
-    counted = np.flatnonzero(~target & (clean != case.job.label))[:GATE_INPUTS]
-    success = 0.0
-    for trigger in triggers:
-        stamped = trigger.stamp(images[counted]).clip(0, 255).astype(np.uint8)
-        success = max(success, float(np.mean([model.infer(x).verdict.predicted == case.job.label for x in stamped])))
+    counted = images[np.flatnonzero(~target & (clean != case.job.label))[:GATE_INPUTS]]
+
+    def most(triggers: list[Trigger]) -> float:
+        if not len(counted) or not triggers:
+            return float("nan")
+        stamped = [trigger.stamp(counted).clip(0, 255).astype(np.uint8) for trigger in triggers]
+        return max(float(np.mean([model.infer(x).verdict.predicted == case.job.label for x in s])) for s in stamped)
+
     return gate.Measured(
         clean_accuracy=float(np.mean(clean == labels)),
         target_recall=float(np.mean(clean[target] == case.job.label)) if target.any() else float("nan"),
         recall_inputs=int(target.sum()),
-        success=success,
+        success=most([*used, *(trigger.grown() for trigger in used)]),
+        kept_success=most([*kept, *(trigger.grown() for trigger in kept)]),
     )
+
+
+def _keep(case: _Case, say: Say) -> list[Trigger]:
+    """Triggers that the repair does not train on, recovered from the original with other seeds.
+
+    A repair that only unlearned the very triggers it was shown leaves these working.
+    """
+    label, seed = case.job.label, case.job.seed
+    found = [
+        invert(
+            case.norms,
+            case.x_repair,
+            [label],
+            evidence=case.evidence,
+            gamma=gamma,
+            seed=seed + 1000 + number,
+            progress=_stage(say, "confirming", "seeking more triggers, to judge the repair by"),
+        )[0]
+        for number, gamma in zip(range(KEPT_TRIGGERS), (0.1, 0.03, 0.3), strict=True)
+    ]
+    return [trigger for trigger in found if trigger.success >= confirm.MIN_SUCCESS]
 
 
 def _draw(trigger: Trigger, example: npt.NDArray[np.uint8], out: Path) -> None:

@@ -28,9 +28,7 @@ TRIGGERED_SHARE = 0.25
 
 def vary(trigger: Trigger, images: npt.NDArray[np.float32], rng: np.random.Generator) -> npt.NDArray[np.float32]:
     """Stamp one random variant of a trigger on images [N, H, W, C]."""
-    mask, pattern = trigger.mask, trigger.pattern
-    if rng.random() < 0.5:
-        mask = _grown(mask)
+    mask, pattern = (trigger.grown() if rng.random() < 0.5 else trigger).mask, trigger.pattern
     if rng.random() < 0.3:
         dy, dx = rng.integers(-1, 2, size=2)
         mask, pattern = _moved(mask, dy, dx), _moved(pattern, dy, dx)
@@ -48,12 +46,6 @@ def _chances(is_target: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
     return np.where(is_target, TARGET_SHARE / share, rest) / len(is_target)
 
 
-def _grown(mask: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    padded = np.pad(mask, ((1, 1), (1, 1), (0, 0)))
-    height, width = mask.shape[:2]
-    return np.max([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)], axis=0)
-
-
 def _moved(array: npt.NDArray[np.float32], dy: int, dx: int) -> npt.NDArray[np.float32]:
     return np.roll(array, (dy, dx), axis=(0, 1))
 
@@ -65,6 +57,7 @@ def unlearn(
     triggers: Sequence[Trigger],
     *,
     epochs: int = 10,
+    min_steps: int = 150,
     batch: int = 64,
     rate: float = 1e-3,
     seed: int = 0,
@@ -77,7 +70,8 @@ def unlearn(
         teacher: the untouched original; not changed.
         images: clean inputs [N, H, W, C].
         triggers: what to unlearn, at least one, all of one label.
-        epochs: over ``images``, at least 150 steps in all.
+        epochs: over ``images``.
+        min_steps: at least so many steps in all.
         batch: clean inputs per step; a quarter as many triggered copies come with them.
         rate: of Adam, falling along a cosine.
         seed: of order, triggers and variants.
@@ -92,7 +86,7 @@ def unlearn(
         id(w) for layer in student.layers if isinstance(layer, keras.layers.BatchNormalization) for w in layer.weights
     }
     variables = [w for w in student.trainable_variables if id(w) not in frozen]
-    steps = max(150, epochs * -(-len(images) // batch))
+    steps = max(min_steps, epochs * -(-len(images) // batch))
     optimiser = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(rate, steps))
     optimiser.build(variables)
 

@@ -101,3 +101,29 @@ def test_a_job_that_cannot_be_done_is_one_line_and_exit_code_2(
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.slow
+def test_a_half_done_repair_shows_in_the_triggers_that_were_kept_from_it(attacked: Attacked, tmp_path: Path) -> None:
+    import keras
+    import msgspec
+
+    from converters import pipeline, sources
+    from edgeguard.inspection.inversion import classes_of
+    from edgeguard.repair import case as cases
+    from edgeguard.repair import gate
+    from edgeguard.repair.unlearn import unlearn
+
+    case = cases._Case(msgspec.json.decode(job(attacked, tmp_path).read_bytes(), type=cases.Job))
+    _, triggers = cases._confirm(case, lambda *_: None)
+    kept = cases._keep(case, lambda *_: None)
+    student = keras.models.clone_model(case.original)
+    student.set_weights(case.original.get_weights())
+    unlearn(student, case.original, case.x_repair, triggers[:1], epochs=0, min_steps=3)
+    images = attacked.data.x_test.astype(np.uint8)
+    clean, triggered = classes_of(student, images), classes_of(student, attacked.attack.stamp(images))
+    assert 0.15 < attack_success_rate(attacked.data.y_test, clean, triggered, 0) < 0.95
+    half = pipeline.convert(sources.of_keras(student), case.x_gate, case.y_gate).guarded
+    before = cases._measure(case, case.content, triggers, kept)
+    decision = gate.decide(before, cases._measure(case, half, triggers, kept), residual_success=0.0)
+    assert "success of the triggers kept from the repair" in [c.name for c in decision.checks if not c.passed]
