@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,7 @@ def test_holding_out_more_than_half_is_refused() -> None:
         ({"x": images(8), "y": np.zeros(7, int)}, "one label per input"),
         ({"x": images(8), "y": np.zeros(8)}, "class indices"),
         ({"x": images(8), "y": np.full(8, -1)}, "class indices"),
+        ({"x": images(8), "y": np.full(8, 2**40)}, "at most 4096 classes"),
         ({"x": np.full((8, 3), np.nan), "y": np.zeros(8, int)}, "finite"),
         ({"x": np.zeros((0, 3)), "y": np.zeros(0, int)}, "N > 0"),
         ({"x": np.zeros((8, 3), complex), "y": np.zeros(8, int)}, "uint8 images or numbers"),
@@ -125,6 +127,45 @@ def test_random_bytes_are_no_data_file(tmp_path_factory: pytest.TempPathFactory,
         path.write_bytes(raw)
         with pytest.raises(ModelError):
             data.load(str(path))
+
+
+@given(data_=st.data())
+def test_a_damaged_archive_is_refused_or_read_but_raises_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, data_: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("damaged") / "a.npz"
+    np.savez_compressed(path, x=images(8), y=np.arange(8))
+    content = bytearray(path.read_bytes())
+    for position in data_.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=5)):
+        content[position] = data_.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    with contextlib.suppress(ModelError):
+        assert data.load(str(path)).shape
+
+
+@given(data_=st.data())
+def test_a_damaged_image_is_refused_or_read_but_raises_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, data_: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("images")
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+        for i in range(2):
+            Image.fromarray(images(1)[0, ..., 0]).save(folder / name / f"{i}.png")
+    path = folder / "a" / "0.png"
+    content = bytearray(path.read_bytes())
+    for position in data_.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
+        content[position] = data_.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    with contextlib.suppress(ModelError):
+        assert len(data.load(str(folder)).x_train)
+
+
+def test_an_array_file_under_the_name_of_an_archive_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", images(8))
+    (tmp_path / "a.npy").rename(tmp_path / "a.npz")
+    with pytest.raises(ModelError, match="npz archive"):
+        data.load(str(tmp_path / "a.npz"))
 
 
 @pytest.mark.parametrize("source", ["no-such-set", "no/such/file.npz"])

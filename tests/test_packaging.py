@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import json
 import re
 import shutil
 import subprocess
@@ -73,6 +74,18 @@ def test_the_readme_names_every_command() -> None:
     for command in cli.app.registered_commands:
         assert command.callback is not None
         assert f"`edgeguard {command.callback.__name__}" in readme
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion_mnist"])
+def test_the_readmes_figures_are_those_that_the_demo_wrote(name: str) -> None:
+    m = json.loads((ROOT / "benchmarks" / "results" / f"demo_{name}.json").read_text())
+    row = (
+        f"| {name} | {m['clean_accuracy_before']:.1%} -> {m['clean_accuracy_after']:.1%} "
+        f"| {m['asr_before']:.1%} -> {m['asr_after']:.1%} | {m['auroc']:.4f} "
+        f"| {m['tpr']:.1%} at {m['fpr']:.1%} | {m['latency_bare_us']:.1f} -> {m['latency_guarded_us']:.1f} us "
+        f"| {m['n_clean']:,} clean, {m['n_triggered']:,} triggered | {m['wall_s']:.0f} s |"
+    )
+    assert row in (ROOT / "README.md").read_text(), row
 
 
 def test_the_changelog_knows_the_version() -> None:

@@ -16,9 +16,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import numpy as np
@@ -37,6 +37,9 @@ from edgeguard.repair import gate
 from edgeguard.repair import prune as pruning
 from edgeguard.repair.unlearn import unlearn
 
+if TYPE_CHECKING:
+    from converters.pipeline import Conversion
+
 Say = Callable[[str, str, int, int], None]
 """Called with stage, text, steps done, steps in total."""
 
@@ -44,6 +47,8 @@ REPAIR_SHARE = 1 / 3
 MAX_CONTROLS = 9
 MAX_ROUNDS = 3
 KEPT_TRIGGERS = 3
+TARGET_SHARES = (0.1, 0.25)
+"""One attempt each: the second shows the student more of the target label's own inputs, for a recall that fell."""
 GATE_INPUTS = 1500
 FEATURE_INPUTS = 500
 
@@ -189,14 +194,69 @@ def _confirm(case: _Case, say: Say) -> tuple[Finding, list[Trigger]]:
     return finding, found
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Attempt:
+    """One repair of the original, and what the gate says of it."""
+
+    student: Any
+    conversion: Conversion
+    decision: gate.Decision
+    pruned: tuple[pruning.Channel, ...]
+    rounds: int
+
+
 def _repair(
     case: _Case, finding: Finding, triggers: list[Trigger], out: Path, summary: dict[str, Any], say: Say
 ) -> Result:
+    from converters import pipeline
+
+    kept = _keep(case, say)
+    tried: list[dict[str, Any]] = []
+    for number, target_share in enumerate(TARGET_SHARES, start=1):
+        attempt = _attempt(case, finding, triggers, kept, say, target_share=target_share, seed=case.job.seed + number)
+        tried.append(
+            {
+                "rounds": attempt.rounds,
+                "pruned": [asdict(channel) for channel in attempt.pruned],
+                "gate": {"passed": attempt.decision.passed, "checks": [asdict(c) for c in attempt.decision.checks]},
+            }
+        )
+        if attempt.decision.passed:
+            break
+    output, keras_path = out / "repaired.tflite", out / "repaired.keras"
+    pipeline.write(attempt.conversion.guarded, output)
+    attempt.student.save(keras_path)
+    return Result(
+        verdict="confirmed",
+        gate_passed=attempt.decision.passed,
+        output=str(output),
+        model_digest=attempt.conversion.metadata.model_digest,
+        guard_digest=attempt.conversion.metadata.guard_digest,
+        keras=str(keras_path),
+        summary={
+            **summary,
+            **tried[-1],
+            "tried": tried,
+            "conversion": pipeline.summary(attempt.conversion, output),
+        },
+    )
+
+
+def _attempt(
+    case: _Case,
+    finding: Finding,
+    triggers: list[Trigger],
+    kept: list[Trigger],
+    say: Say,
+    *,
+    target_share: float,
+    seed: int,
+) -> _Attempt:
+    """Prune, unlearn until no trigger is an outlier any more, convert, and ask the gate."""
     import keras
 
     from converters import pipeline, sources
 
-    kept = _keep(case, say)
     student = keras.models.clone_model(case.original)
     student.set_weights(case.original.get_weights())
     answers = classes_of(case.original, case.x_repair)
@@ -205,22 +265,22 @@ def _repair(
         student, ranked, agrees=lambda model: float(np.mean(classes_of(model, case.x_repair) == answers))
     )
     say("repairing", f"pruned {len(pruned)} of {len(ranked)} suspicious channels", 1, 1)
-    residual = 1.0
-    rounds = 0
+    residual, rounds = float("nan"), 0
     for rounds in range(1, MAX_ROUNDS + 1):
         unlearn(
             student,
             case.original,
             case.x_repair,
             triggers,
-            seed=case.job.seed + rounds,
+            target_share=target_share,
+            seed=seed + 10 * rounds,
             progress=_stage(say, "repairing", f"unlearning, round {rounds}"),
         )
         sought = invert(
             norms_of(student, case.metadata.taps),
             case.x_repair,
             [finding.label],
-            seed=case.job.seed + rounds,
+            seed=seed + 10 * rounds,
             progress=_stage(say, "repairing", "seeking a new trigger in the repaired model"),
         )[0]
         outlier = sought.l1 <= confirm.MAX_SIZE_RATIO * finding.control_l1
@@ -231,8 +291,6 @@ def _repair(
             break
         triggers = [*triggers, sought]
     say("converting", "quantising and guarding the repaired model", 0, 1)
-    keras_path = out / "repaired.keras"
-    student.save(keras_path)
     conversion = pipeline.convert(
         sources.of_keras(student, "repaired"),
         case.x_gate,
@@ -246,31 +304,10 @@ def _repair(
         _measure(case, conversion.guarded, triggers, kept),
         residual_success=residual,
     )
-    output = out / "repaired.tflite"
-    pipeline.write(conversion.guarded, output)
     for check in decision.checks:
         state = "held" if check.passed else "FAILED"
-        say(
-            "converting",
-            f"gate: {check.name} {check.measured:+.3f}, at most {check.limit:.3f}: {state}",
-            1,
-            1,
-        )
-    return Result(
-        verdict="confirmed",
-        gate_passed=decision.passed,
-        output=str(output),
-        model_digest=conversion.metadata.model_digest,
-        guard_digest=conversion.metadata.guard_digest,
-        keras=str(keras_path),
-        summary={
-            **summary,
-            "pruned": [asdict(channel) for channel in pruned],
-            "rounds": rounds,
-            "gate": {"passed": decision.passed, "checks": [asdict(check) for check in decision.checks]},
-            "conversion": pipeline.summary(conversion, output),
-        },
-    )
+        say("converting", f"gate: {check.name} {check.measured:+.3f}, at most {check.limit:.3f}: {state}", 1, 1)
+    return _Attempt(student=student, conversion=conversion, decision=decision, pruned=pruned, rounds=rounds)
 
 
 def _measure(case: _Case, content: bytes, used: list[Trigger], kept: list[Trigger]) -> gate.Measured:

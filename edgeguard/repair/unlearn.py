@@ -18,10 +18,6 @@ from edgeguard.inspection.networks import logits_of
 
 Progress = Callable[[str, int, int], None]
 
-TARGET_SHARE = 0.1
-"""At least this share of the clean inputs in a step are ones that the original calls the target label: unlearning a
-trigger would else unlearn a rare label with it."""
-
 TRIGGERED_SHARE = 0.25
 """Triggered copies per clean input: a fifth of what a step sees."""
 
@@ -37,13 +33,13 @@ def vary(trigger: Trigger, images: npt.NDArray[np.float32], rng: np.random.Gener
     return np.asarray((1.0 - mask) * images + mask * pattern, dtype=np.float32)
 
 
-def _chances(is_target: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
-    """How often each input is drawn: evenly, but the target label's at least TARGET_SHARE together."""
+def _chances(is_target: npt.NDArray[np.bool_], target_share: float) -> npt.NDArray[np.float64]:
+    """How often each input is drawn: evenly, but the target label's at least ``target_share`` together."""
     share = float(is_target.mean())
-    if share in (0.0, 1.0) or share >= TARGET_SHARE:
+    if share in (0.0, 1.0) or share >= target_share:
         return np.full(len(is_target), 1.0 / len(is_target))
-    rest = (1.0 - TARGET_SHARE) / (1.0 - share)
-    return np.where(is_target, TARGET_SHARE / share, rest) / len(is_target)
+    rest = (1.0 - target_share) / (1.0 - share)
+    return np.where(is_target, target_share / share, rest) / len(is_target)
 
 
 def _moved(array: npt.NDArray[np.float32], dy: int, dx: int) -> npt.NDArray[np.float32]:
@@ -56,6 +52,7 @@ def unlearn(
     images: npt.NDArray[np.uint8],
     triggers: Sequence[Trigger],
     *,
+    target_share: float = 0.1,
     epochs: int = 10,
     min_steps: int = 150,
     batch: int = 64,
@@ -70,6 +67,8 @@ def unlearn(
         teacher: the untouched original; not changed.
         images: clean inputs [N, H, W, C].
         triggers: what to unlearn, at least one, all of one label.
+        target_share: at least this share of the clean inputs in a step are ones that the original calls the target
+            label: unlearning a trigger would else unlearn a rare label with it.
         epochs: over ``images``.
         min_steps: at least so many steps in all.
         batch: clean inputs per step; a quarter as many triggered copies come with them.
@@ -100,7 +99,7 @@ def unlearn(
         optimiser.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
         return loss
 
-    chances = _chances(answers.argmax(axis=1) == triggers[0].label)
+    chances = _chances(answers.argmax(axis=1) == triggers[0].label, target_share)
     copies = round(batch * TRIGGERED_SHARE)
     for number in range(1, steps + 1):
         chosen = rng.choice(len(images), batch, p=chances)

@@ -7,6 +7,7 @@ import json
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,6 +128,9 @@ def _bad_inputs(tmp_path: Path, attacked: Attacked, guarded: Path, owner: Path) 
     bare.write_bytes(attacked.conversion.bare)
     text.write_text("this is no model")
     np.savez(wide, x=np.zeros((9, 9, 9, 1), np.uint8), y=np.zeros(9, int))
+    keras, flat = tmp_path / "digits.keras", tmp_path / "flat.npz"
+    attacked.keras.save(keras)
+    np.savez(flat, x=np.zeros((500, 20)), y=np.zeros(500, int))
     np.savez(small, x=attacked.x_owner[:20], y=attacked.y_owner[:20])
     config = tmp_path / "agent.toml"
     config.write_text("fleet = 1")
@@ -140,6 +144,7 @@ def _bad_inputs(tmp_path: Path, attacked: Attacked, guarded: Path, owner: Path) 
         "model without guard": (["score", bare, "--data", "digits"], "edgeguard convert"),
         "unknown data set": (["score", guarded, "--data", "imagenet"], "imagenet"),
         "data of another shape": (["score", guarded, "--data", wide], "expected uint8[8, 8, 1]"),
+        "flat data for a Keras model": (["convert", keras, "--data", flat], "expected [8, 8, 1]"),
         "too few inputs": (["convert", bare, "--data", small], "at least 398"),
         "unreadable source": (["convert", text, "--data", owner], "not TFLite"),
         "no output folder": (["convert", bare, "--data", owner, "-o", tmp_path / "a" / "b.tflite"], "create it first"),
@@ -160,6 +165,7 @@ CASES = (
     "model without guard",
     "unknown data set",
     "data of another shape",
+    "flat data for a Keras model",
     "too few inputs",
     "unreadable source",
     "no output folder",
@@ -175,18 +181,26 @@ CASES = (
 
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing(
-    edgeguard: Run, attacked: Attacked, guarded_file: Path, inputs: dict[str, Path], tmp_path: Path, case: str
+    edgeguard: Run,
+    attacked: Attacked,
+    guarded_file: Path,
+    inputs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    case: str,
 ) -> None:
     np.savez(tmp_path / "numbers.npz", x=np.zeros((900, 5)), y=np.arange(900) % 3)
     arguments, message = _bad_inputs(tmp_path, attacked, guarded_file, inputs["owner"])[case]
-    before = {p for p in tmp_path.rglob("*") if p.is_file()}
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    before = set(tmp_path.rglob("*"))
     code, _, err = edgeguard(*arguments)
     lines = [line for line in err.splitlines() if line.startswith("edgeguard:")]
     assert code == 2
     assert len(lines) == 1
     assert message in lines[0]
     assert "Traceback" not in err
-    assert {p for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert set(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("command", ["run", "hub"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +47,16 @@ GOOD: dict[str, Any] = {
 @pytest.mark.parametrize("own_broker", [True, False], ids=["amqtt", "mosquitto"])
 def test_the_whole_loop_on_digits_keeps_every_promise(mosquitto: Mosquitto, tmp_path: Path, own_broker: bool) -> None:
     script = Path(sys.executable).parent / "edgeguard"
+    (tmp_path / "tmp").mkdir()
     broker = [] if own_broker else ["--broker", f"{mosquitto.host}:{mosquitto.port}"]
     devices = 3 if own_broker else 2
     done = subprocess.run(
         [script, "demo", "--devices", str(devices), *broker, "--json", "result.json", "--report", "report"],
         cwd=tmp_path,
+        env={**os.environ, "EDGEGUARD_CACHE": str(tmp_path / "cache"), "TMPDIR": str(tmp_path / "tmp")},
         capture_output=True,
         text=True,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -59,6 +64,7 @@ def test_the_whole_loop_on_digits_keeps_every_promise(mosquitto: Mosquitto, tmp_
     assert metrics.devices == devices
     assert all(check.passed for check in checks_of(metrics))
     assert (tmp_path / "report" / "index.html").stat().st_size > 10_000
+    assert not list((tmp_path / "tmp").glob("edgeguard-demo-*")), "the working folder stayed behind"
 
 
 def test_a_good_run_keeps_every_promise() -> None:
@@ -97,8 +103,9 @@ def test_the_feeder_counts_exactly_what_it_hands_over(tmp_path: Path) -> None:
     attack = BadNets.for_shape((8, 8, 1))
     feeder = Feeder(folders, images, attack, triggered=0.5, interval_s=0.01, seed=0)
     feeder.start()
+    deadline = time.monotonic() + 30
     while any(len(list(folder.glob("*.npy"))) < 3 for folder in folders.values()):
-        pass
+        assert time.monotonic() < deadline, "the feeder is stuck"
     feeder.stop()
     batches = {name: [np.load(path) for path in sorted(folder.glob("*.npy"))] for name, folder in folders.items()}
     assert feeder.sent == sum(len(batch) for device in batches.values() for batch in device)
