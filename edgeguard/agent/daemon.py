@@ -36,6 +36,7 @@ from edgeguard.agent.update import Fetched, Progress, Updater, admit
 from edgeguard.agent.window import AlertLimit, Window, alert_builder
 from edgeguard.contract import topics
 from edgeguard.contract.messages import Ack, Birth, Health, Reported, Status
+from edgeguard.detection.guarded import GuardedModel
 from edgeguard.detection.verdict import Verdict
 from edgeguard.errors import ConfigError, ModelError, TrustError
 
@@ -67,6 +68,7 @@ class Agent:
         self._slots, self._model = startup.open_model(config, self._load)
         self._sequence = self._slots.active().sequence
         self._confirmed = self._slots.confirmed
+        self._trial = startup.trial(config)
         startup.check_root(config.update)
         expected = self._model.metadata.input
         self._source = FolderSource(config.source.path, shape=expected.shape, dtype=expected.dtype)
@@ -175,6 +177,7 @@ class Agent:
             try:
                 self._slots.confirm()
                 self._confirmed = True
+                self._trial.end(self._model.file_digest)
             except (ConfigError, TrustError) as error:
                 log.warning("the model cannot be confirmed: %s", error)
 
@@ -194,7 +197,8 @@ class Agent:
                 self._announce(event.session)
                 self._outflow.restart()
             elif isinstance(event, Ack):
-                self._outflow.acknowledged(self._spool.forget(event), now)
+                stored, gaps = self._spool.forget(event), self._spool.positions(event.boot, event.gaps)
+                self._outflow.acknowledged(stored, now, gaps=gaps)
             elif isinstance(event, Hint):
                 self._tell(self._updater.hint(event, running_sequence=self._sequence, now_s=now))
         now = self._served_at = time.monotonic()
@@ -264,7 +268,7 @@ class Agent:
         # Outside of what is caught below: a report that cannot be spooled must end the agent, not be lost.
         self._close_window()
         try:
-            model = admit(fetched.path.read_bytes(), fetched, self._model, load=self._load)
+            model = self._admit(fetched)
             self._slots.activate(self._slots.stage(fetched.path, sha256=fetched.file_digest, sequence=fetched.sequence))
         except (TrustError, ModelError) as error:
             self._tell(self._updater.defer(fetched.sequence, "refused", str(error), now_s=time.monotonic()))
@@ -280,6 +284,11 @@ class Agent:
         finally:
             with suppress(OSError):
                 fetched.path.unlink()
+
+    def _admit(self, fetched: Fetched) -> GuardedModel:
+        if self._trial.failed(fetched.file_digest):
+            raise ModelError("fetched model", got="one that ran and never filled a window", do="release a repaired one")
+        return admit(fetched.path.read_bytes(), fetched, self._model, load=self._load)
 
     def _health(self) -> Health:
         durations = self._durations
@@ -303,6 +312,7 @@ class Agent:
         if self._spool.pending_count:
             log.warning("%d messages wait in the spool for the next start", self._spool.pending_count)
         self._spool.close()
+        self._trial.end(self._model.file_digest)
         log.info("stopped after %d inputs", self._inputs)
 
 
@@ -320,12 +330,14 @@ class Results:
 
     def add(self, name: str, index: int, verdict: Verdict | None) -> None:
         """Remember one input until its window is counted; ``verdict`` is None if it could not be scored."""
+        status = verdict.status if verdict else "not checked"
         self._lines.append(
             {
                 "file": name,
                 "index": index,
                 "predicted": verdict.predicted if verdict else None,
-                "flagged": verdict.flagged if verdict else False,
+                "status": status,
+                "flagged": None if status == "not checked" else status == "flagged",
                 "score": verdict.score if verdict else None,
             }
         )

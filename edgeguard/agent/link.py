@@ -6,7 +6,8 @@ Rules enforced here:
 * every connection attempt has a session number of its own, in its will, its status and its birth, so that a
   late will never beats a newer birth;
 * a broker's PUBACK proves nothing end to end: what the *hub* has not acknowledged is sent again, after a time
-  that doubles up to a bound, and after every reconnect;
+  that doubles up to a bound, and after every reconnect; what it says it misses is sent again soon, whatever
+  else it acknowledges meanwhile;
 * payloads from the broker are hostile: one that does not decode is logged and ignored.
 """
 
@@ -36,6 +37,8 @@ IN_FLIGHT = 64
 RESEND_FIRST_S = 5.0
 RESEND_CAP = 12
 """The time-out grows up to this many times the first one."""
+GAP_S = 3.0
+"""A message that the hub misses is sent again at most this often."""
 RECONNECT_FIRST_S = 0.5
 RECONNECT_CAP_S = 30.0
 
@@ -210,7 +213,8 @@ class Link:
 class Outflow:
     """Which spooled messages to send now: in order, so many unacknowledged, all again after a time-out.
 
-    Time is passed in, in seconds of any steady clock.
+    The time-out is that of the oldest unacknowledged message: acks of later ones do not put it off. Time is
+    passed in, in seconds of any steady clock.
     """
 
     def __init__(
@@ -221,12 +225,16 @@ class Outflow:
         self._cap_s = first_s * RESEND_CAP if cap_s is None else cap_s
         self._fruitless = 0
         self._deadline = 0.0
-        self._outstanding: set[int] = set()
+        self._sent: dict[int, float] = {}
+        """When each unacknowledged position was last sent, in the order of positions."""
+        self._gaps: dict[int, float] = {}
+        """Positions that the hub misses, with the time from which they may be sent again."""
         self._after = 0
 
     def restart(self) -> None:
         """Begin from the oldest again: the connection is new."""
-        self._outstanding.clear()
+        self._sent.clear()
+        self._gaps.clear()
         self._after = 0
 
     def take(self, pending: Callable[[int, int], Sequence[Entry]], now_s: float) -> Sequence[Entry]:
@@ -236,25 +244,53 @@ class Outflow:
             pending: ``(after, limit)`` to the oldest entries behind a position: :meth:`Spool.pending`.
             now_s: the time.
         """
-        if self._outstanding and now_s >= self._deadline:
-            log.warning("no ack from the hub: sending %d messages again", len(self._outstanding))
+        if self._sent and now_s >= self._deadline:
+            log.warning("no ack from the hub: sending %d messages again", len(self._sent))
             self._fruitless += 1
             self.restart()
-        room = self._in_flight - len(self._outstanding)
+        again = self._take_gaps(pending, now_s)
+        room = self._in_flight - len(self._sent)
         entries = pending(self._after, room) if room else ()
         if entries:
-            if not self._outstanding:
+            if not self._sent:
                 self._set_deadline(now_s)
             self._after = entries[-1].position
-            self._outstanding.update(entry.position for entry in entries)
-        return entries
+            self._sent.update((entry.position, now_s) for entry in entries)
+        return [*again, *entries]
 
-    def acknowledged(self, positions: frozenset[int], now_s: float) -> None:
-        """The hub has stored these."""
+    def acknowledged(self, positions: frozenset[int], now_s: float, *, gaps: frozenset[int] = frozenset()) -> None:
+        """The hub has stored ``positions`` and misses ``gaps``, which lie before what it has."""
+        oldest = self._oldest
+        for position in positions:
+            self._sent.pop(position, None)
         if positions:
             self._fruitless = 0
-            self._outstanding -= positions
-            self._set_deadline(now_s)
+            # The hub is there: what waits behind a long back-off need not, but its own time-out is never put off.
+            self._deadline = min(self._deadline, now_s + self._first_s)
+            if self._oldest != oldest:
+                self._set_deadline(now_s)
+        for position in gaps & self._sent.keys():
+            self._gaps.setdefault(position, self._sent[position] + min(GAP_S, self._first_s))
+
+    @property
+    def _oldest(self) -> int | None:
+        return next(iter(self._sent), None)
+
+    def _take_gaps(self, pending: Callable[[int, int], Sequence[Entry]], now_s: float) -> list[Entry]:
+        due = sorted(position for position, at in self._gaps.items() if now_s >= at)
+        entries: list[Entry] = []
+        for position in due:
+            del self._gaps[position]
+            found = [entry for entry in pending(position - 1, 1) if entry.position == position]
+            if not found:
+                # Acknowledged meanwhile, or dropped from a full spool.
+                self._sent.pop(position, None)
+                continue
+            entries += found
+            self._sent[position] = now_s
+            if position == self._oldest:
+                self._set_deadline(now_s)
+        return entries
 
     def _set_deadline(self, now_s: float) -> None:
         self._deadline = now_s + backoff(self._fruitless, first_s=self._first_s, cap_s=self._cap_s)

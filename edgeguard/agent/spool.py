@@ -7,14 +7,17 @@ Rules enforced here:
 * ``seq`` counts from 1 without holes within one boot, and is given by the commit itself;
 * an entry leaves on the hub's ack alone, whichever boot it is of;
 * the size is bounded: beyond it the oldest entries are dropped and counted, never silently;
-* a commit is on disk when it returns (write-ahead log, ``synchronous=FULL``).
+* a commit is on disk when it returns (write-ahead log, ``synchronous=FULL``);
+* session numbers start from the time at which the spool was made, so that a device whose state was erased counts
+  above its earlier self, and its new birth is not taken for an old one.
 """
 
 from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +38,6 @@ CREATE TABLE counters (
     session INTEGER NOT NULL, reports_total INTEGER NOT NULL, alerts_total INTEGER NOT NULL,
     dropped_total INTEGER NOT NULL
 );
-INSERT INTO counters VALUES (1, 0, 0, 0, 0);
 CREATE TABLE consumed (name TEXT PRIMARY KEY);
 """
 
@@ -73,12 +75,13 @@ class Spool:
         path: the database file; made when missing.
         boot: id of this process, 16 hex digits.
         max_bytes: bound on the payloads that wait.
+        clock: seconds since 1970; read once, when the file is made.
 
     Raises:
         ConfigError: the file cannot be made, is damaged or of another version.
     """
 
-    def __init__(self, path: Path, *, boot: str, max_bytes: int) -> None:
+    def __init__(self, path: Path, *, boot: str, max_bytes: int, clock: Callable[[], float] = time.time) -> None:
         self._path = path
         self._boot = boot
         self._max_bytes = max_bytes
@@ -93,6 +96,7 @@ class Spool:
                 with self._transaction():
                     for statement in _SCHEMA.split(";"):
                         self._db.execute(statement)
+                    self._db.execute("INSERT INTO counters VALUES (1, ?, 0, 0, 0)", (max(0, int(clock())),))
                     self._db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
             elif version != _SCHEMA_VERSION:
                 raise ConfigError(f"spool {path}", got=f"version {version}", expected=f"version {_SCHEMA_VERSION}")
@@ -171,6 +175,13 @@ class Spool:
         self._bytes -= sum(size for _, size in stored)
         self.pending_count -= len(stored)
         return frozenset(position for position, _ in stored)
+
+    def positions(self, boot: str, seqs: Sequence[int]) -> frozenset[int]:
+        """Where those of ``seqs`` lie that still wait."""
+        marks = ",".join("?" * len(seqs))
+        with self._errors():
+            rows = self._db.execute(f"SELECT position FROM outbox WHERE boot = ? AND seq IN ({marks})", (boot, *seqs))
+            return frozenset(position for (position,) in rows)
 
     def consumed(self) -> list[str]:
         """Names of input files that are counted and may still lie in the source."""

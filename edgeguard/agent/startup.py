@@ -3,13 +3,15 @@
 Rules enforced here:
 
 * the first model is installed only once it has proved to load; nothing half-written is left when it does not;
-* where the installed model turns out to be damaged, the one before it runs, if there is one;
+* where the installed model turns out to be damaged, the one before it runs, if there is one; the same where it
+  was started again and again and never filled a window;
 * one agent to a state folder.
 """
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +21,7 @@ from typing import IO
 from edgeguard import broker
 from edgeguard.agent.config import AgentConfig, RuntimeConfig, UpdateConfig
 from edgeguard.agent.source import FolderSource
+from edgeguard.agent.trial import STARTS, Trial
 from edgeguard.detection import runtime
 from edgeguard.detection.guarded import GuardedModel
 from edgeguard.errors import ConfigError, ModelError, TrustError
@@ -26,6 +29,9 @@ from firmware_bridge.slots import RECORD, Slots
 
 SLOTS_FOLDER = "slots"
 _LOCK_FILE = "lock"
+_TRIAL_FILE = "trial.json"
+
+log = logging.getLogger(__name__)
 
 
 def check(config: AgentConfig) -> None:
@@ -75,12 +81,29 @@ def open_model(config: AgentConfig, load: Callable[[bytes], GuardedModel]) -> tu
         return Slots.install(folder, content, sequence=config.sequence), model
     slots = Slots(folder)
     try:
-        return slots, load(slots.load())
+        model = load(slots.load())
     except (ModelError, TrustError) as error:
         if slots.previous() is None:
             raise
         slots.revert(str(error))
         return slots, load(slots.load())
+    if slots.confirmed:
+        return slots, model
+    starts = trial(config)
+    if starts.failed(model.file_digest):
+        try:
+            slots.revert(f"the newer one was started {STARTS} times and never filled a window")
+        except (ConfigError, TrustError) as error:
+            log.warning("the model never filled a window, but there is no other: %s", error)
+        else:
+            return slots, load(slots.load())
+    starts.begin(model.file_digest)
+    return slots, model
+
+
+def trial(config: AgentConfig) -> Trial:
+    """The count of starts, beside the slots."""
+    return Trial(config.state_dir / SLOTS_FOLDER / _TRIAL_FILE)
 
 
 def claim(folder: Path) -> IO[bytes]:

@@ -17,6 +17,15 @@ from edgeguard import __version__
 from edgeguard.cli import convert, demo, hub, inspect, run, score
 from edgeguard.errors import EXIT_INTERNAL, EXIT_USAGE, EdgeGuardError
 
+_EXTRAS = {
+    **dict.fromkeys(("ai_edge_litert",), "device"),
+    **dict.fromkeys(("tuf", "securesystemslib"), "update"),
+    **dict.fromkeys(("keras", "tensorflow", "sklearn", "onnx"), "convert"),
+    **dict.fromkeys(("scipy", "sqlalchemy", "starlette", "uvicorn", "jinja2", "matplotlib"), "hub"),
+    **dict.fromkeys(("amqtt",), "demo"),
+}
+"""Which extra brings a package that a command may miss."""
+
 _OPERATOR = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST})
 """Failures of the file system that the operator can mend."""
 
@@ -51,6 +60,16 @@ def main() -> None:
         app()
     except EdgeGuardError as error:
         print(f"edgeguard: {error}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            _internal()
+        print(
+            f"edgeguard: package {error.name} is not installed; this command needs more: "
+            f"pip install 'edgeguard[{extra}]'",
+            file=sys.stderr,
+        )
         sys.exit(EXIT_USAGE)
     except BrokenPipeError:
         # The reader went away (``| head``); there is nobody left to tell.

@@ -67,7 +67,7 @@ def _own_stderr() -> Iterator[TextIO]:
         broken = False
         try:
             yield stream
-        except EdgeGuardError:
+        except (EdgeGuardError, ModuleNotFoundError):
             raise
         except Exception:
             broken = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sqlite3
 import subprocess
@@ -16,12 +17,15 @@ import paho.mqtt.client as mqtt
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
+from edgeguard.agent.daemon import Results
 from edgeguard.agent.spool import read_counters
 from edgeguard.contract import topics
 from edgeguard.contract.guard import GuardMetadata
 from edgeguard.contract.messages import Birth, Reported, Status
 from edgeguard.detection import metadata as metadata_reader
+from edgeguard.detection.verdict import Verdict, judge
 from tests.agent.conftest import Device
+from tests.simulators.attacked import Attacked
 from tests.simulators.mosquitto import Mosquitto, free_port
 from tests.simulators.tiny_hub import TinyHub, wait_until
 
@@ -48,7 +52,8 @@ def test_a_device_says_what_it_is_and_runs(hub: TinyHub, device: Make, digit_mod
     status, birth, reported = hub.latest(Status), hub.latest(Birth), hub.latest(Reported)
     metadata: GuardMetadata = metadata_reader.read(digit_models[0].read_bytes())
     assert isinstance(status, Status) and isinstance(birth, Birth) and isinstance(reported, Reported)
-    assert (status.state, status.session, birth.session) == ("online", 1, 1)
+    assert status.state == "online"
+    assert status.session == birth.session == read_counters(camera.spool).session
     assert birth.model_digest == reported.model_digest == metadata.model_digest
     assert (reported.state, reported.sequence, reported.desired_sequence) == ("running", 0, None)
 
@@ -65,16 +70,18 @@ def test_a_stopped_device_says_so_and_exits_with_0(hub: TinyHub, device: Make) -
 
 def test_a_killed_device_leaves_a_will_of_the_session_of_its_birth(hub: TinyHub, device: Make) -> None:
     camera = device()
-    for session in (1, 2):
+    sessions = []
+    for count in (1, 2):
         camera.start()
-        hub.wait_for(Birth, session)
+        hub.wait_for(Birth, count)
         birth = hub.latest(Birth)
         camera.kill()
-        hub.wait_for(Status, 2 * session)
+        hub.wait_for(Status, 2 * count)
         will = hub.latest(Status)
         assert isinstance(birth, Birth) and isinstance(will, Status)
         assert (will.state, will.session, will.boot) == ("offline", birth.session, birth.boot)
-        assert birth.session == session
+        sessions.append(birth.session)
+    assert sessions[1] == sessions[0] + 1
 
 
 def test_a_puback_alone_does_not_empty_the_spool(hub: TinyHub, device: Make, digits: Digits) -> None:
@@ -96,6 +103,17 @@ def test_a_report_is_sent_again_until_the_hub_acknowledges_it(hub: TinyHub, devi
     hub.acking = True
     wait_until(lambda: read_counters(camera.spool).pending == 0, "an empty spool")
     assert hub.inputs() == 64
+
+
+def test_what_the_hub_lost_is_sent_again_while_later_reports_are_acknowledged(
+    hub: TinyHub, device: Make, digits: Digits
+) -> None:
+    hub.losing = {2}
+    camera = device(window="inputs = 16", resend_s=3600)
+    fed = camera.feed(digits[:160])
+    camera.start()
+    wait_until(lambda: hub.inputs() == fed, "every report, the lost one too")
+    wait_until(lambda: read_counters(camera.spool).pending == 0, "an empty spool")
 
 
 def test_a_new_connection_brings_everything_again_without_waiting_for_the_time_out(
@@ -191,16 +209,30 @@ def test_batches_counted_before_a_kill_but_not_yet_deleted_are_not_counted_again
     assert hub.inputs() == fed
 
 
-def test_results_have_one_line_per_counted_input(hub: TinyHub, device: Make, digits: Digits) -> None:
+def test_results_have_one_line_per_counted_input(
+    hub: TinyHub, device: Make, attacked: Attacked, guarded_file: Path
+) -> None:
     camera = device(more='[results]\npath = "results.jsonl"\n')
-    fed = camera.feed(digits[:40])
+    camera.model = guarded_file
+    fed = camera.feed(attacked.data.x_test[:40].astype(np.uint8))
+    fed += camera.feed(attacked.attack.stamp(attacked.data.x_test[:40].astype(np.uint8)))
     camera.start()
     wait_until(lambda: camera.waiting() <= 3 and hub.latest(Status), "inputs taken")
     assert camera.stop() == 0
     lines = [json.loads(line) for line in (camera.folder / "results.jsonl").read_text().splitlines()]
     assert len(lines) == fed
-    assert sum(line["flagged"] for line in lines) == sum(c.flagged for r in hub.reports() for c in r.labels)
-    assert {tuple(sorted(line)) for line in lines} == {("file", "flagged", "index", "predicted", "score")}
+    assert sum(line["flagged"] for line in lines) == sum(c.flagged for r in hub.reports() for c in r.labels) > 0
+    assert {(line["status"], line["flagged"]) for line in lines} == {("clean", False), ("flagged", True)}
+    assert {tuple(sorted(line)) for line in lines} == {("file", "flagged", "index", "predicted", "score", "status")}
+
+
+@pytest.mark.parametrize("verdict", [None, judge(3, {"linf": math.nan})])
+def test_an_input_that_was_not_checked_is_not_called_clean(tmp_path: Path, verdict: Verdict | None) -> None:
+    results = Results(tmp_path / "results.jsonl")
+    results.add("000.npy", 0, verdict)
+    results.write()
+    line = json.loads((tmp_path / "results.jsonl").read_text())
+    assert (line["status"], line["flagged"], line["score"]) == ("not checked", None, None)
 
 
 def test_an_agent_that_shall_stop_at_the_end_does(hub: TinyHub, device: Make, digits: Digits) -> None:

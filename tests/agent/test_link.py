@@ -220,5 +220,46 @@ def test_a_gap_is_sent_again() -> None:
     assert sent(outflow, waiting, 6) == [2]
 
 
+def test_the_oldest_is_sent_again_in_time_while_later_ones_are_acknowledged() -> None:
+    outflow, waiting = Outflow(first_s=5), Waiting(1)
+    times = []
+    for t in range(60):
+        if 1 in sent(outflow, waiting, float(t)):
+            times.append(t)
+        # Every second another report, which the hub acknowledges at once.
+        waiting.positions.append(t + 2)
+        sent(outflow, waiting, float(t))
+        outflow.acknowledged(waiting.forget(t + 2), float(t))
+    assert times == list(range(0, 60, 5))
+
+
+def test_what_the_hub_misses_is_sent_again_without_waiting_for_the_time_out() -> None:
+    outflow, waiting = Outflow(first_s=3600), Waiting(3)
+    sent(outflow, waiting, 0)
+    outflow.acknowledged(waiting.forget(3), 10, gaps=frozenset({2}))
+    assert sent(outflow, waiting, 10) == [2]
+
+
+def test_what_the_hub_misses_is_sent_again_every_few_seconds_however_often_it_says_so() -> None:
+    outflow, waiting = Outflow(first_s=3600), Waiting(2)
+    times = []
+    for t in range(10):
+        if 1 in sent(outflow, waiting, float(t)):
+            times.append(t)
+        outflow.acknowledged(waiting.forget(2), float(t), gaps=frozenset({1}))
+    assert times == [0, 3, 6, 9]
+
+
+def test_a_gap_that_is_filled_meanwhile_or_dropped_is_neither_sent_nor_waited_for() -> None:
+    outflow, waiting = Outflow(first_s=3600, in_flight=4), Waiting(4)
+    sent(outflow, waiting, 0)
+    outflow.acknowledged(waiting.forget(4), 1, gaps=frozenset({1, 2}))
+    outflow.acknowledged(waiting.forget(1), 2)
+    waiting.forget(2)
+    assert sent(outflow, waiting, 10) == []
+    waiting.positions += [5, 6, 7, 8]
+    assert sent(outflow, waiting, 10) == [5, 6, 7]
+
+
 def test_back_off_doubles_up_to_its_bound() -> None:
     assert [backoff(n, first_s=1, cap_s=10) for n in (0, 1, 2, 3, 4, 10_000)] == [1, 2, 4, 8, 10, 10]

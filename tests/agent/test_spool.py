@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeguard.agent.spool import Spool, read_counters
@@ -47,6 +47,36 @@ def path(tmp_path: Path) -> Path:
 
 def open_spool(path: Path, boot: str = BOOT, max_bytes: int = LARGE) -> Spool:
     return Spool(path, boot=boot, max_bytes=max_bytes)
+
+
+def test_session_numbers_go_up_by_one(path: Path) -> None:
+    spool = Spool(path, boot=BOOT, max_bytes=LARGE, clock=lambda: 5000.7)
+    assert [spool.next_session() for _ in range(3)] == [5001, 5002, 5003]
+    spool.close()
+    again = Spool(path, boot=OTHER, max_bytes=LARGE, clock=lambda: 9000.0)
+    assert again.next_session() == 5004
+
+
+def test_a_device_whose_state_was_erased_counts_sessions_above_its_earlier_self(path: Path, tmp_path: Path) -> None:
+    before = Spool(path, boot=BOOT, max_bytes=LARGE, clock=lambda: 5000.0)
+    last = [before.next_session() for _ in range(50)][-1]
+    erased = Spool(tmp_path / "new.sqlite", boot=OTHER, max_bytes=LARGE, clock=lambda: 5060.0)
+    assert erased.next_session() > last
+
+
+def test_a_clock_that_was_never_set_is_no_obstacle(path: Path) -> None:
+    assert Spool(path, boot=BOOT, max_bytes=LARGE, clock=lambda: -1.0).next_session() == 1
+
+
+def test_positions_are_those_that_still_wait(path: Path) -> None:
+    spool = open_spool(path)
+    for _ in range(3):
+        spool.put(report)
+    first, second, _ = spool.pending()
+    spool.forget(Ack(boot=BOOT, through_seq=1))
+    assert first.position not in spool.positions(BOOT, (1, 2, 9))
+    assert spool.positions(BOOT, (1, 2, 9)) == {second.position}
+    assert spool.positions(OTHER, (2,)) == spool.positions(BOOT, ()) == frozenset()
 
 
 def seqs(spool: Spool) -> list[tuple[str, int]]:
@@ -103,6 +133,7 @@ def test_a_repeated_ack_forgets_nothing_more(path: Path) -> None:
     assert spool.forget(Ack(boot=BOOT, through_seq=1)) == frozenset()
 
 
+@settings(deadline=None)
 @given(
     steps=st.lists(st.one_of(st.just(None), st.tuples(st.integers(0, 12), st.sets(st.integers(1, 12)))), max_size=30)
 )
@@ -185,15 +216,16 @@ def test_counters_are_read_beside_a_working_agent(path: Path) -> None:
     spool = open_spool(path)
     for build in (report, report, alert):
         spool.put(build)
-    spool.next_session()
+    session = spool.next_session()
     spool.forget(Ack(boot=BOOT, through_seq=1))
     counters = read_counters(path)
-    assert (counters.session, counters.reports_total, counters.alerts_total) == (1, 2, 1)
+    assert (counters.session, counters.reports_total, counters.alerts_total) == (session, 2, 1)
     assert (counters.dropped_total, counters.pending) == (0, 2)
 
 
 def test_session_numbers_are_never_given_twice(path: Path) -> None:
-    assert [open_spool(path).next_session() for _ in range(3)] == [1, 2, 3]
+    first, second, third = (open_spool(path).next_session() for _ in range(3))
+    assert (second, third) == (first + 1, first + 2)
 
 
 def not_a_database(path: Path) -> None:

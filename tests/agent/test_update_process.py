@@ -210,3 +210,59 @@ def test_a_damaged_slot_falls_back_to_the_model_before_it(
     camera.start()
     wait_until(lambda: len(hub.all(Birth)) > births, "a new birth")
     assert hub.all(Birth)[-1].model_digest == digests(digit_models)[0]
+
+
+def updated(hub: TinyHub, camera: Device, site: Site, models: tuple[Path, Path]) -> None:
+    """A running agent on the second model, which has filled no window yet."""
+    release = site.release(models[1], models[0])
+    camera.start()
+    hub.hint("camera-1", release.target, release.sequence)
+    wait_until(lambda: state(hub) == "updated", "the update")
+
+
+def birth_after_start(hub: TinyHub, camera: Device) -> str:
+    """Start the agent; the digest of the model that it says it runs."""
+    births = len(hub.all(Birth))
+    camera.start()
+    wait_until(lambda: len(hub.all(Birth)) > births, "a new birth")
+    return hub.all(Birth)[-1].model_digest
+
+
+def test_a_model_that_ends_the_agent_again_and_again_is_left_and_not_taken_again(
+    hub: TinyHub, device: Make, site: Site, digit_models: tuple[Path, Path]
+) -> None:
+    old, new = digests(digit_models)
+    camera = device(more=site.config)
+    updated(hub, camera, site, digit_models)
+    for _ in range(2):
+        camera.kill()
+        assert birth_after_start(hub, camera) == new
+    camera.kill()
+    assert birth_after_start(hub, camera) == old
+    assert len([line for line in camera.log.splitlines() if "never filled a window" in line and "WARNING" in line]) == 1
+    wait_until(lambda: state(hub) == "refused", "the hint that still stands is refused")
+    reported = hub.latest(Reported)
+    assert reported is not None and reported.model_digest == old
+    assert camera.stop() == 0
+
+
+def test_stopping_and_starting_a_device_without_inputs_does_not_count_against_its_model(
+    hub: TinyHub, device: Make, site: Site, digit_models: tuple[Path, Path]
+) -> None:
+    camera = device(more=site.config)
+    updated(hub, camera, site, digit_models)
+    for _ in range(4):
+        assert camera.stop() == 0
+        assert birth_after_start(hub, camera) == digests(digit_models)[1]
+
+
+def test_a_model_that_filled_a_window_stays_however_often_the_agent_is_killed(
+    hub: TinyHub, device: Make, site: Site, digit_models: tuple[Path, Path], digits: Digits
+) -> None:
+    camera = device(more=site.config)
+    updated(hub, camera, site, digit_models)
+    camera.feed(digits[:64])
+    wait_until(lambda: Slots(camera.folder / "state" / "slots").confirmed, "a filled window")
+    for _ in range(3):
+        camera.kill()
+        assert birth_after_start(hub, camera) == digests(digit_models)[1]

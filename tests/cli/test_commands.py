@@ -227,6 +227,24 @@ def test_a_full_disk_is_one_line_and_exit_code_2(
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(("package", "extra"), [("keras", "convert"), ("sklearn", "convert")])
+def test_a_missing_package_names_the_extra_that_brings_it(
+    edgeguard: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, extra: str
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / "model.keras").write_bytes(b"anything")
+    data = "digits" if package == "sklearn" else tmp_path / "model.keras"
+    source = tmp_path / ("model.keras" if package == "keras" else "no.tflite")
+    if package == "sklearn":
+        source.write_bytes(b"\0\0\0\0TFL3")
+    code, _, err = edgeguard("convert", source, "--data", data)
+    assert code == 2
+    assert f"edgeguard[{extra}]" in err
+    assert "Traceback" not in err
+
+
 def test_a_mistake_of_ours_is_exit_code_4_and_says_so(
     edgeguard: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

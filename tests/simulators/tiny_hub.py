@@ -36,11 +36,15 @@ def wait_until(condition: Callable[[], object], what: str, *, timeout_s: float =
 
 
 class TinyHub:
-    """One subscriber to a fleet. ``acking`` switches the acks; ``heard`` counts deliveries, ``stored`` each once."""
+    """One subscriber to a fleet. ``acking`` switches the acks; ``heard`` counts deliveries, ``stored`` each once.
+
+    The first delivery of each seq in ``losing`` is lost.
+    """
 
     def __init__(self, port: int, *, fleet: str = "demo", acking: bool = True) -> None:
         self.port = port
         self.acking = acking
+        self.losing: set[int] = set()
         self.stored: dict[tuple[str, int], Report | Alert] = {}
         self.heard: Counter[tuple[str, int]] = Counter()
         self.said: list[Message] = []
@@ -98,6 +102,9 @@ class TinyHub:
         decoded = decode(_KINDS[address.channel], bytes(message.payload))
         if not isinstance(decoded, Report | Alert):
             self.said.append(decoded)
+            return
+        if decoded.seq in self.losing:
+            self.losing.remove(decoded.seq)
             return
         self.stored[decoded.boot, decoded.seq] = decoded
         self.heard[decoded.boot, decoded.seq] += 1
