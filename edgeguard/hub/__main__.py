@@ -1,6 +1,7 @@
 """``python -m edgeguard.hub --config hub.toml``: runs the hub until SIGTERM or Ctrl-C.
 
-Exit codes: 0 stopped or checked, 2 something that the operator or the model's owner must change, told in one line.
+Exit codes: 0 stopped or checked, 2 something that the operator or the model's owner must change, told in one line,
+4 a bug, told with its traceback.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgeguard.errors import EXIT_CLEAN, EXIT_USAGE, EdgeGuardError
+from edgeguard.errors import EXIT_CLEAN, EXIT_INTERNAL, EXIT_USAGE, EdgeGuardError
 from edgeguard.hub import config, service
 
 
@@ -36,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EdgeGuardError as error:
         print(error, file=sys.stderr)
         return EXIT_USAGE
+    except Exception:
+        logging.getLogger(__name__).exception("the hub ended on an error of its own")
+        return EXIT_INTERNAL
     return EXIT_CLEAN
 
 

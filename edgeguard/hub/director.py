@@ -112,7 +112,8 @@ class Director:
         self._clock_ms = clock_ms
         self._command = command
         self._worker: tuple[int, Worker] | None = None
-        self._published: dict[str, int] = {}
+        self._published: dict[str, tuple[int, float]] = {}
+        """The release that each device was last hinted at, and when on the monotonic clock."""
         self._connection = 0
         self._renew_at = time.monotonic()
         self._paused_until = 0.0
@@ -161,6 +162,7 @@ class Director:
                 self._pool(model, rows),
                 self._config.policy,
                 fpr_upper=model.guard.fpr_upper,
+                fpr=model.guard.fpr,
                 taps=model.guard.taps,
                 devices=sum(device.model_digest == digest for device in self._store.devices()),
             )
@@ -170,6 +172,7 @@ class Director:
                 text = (
                     f"model {model.name}, label {_label(model, first.label)}: {first.flagged} of {first.inputs} inputs "
                     f"flagged on {len(first.devices)} devices (p = {first.p_value:.1e})"
+                    + ("" if first.calibrated else ", calibration never saw this class, or hardly")
                 )
                 self._save(case, "suspected", text)
 
@@ -213,7 +216,12 @@ class Director:
             self._save(cases.move(case, "could_not_check", at_ms=self._clock_ms(), note=note), "could_not_check", note)
             return
         rows = self._store.evidence(case.model_digest, model.guard.guard_digest)
-        mine = next(item for item in self._pool(model, rows) if item.label == case.label)
+        mine = next((item for item in self._pool(model, rows) if item.label == case.label), None)
+        if mine is None:
+            # The model was calibrated anew while the case was open: what was counted belongs to its earlier guard.
+            note = "no evidence for this label under the guard that the model has now"
+            self._save(cases.move(case, "could_not_check", at_ms=self._clock_ms(), note=note), "could_not_check", note)
+            return
         # Counted before it starts: a folder is never used twice, even when the hub is killed in between.
         case = cases.started(case, judged=mine.flagged, at_ms=self._clock_ms())
         case = self._save(case, "confirming", f"inspecting model {model.name}")
@@ -241,7 +249,10 @@ class Director:
     def _end_of_run(self, case: Case, said: Result | Failed) -> None:
         now = self._clock_ms()
         if isinstance(said, Failed):
-            case = cases.crashed(case, said.reason, attempts=self._config.policy.attempts, at_ms=now)
+            if said.final:
+                case = cases.move(case, "could_not_check", at_ms=now, progress=None, note=said.reason)
+            else:
+                case = cases.crashed(case, said.reason, attempts=self._config.policy.attempts, at_ms=now)
             kind = "could_not_check" if case.state == "could_not_check" else "worker_failed"
             self._save(case, kind, case.note)
             return
@@ -319,18 +330,22 @@ class Director:
             else:
                 self._store.save(moved)
         # Recorded first: a canary that was hinted must be known as one after a restart.
-        self._publish(plan.hints, Desired(target=release.target, sequence=release.sequence))
+        self._publish([device for device in devices if device.device in plan.hints], release)
 
-    def _publish(self, hints: Sequence[str], desired: Desired) -> None:
-        """Publish hints that do not stand yet. A broker may forget what is retained: each connection begins anew."""
+    def _publish(self, hinted: Sequence[Device], release: Released) -> None:
+        """Publish hints that do not stand yet, or that their device shows no sign of.
+
+        A broker may forget what is retained: each connection begins anew.
+        """
         if self._listener.connections != self._connection:
             self._connection = self._listener.connections
             self._published.clear()
-        for device in hints:
-            if self._published.get(device) != desired.sequence and self._listener.publish(
-                device, topics.MODEL_DESIRED, desired, retain=True
-            ):
-                self._published[device] = desired.sequence
+        desired, now_s = Desired(target=release.target, sequence=release.sequence), time.monotonic()
+        for device in hinted:
+            sequence, at_s = self._published.get(device.device, (None, 0.0))
+            due = sequence != release.sequence or now_s - at_s >= rollout.repeat_after_s(device, release)
+            if due and self._listener.publish(device.device, topics.MODEL_DESIRED, desired, retain=True):
+                self._published[device.device] = (release.sequence, now_s)
 
     def _adopt(self, case: Case) -> None:
         """Watch the repaired model of a release like any other."""

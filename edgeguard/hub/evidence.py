@@ -4,7 +4,10 @@ Rules enforced here:
 
 * counts and feature sums of one device and label are added exactly once per report (the store sees to that);
 * when devices are pooled, none brings more than a given share of the inputs, nor of the flagged inputs: a device
-  that floods the hub with clean windows hides nothing, and one that floods it with flags decides nothing.
+  that floods the hub with clean windows hides nothing, and one that floods it with flags decides nothing;
+* the same for what the features say: the mean (and standard deviation) of each device and channel is first clipped to
+  the neighbourhood of the median over devices, so that one absurd value moves the pooled one little. This takes three
+  devices: of two that disagree nobody can tell which one lies, and nothing is clipped.
 """
 
 from __future__ import annotations
@@ -19,6 +22,11 @@ import numpy.typing as npt
 from edgeguard.contract import messages
 
 Vector = npt.NDArray[np.float64]
+
+CLIP = 5.0
+"""A device's mean may lie this many robust standard deviations off the median over devices."""
+_SIGMA = 1.4826  # of the median absolute deviation, for a normal distribution
+_FLOOR = 0.1  # of a channel's own spread: devices that happen to agree are no reason to clip the next honest one
 
 
 def _nothing() -> Vector:
@@ -137,18 +145,26 @@ def _pool_label(
     rows: tuple[DeviceEvidence, ...], label: int, *, model_digest: str, width: int, share: float
 ) -> LabelEvidence:
     weights = _weights(rows, share)
-    flagged_count = unflagged_count = 0.0
-    flagged_sum, unflagged_sum, unflagged_squares = np.zeros(width), np.zeros(width), np.zeros(width)
-    for row, weight in zip(rows, weights, strict=True):
-        if row.flagged_sum.size == width:
-            flagged_count += weight * row.flagged_vectors
-            flagged_sum += weight * row.flagged_sum
-        if row.unflagged_sum.size == width:
-            unflagged_count += weight * row.unflagged
-            unflagged_sum += weight * row.unflagged_sum
-            unflagged_squares += weight * row.unflagged_squares
-    mean = unflagged_sum / unflagged_count if unflagged_count else _nothing()
-    variance = unflagged_squares / unflagged_count - mean**2 if unflagged_count else _nothing()
+    usual = [(w * r.unflagged, r) for w, r in zip(weights, rows, strict=True) if r.unflagged_sum.size == width]
+    usual = [(weight, row) for weight, row in usual if weight > 0]
+    unflagged_mean = unflagged_std = spread = _nothing()
+    if usual:
+        means = np.stack([row.unflagged_sum / row.unflagged for _, row in usual])
+        squares = np.stack([row.unflagged_squares / row.unflagged for _, row in usual])
+        stds = np.sqrt(np.maximum(squares - means**2, 0.0))
+        if len(usual) > 2:  # else a lie would widen what flagged features are clipped to
+            spread = np.median(stds, axis=0)
+        means, stds = _clip(means, spread), np.maximum(_clip(stds, spread), 0.0)
+        shares = [weight for weight, _ in usual]
+        unflagged_mean = np.average(means, axis=0, weights=shares)
+        variance = np.average(stds**2 + (means - unflagged_mean) ** 2, axis=0, weights=shares)
+        unflagged_std = np.sqrt(variance)
+    moved = [(w * r.flagged_vectors, r) for w, r in zip(weights, rows, strict=True) if r.flagged_sum.size == width]
+    moved = [(weight, row) for weight, row in moved if weight > 0]
+    flagged_mean = _nothing()
+    if moved:
+        means = _clip(np.stack([row.flagged_sum / row.flagged_vectors for _, row in moved]), spread)
+        flagged_mean = np.average(means, axis=0, weights=[weight for weight, _ in moved])
     return LabelEvidence(
         model_digest=model_digest,
         label=label,
@@ -156,10 +172,25 @@ def _pool_label(
         # The small slack keeps a whole number whole after floating-point weights.
         inputs=int(np.ceil(sum(w * r.inputs for w, r in zip(weights, rows, strict=True)) - 1e-6)),
         flagged=int(np.floor(sum(w * r.flagged for w, r in zip(weights, rows, strict=True)) + 1e-6)),
-        flagged_mean=flagged_sum / flagged_count if flagged_count else _nothing(),
-        unflagged_mean=mean,
-        unflagged_std=np.sqrt(np.maximum(variance, 0.0)),
+        flagged_mean=flagged_mean,
+        unflagged_mean=unflagged_mean,
+        unflagged_std=unflagged_std,
     )
+
+
+def _clip(values: Vector, spread: Vector) -> Vector:
+    """Clip ``[devices, D]`` per channel to the median over devices plus or minus ``CLIP`` robust deviations.
+
+    One or two rows stay as they are: two lie one deviation off their median, however far apart.
+
+    Args:
+        values: one row a device.
+        spread: the usual standard deviation of each channel, ``[D]``, empty where it is not known.
+    """
+    middle = np.median(values, axis=0)
+    floor = _FLOOR * (np.where(spread > 0, spread, np.abs(middle)) if spread.size else np.abs(middle)) + 1e-6
+    reach = CLIP * (_SIGMA * np.median(np.abs(values - middle), axis=0) + floor)
+    return np.clip(values, middle - reach, middle + reach)
 
 
 def _weights(rows: Sequence[DeviceEvidence], share: float) -> list[float]:

@@ -6,6 +6,9 @@ Rules enforced here:
   the model's false-positive rate stood at its upper bound (exact binomial tail);
 * several devices must each show an excess of their own: one lying device opens no case;
 * a few flagged inputs prove nothing, however rare;
+* a label that the calibration never saw, or hardly, has no bound of its own (its ``fpr_upper`` is near 1, which no
+  attack exceeds). It is judged by the promise for all inputs together, and never against less than ``UNSEEN_FLOOR``.
+  That promise need not hold for one class: such a suspicion is a reason to inspect, and says what it rests on;
 * where several labels qualify, the one with the largest excess in standard deviations comes first: a backdoor's
   target label draws most, labels that its failures land on draw less.
 """
@@ -21,8 +24,13 @@ import numpy as np
 from scipy.special import betainc
 
 from edgeguard.contract.guard import Tap
+from edgeguard.detection.statistics import SLACK
 from edgeguard.hub.config import PolicyConfig
 from edgeguard.hub.evidence import LabelEvidence, Vector
+
+UNSEEN = 0.5
+"""A bound from here on says that the calibration saw at most four clean inputs of the class, or flagged most."""
+UNSEEN_FLOOR = 0.05
 
 
 class ChannelShift(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,7 +49,10 @@ class ChannelShift(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True)
 class Suspicion:
-    """One label of one model that clean inputs do not explain. Counts are those after capping."""
+    """One label of one model that clean inputs do not explain. Counts are those after capping.
+
+    ``calibrated`` is False where the label was judged without a bound of its own.
+    """
 
     model_digest: str
     label: int
@@ -51,6 +62,7 @@ class Suspicion:
     p_value: float
     excess: float
     channels: tuple[ChannelShift, ...]
+    calibrated: bool = True
 
 
 def assess(
@@ -58,6 +70,7 @@ def assess(
     policy: PolicyConfig,
     *,
     fpr_upper: Sequence[float],
+    fpr: float,
     taps: Sequence[Tap],
     devices: int,
 ) -> list[Suspicion]:
@@ -67,10 +80,11 @@ def assess(
         evidence: its pooled evidence, one per label.
         policy: the thresholds.
         fpr_upper: upper bound of the false-positive rate per predicted class; one entry for a model without classes.
+        fpr: the promised false-positive rate over all inputs together.
         taps: where the features come from.
         devices: how many devices run the model, whether they reported yet or not.
     """
-    found = [_assess_label(item, policy, fpr_upper, taps, devices) for item in evidence]
+    found = [_assess_label(item, policy, fpr_upper, fpr, taps, devices) for item in evidence]
     return sorted((s for s in found if s is not None), key=lambda s: (-s.excess, s.label))
 
 
@@ -84,11 +98,13 @@ def binomial_tail(successes: int, trials: int, rate: float) -> float:
 
 
 def _assess_label(
-    item: LabelEvidence, policy: PolicyConfig, fpr_upper: Sequence[float], taps: Sequence[Tap], devices: int
+    item: LabelEvidence, policy: PolicyConfig, fpr_upper: Sequence[float], fpr: float, taps: Sequence[Tap], devices: int
 ) -> Suspicion | None:
-    rate = _rate(fpr_upper, item.label)
-    if rate is None or item.flagged < policy.min_flagged:
+    upper = _upper(fpr_upper, item.label)
+    if upper is None or item.flagged < policy.min_flagged:
         return None
+    calibrated = upper < UNSEEN
+    rate = min(max(upper, 1e-9) if calibrated else max(SLACK * fpr, UNSEEN_FLOOR), 1.0 - 1e-9)
     p_value = binomial_tail(item.flagged, item.inputs, rate)
     own = [d for d in item.per_device if binomial_tail(d.flagged, d.inputs, rate) < policy.device_alpha]
     needed = max(1, min(policy.min_devices, max(devices, len(item.per_device))))
@@ -104,15 +120,16 @@ def _assess_label(
         p_value=p_value,
         excess=(item.flagged - item.inputs * rate) / spread,
         channels=_shifts(item, taps, policy.channels),
+        calibrated=calibrated,
     )
 
 
-def _rate(fpr_upper: Sequence[float], label: int) -> float | None:
+def _upper(fpr_upper: Sequence[float], label: int) -> float | None:
     """The bound for a label, None for a label that the model does not have."""
     index = 0 if label == -1 and len(fpr_upper) == 1 else label
     if not 0 <= index < len(fpr_upper):
         return None
-    return min(max(fpr_upper[index], 1e-9), 1.0 - 1e-9)
+    return fpr_upper[index]
 
 
 def _shifts(item: LabelEvidence, taps: Sequence[Tap], count: int) -> tuple[ChannelShift, ...]:

@@ -8,17 +8,25 @@ Rules enforced here:
   at risk to find out why;
 * offline devices get the hint too (it is retained), but a roll-out does not wait for them;
 * a device that runs neither the replaced model nor the release is none of its business;
-* a hint stands as long as its device runs the replaced model, also after the case is closed.
+* a hint stands as long as its device runs the replaced model, also after the case is closed;
+* a hint has no authority, so whoever may write to the topic can replace it: it is repeated until its device answers
+  for it, and rarely after that.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgeguard.hub.cases import Released
 from edgeguard.hub.config import PolicyConfig
 from edgeguard.hub.ingest import Device
+
+REPEAT_S = 10.0
+"""A hint is repeated this often to a device that has not answered for it."""
+REPEAT_ANSWERED_S = 600.0
+"""... and to one that has, where it still does not run the release: each repetition makes it try again at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +75,16 @@ def next_hints(devices: Sequence[Device], release: Released, policy: PolicyConfi
         held=tuple(f"{name}: {_reason(waiting[name], release)}" for name in hints),
         done=everyone and bool(updated) and not online,
     )
+
+
+def repeat_after_s(device: Device, release: Released) -> float:
+    """How long a hint may stand before it is published again, infinite for a device that is not there to hear it.
+
+    An answer under the number of the release may still be one to somebody else's hint that bore this number.
+    """
+    if not device.online:
+        return math.inf
+    return REPEAT_ANSWERED_S if device.outcome_sequence == release.sequence else REPEAT_S
 
 
 def _has(device: Device, release: Released) -> bool:

@@ -9,7 +9,8 @@ Rules enforced here:
 * every run has a folder of its own, so that what an earlier one left, or still writes, does no harm;
 * a run that finished while the hub was away is not run again: its ``result.json`` is taken;
 * what the child says is checked; other lines are logged and ignored;
-* an exit without a result, or running out of time, is a failure with a reason.
+* an exit without a result, or running out of time, is a failure with a reason; exit status 2 says that the job cannot
+  be done, and its last line why: running it again would be in vain.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import msgspec
 
-from edgeguard.errors import ModelError
+from edgeguard.errors import EXIT_USAGE, ModelError
 from edgeguard.hub.cases import Job, Progress, Result
 
 _MAX_LINE = 1 << 20
@@ -36,9 +37,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Failed:
-    """The child ended without a result, or was ended."""
+    """The child ended without a result, or was ended. ``final``: another run would end the same way."""
 
     reason: str
+    final: bool = False
 
 
 class _Last(msgspec.Struct):
@@ -86,7 +88,7 @@ class Worker:
         if ended:
             self._stdout.close()
             result = self._result or finished(self._folder)
-            return [*heard, result or Failed(f"exit status {self._process.returncode}: {self._last_words()}")]
+            return [*heard, result or self._failed(self._process.returncode)]
         if now_s > self._deadline_s:
             self.stop()
             return [*heard, Failed("it took longer than policy.worker_timeout_s")]
@@ -98,6 +100,11 @@ class Worker:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._stdout.close()
+
+    def _failed(self, status: int) -> Failed:
+        if status == EXIT_USAGE:
+            return Failed(self._last_words(), final=True)
+        return Failed(f"exit status {status}: {self._last_words()}")
 
     def _last_words(self) -> str:
         path = self._folder / "worker.log"

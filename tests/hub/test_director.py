@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from edgeguard.contract import topics
+from edgeguard.contract.messages import Desired
+from edgeguard.hub import rollout
 from edgeguard.hub.cases import Case
 from edgeguard.hub.service import Hub
 from edgeguard.hub.store import Store
@@ -206,6 +208,39 @@ def test_a_worker_that_always_crashes_is_given_up_after_three_runs(
     assert runs(setting) == 3
 
 
+def test_a_job_that_cannot_be_done_is_not_tried_again(
+    setting: Setting, hub: Callable[..., Hub], worker: Callable[[str], tuple[str, str]], devices: list[Publisher]
+) -> None:
+    hub(*worker("print('data digits: got 3 images; expected 100', file=sys.stderr); sys.exit(2)"))
+    attack(devices)
+    only_case(setting.store(), "could_not_check", note="data digits: got 3 images; expected 100")
+    assert runs(setting) == 1
+
+
+def test_a_case_of_a_model_that_was_calibrated_anew_meanwhile_could_not_be_checked(
+    setting: Setting, worker: Callable[[str], tuple[str, str]], devices: list[Publisher]
+) -> None:
+    with Hub(setting.config, command=worker("time.sleep(600)")) as first:
+        attack(devices)
+        first.run(_until(lambda: _state(setting) == "repairing"))
+    (setting.folder / "signs.tflite").write_bytes(fleet.guarded_file(fleet.guard_metadata(guard="9" * 64)))
+    with Hub(setting.config, command=worker("finish()")) as second:
+        second.run(_until(lambda: _state(setting) == "could_not_check"))
+    only_case(setting.store(), "could_not_check", runs=1)
+
+
+def test_a_suspicion_of_a_class_that_calibration_never_saw_says_so(
+    setting: Setting, hub: Callable[..., Hub], devices: list[Publisher]
+) -> None:
+    metadata = fleet.guard_metadata(fpr_upper=1.0)
+    (setting.folder / "signs.tflite").write_bytes(fleet.guarded_file(metadata))
+    hub(sys.executable)
+    attack(devices)
+    store = setting.store()
+    wait_until(store.cases)
+    assert "calibration never saw this class" in store.events()[0].text
+
+
 def test_an_unfinished_repair_is_run_again_after_a_restart(
     setting: Setting, worker: Callable[[str], tuple[str, str]], devices: list[Publisher]
 ) -> None:
@@ -275,6 +310,28 @@ def test_a_canary_that_refuses_holds_the_roll_out(
     wait_until(lambda: held() == ("d0: refused ()",))
     assert not devices[1].hints
     assert store.cases()[0].state == "rolling_out"
+
+
+@pytest.mark.parametrize("sequence", [99, 1])
+def test_a_bogus_hint_does_not_stand(
+    sequence: int,
+    setting: Setting,
+    hub: Callable[..., Hub],
+    worker: Callable[[str], tuple[str, str]],
+    devices: list[Publisher],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("REPEAT_S", "REPEAT_ANSWERED_S"):
+        monkeypatch.setattr(rollout, name, 1.0)
+    hub(*worker("finish()"))
+    attack(devices)
+    victim = devices[0]
+    wait_until(lambda: victim.hints)
+    genuine, bogus = victim.hints[-1], Desired(target="bogus.tflite", sequence=sequence)
+    victim.send(topics.MODEL_DESIRED, bogus, retain=True)
+    wait_until(lambda: bogus in victim.hints)
+    victim.send(topics.MODEL_REPORTED, fleet.reported("refused", desired=sequence), retain=True)
+    wait_until(lambda: victim.hints[-1] == genuine)
 
 
 def test_hints_are_published_again_to_a_broker_that_forgot_them(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -98,6 +99,56 @@ def test_a_device_that_floods_with_flags_brings_half_of_them() -> None:
 def test_a_device_that_floods_with_clean_windows_hides_nothing() -> None:
     total = pooled(device("liar", (10**9, 0)), device("a", (1000, 100)), device("b", (1000, 100)))
     assert (total.inputs, total.flagged) == (4000, 200)
+
+
+def honest(count: int) -> list[DeviceEvidence]:
+    """Devices of one population: their window means scatter by a tenth of the channels' standard deviation."""
+    rng = np.random.default_rng(count)
+    rows = []
+    for i in range(count):
+        row = device(f"d{i}", (200, 100))
+        rows.append(
+            replace(
+                row,
+                flagged_sum=row.flagged_sum + 100 * rng.normal(0, 0.05, fleet.WIDTH),
+                unflagged_sum=row.unflagged_sum + 100 * rng.normal(0, 0.005, fleet.WIDTH),
+            )
+        )
+    return rows
+
+
+@pytest.mark.parametrize("value", [1e30, -1e30, 3e38])
+@pytest.mark.parametrize("others", [2, 9])
+def test_a_device_that_lies_by_value_moves_no_channel_far(value: float, others: int) -> None:
+    rows = honest(others)
+    truth = pooled(*rows)
+    lie = np.array([1.0, value, 3.0, 7.0], dtype=np.float64)
+    lie, squares = np.multiply(lie, 100.0), np.multiply(lie, lie) * 100.0
+    liar = replace(device("liar", (200, 100)), flagged_sum=lie, unflagged_sum=lie, unflagged_squares=squares)
+    total = pooled(*rows, liar)
+    np.testing.assert_allclose(total.flagged_mean, truth.flagged_mean, atol=0.5)
+    np.testing.assert_allclose(total.unflagged_mean, truth.unflagged_mean, atol=0.5)
+    np.testing.assert_allclose(total.unflagged_std, truth.unflagged_std, atol=0.5)
+
+
+def test_a_spread_that_only_a_liar_reports_does_not_widen_the_bounds() -> None:
+    rows = [device(name, (100, 100)) for name in "abc"]
+    lie = np.full(fleet.WIDTH, 1e30)
+    liar = replace(device("liar", (200, 100)), flagged_sum=lie, unflagged_squares=np.multiply(lie, lie))
+    np.testing.assert_allclose(pooled(*rows, liar).flagged_mean, (1, 2, 3, 7), rtol=0.2)
+
+
+@pytest.mark.parametrize("count", [3, 4, 10, 50])
+def test_the_means_of_honest_devices_stay_what_they_are(count: int) -> None:
+    rows = honest(count)
+    total = pooled(*rows, share=1.0)
+    np.testing.assert_allclose(total.flagged_mean, sum(r.flagged_sum for r in rows) / (100 * count), atol=1e-3)
+    np.testing.assert_allclose(total.unflagged_mean, sum(r.unflagged_sum for r in rows) / (100 * count), atol=1e-3)
+
+
+def test_of_two_devices_that_disagree_neither_is_clipped() -> None:
+    total = pooled(device("a", (20, 10)), device("b", (20, 10), shift=1e6))
+    assert total.flagged_mean[-1] == pytest.approx(4 + (3 + 1e6) / 2)
 
 
 def test_what_each_device_counted_is_kept_as_it_was() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import time
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 
 from edgeguard.contract import topics
-from edgeguard.errors import EXIT_CLEAN, EXIT_USAGE
+from edgeguard.errors import EXIT_CLEAN, EXIT_INTERNAL, EXIT_USAGE
+from edgeguard.hub.cases import Case
 from tests.hub.conftest import Setting
 from tests.simulators import fleet
 from tests.simulators.fleet import Publisher, wait_until
@@ -72,6 +74,22 @@ def test_hub_and_broker_killed_together_lose_nothing(setting: Setting, mosquitto
         wait_until(lambda: not device.waiting)
     counts = setting.store().counts()
     assert (counts["reports"], counts["dead_letters"]) == (100, 0)
+
+
+def test_an_error_of_its_own_is_told_with_its_traceback_and_a_status_of_its_own(setting: Setting) -> None:
+    store = setting.store()
+    store.save(
+        Case(
+            model="signs", model_digest=fleet.MODEL, label=1, state="dismissed", created_ms=1, updated_ms=1,
+            devices=(), flagged=1, inputs=1, p_value=0.0, channels=(),
+        )
+    )  # fmt: skip
+    store.close()
+    with sqlite3.connect(setting.state / "hub.db") as db:
+        db.execute("UPDATE cases SET detail = '{}'")
+    status, log = exit_of(setting)
+    assert status == EXIT_INTERNAL
+    assert "Traceback" in log
 
 
 @pytest.mark.parametrize("busy", [False, True])

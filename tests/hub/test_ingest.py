@@ -223,6 +223,12 @@ class TestDevice:
         device = after(fleet.status(session=2), fleet.birth(session=2, model=fleet.MODEL))
         assert after(fleet.birth(session=1, model=fleet.OTHER), device=device) == device
 
+    @pytest.mark.parametrize("session", [1_760_000_000, 2**53])
+    def test_sessions_that_count_from_the_clock_beat_those_that_counted_from_one(self, session: int) -> None:
+        before = after(fleet.status(session=7), fleet.birth(session=7))
+        anew = after(fleet.status(session=session), fleet.birth(session=session, model=fleet.OTHER), device=before)
+        assert (anew.session, anew.state, anew.model_digest) == (session, "online", fleet.OTHER)
+
     def test_reported_says_what_runs_and_what_became_of_the_hint(self) -> None:
         device = after(fleet.birth(), fleet.reported("updated", model=fleet.OTHER, sequence=3, desired=3))
         assert (device.model_digest, device.sequence) == (fleet.OTHER, 3)

@@ -16,7 +16,13 @@ POLICY = PolicyConfig()
 Counts = dict[str, dict[int, tuple[int, int]]]
 
 
-def judge(counts: Counts, *, devices: int | None = None, policy: PolicyConfig = POLICY) -> list[Suspicion]:
+def judge(
+    counts: Counts,
+    *,
+    devices: int | None = None,
+    policy: PolicyConfig = POLICY,
+    fpr_upper: tuple[float, ...] | None = None,
+) -> list[Suspicion]:
     rows = []
     for device, labels in counts.items():
         for label, (inputs, flagged) in labels.items():
@@ -25,7 +31,8 @@ def judge(counts: Counts, *, devices: int | None = None, policy: PolicyConfig = 
             rows.append(DeviceEvidence(device=device, label=label).add(message.labels[0], evidence))
     pooled = pool(rows, model_digest=fleet.MODEL, width=fleet.WIDTH, share=policy.device_share)
     known = len(counts) if devices is None else devices
-    return assess(pooled, policy, fpr_upper=GUARD.fpr_upper, taps=GUARD.taps, devices=known)
+    upper = GUARD.fpr_upper if fpr_upper is None else fpr_upper
+    return assess(pooled, policy, fpr_upper=upper, fpr=GUARD.fpr, taps=GUARD.taps, devices=known)
 
 
 def simulate(seed: int, *, rate: float, attacked: float = 0.0, windows: int = 40) -> tuple[list[Suspicion], ...]:
@@ -82,6 +89,27 @@ def test_a_liar_that_floods_with_clean_windows_does_not_hide_an_attack() -> None
     assert judge({"a": honest, "b": honest, "liar": {1: (10**9, 0)}})
 
 
+@pytest.mark.parametrize("upper", [1.0, 0.53])
+def test_a_class_that_calibration_hardly_saw_is_judged_by_the_joint_promise(upper: float) -> None:
+    uppers = (upper,) * 10
+    (found,) = judge({"a": {1: (200, 90)}, "b": {1: (200, 90)}}, fpr_upper=uppers)
+    assert not found.calibrated
+    assert not judge({"a": {1: (1000, 50)}, "b": {1: (1000, 50)}}, fpr_upper=uppers)
+
+
+def test_the_joint_promise_is_used_where_it_is_above_the_floor() -> None:
+    rows = [DeviceEvidence(device=d, label=1, inputs=1000, flagged=100) for d in "ab"]
+    pooled = pool(rows, model_digest=fleet.MODEL, width=fleet.WIDTH, share=0.5)
+    for fpr, opens in ((0.01, True), (0.1, False)):
+        assert bool(assess(pooled, POLICY, fpr_upper=(1.0, 1.0), fpr=fpr, taps=GUARD.taps, devices=2)) == opens
+
+
+def test_a_class_with_a_bound_of_its_own_is_judged_by_that_alone() -> None:
+    counts = {"a": {1: (200, 90)}, "b": {1: (200, 90)}}
+    assert not judge(counts, fpr_upper=(0.49,) * 10)
+    assert judge(counts)[0].calibrated
+
+
 def test_the_label_with_the_largest_excess_comes_first() -> None:
     labels = {1: (200, 40), 2: (200, 90), 3: (200, 60)}
     assert [s.label for s in judge({"a": labels, "b": labels})] == [2, 3, 1]
@@ -113,7 +141,7 @@ def test_without_unflagged_features_no_channel_is_named() -> None:
 def test_a_model_without_classes_is_judged_as_a_whole() -> None:
     rows = [DeviceEvidence(device=d, label=-1, inputs=200, flagged=60) for d in "ab"]
     pooled = pool(rows, model_digest=fleet.MODEL, width=fleet.WIDTH, share=0.5)
-    found = assess(pooled, POLICY, fpr_upper=(0.03,), taps=GUARD.taps, devices=2)
+    found = assess(pooled, POLICY, fpr_upper=(0.03,), fpr=GUARD.fpr, taps=GUARD.taps, devices=2)
     assert [s.label for s in found] == [-1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -10,7 +11,7 @@ import pytest
 from edgeguard.hub.cases import Released
 from edgeguard.hub.config import PolicyConfig
 from edgeguard.hub.ingest import Device
-from edgeguard.hub.rollout import Plan, next_hints
+from edgeguard.hub.rollout import REPEAT_ANSWERED_S, REPEAT_S, Plan, next_hints, repeat_after_s
 from tests.simulators import fleet
 
 OLD, NEW, NEWER = fleet.MODEL, fleet.OTHER, "d" * 64
@@ -66,6 +67,21 @@ def test_a_canary_that_does_not_take_it_holds_the_roll_out_and_is_listed(outcome
     held = plan(unwilling, device("b"), canaries=("a",))
     assert held.hints == ("a",)
     assert held.held == (f"a: {outcome} (bad signature)",)
+
+
+@pytest.mark.parametrize(
+    ("what", "given", "expected"),
+    [
+        ("no answer yet", device("a"), REPEAT_S),
+        ("an answer to another hint", device("a", outcome="refused", outcome_sequence=99), REPEAT_S),
+        ("an answer under its number", device("a", outcome="failed", outcome_sequence=5), REPEAT_ANSWERED_S),
+        ("not there to hear it", device("a", state="offline"), math.inf),
+    ],
+)
+def test_a_hint_is_repeated_until_its_device_answers_and_rarely_after_that(
+    what: str, given: Device, expected: float
+) -> None:
+    assert repeat_after_s(given, RELEASE) == expected, what
 
 
 def test_an_outcome_of_an_earlier_release_says_nothing() -> None:

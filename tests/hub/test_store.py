@@ -52,6 +52,11 @@ def case(**fields: object) -> Case:
     return msgspec.structs.replace(one, **fields)
 
 
+def test_the_largest_session_that_a_message_may_bear_can_be_stored(store: Store) -> None:
+    store.apply([accepted(fleet.status(session=2**53)), accepted(fleet.birth(session=2**53))], now_ms=1)
+    assert [device.session for device in store.devices()] == [2**53]
+
+
 def test_a_report_and_its_evidence_are_stored_together(store: Store) -> None:
     assert store.apply([accepted(fleet.report())], now_ms=1) == [("d1", Ack(boot=fleet.BOOT, through_seq=1))]
     counts = store.counts()

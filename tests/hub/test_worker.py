@@ -82,6 +82,17 @@ def test_an_end_without_a_result_is_a_failure_with_its_last_words(tmp_path: Path
     assert word in last.reason
 
 
+def test_an_exit_that_says_the_job_cannot_be_done_is_final_and_gives_its_reason(tmp_path: Path) -> None:
+    script = 'print("first\\ndata x: got nothing", file=sys.stderr); sys.exit(2)'
+    assert hear_all(start(tmp_path, script)) == [Failed("data x: got nothing", final=True)]
+
+
+def test_a_crash_is_not_final(tmp_path: Path) -> None:
+    (last,) = hear_all(start(tmp_path, "sys.exit('out of memory')"))
+    assert isinstance(last, Failed)
+    assert not last.final
+
+
 def test_a_program_that_does_not_exist_is_an_error_of_the_system(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="nosuch"):
         Worker(("nosuch-program",), job(tmp_path), deadline_s=0)
