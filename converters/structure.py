@@ -79,7 +79,11 @@ _SCALARS_ONLY = ("1",) * 32
 _UNIONS: dict[str, dict[int, str]] = {
     "details": {schema.QuantizationDetails.CustomQuantization: "CustomQuantization"},
     "index": {},
-    "options": {code: name for name, code in vars(schema.BuiltinOptions).items() if isinstance(code, int)},
+    "options": {
+        code: name
+        for name, code in vars(schema.BuiltinOptions).items()
+        if isinstance(code, int) and not name.startswith("_")
+    },
     "options2": {schema.BuiltinOptions2.DilateOptions: "", schema.BuiltinOptions2.ReduceWindowOptions: ""},
 }
 
@@ -98,8 +102,8 @@ _ZERO_POINTS = {
     Kind.INT4: (-8, 7),
     Kind.INT32: (0, 0),
 }
-_NAMES = {code: name for name, code in vars(Op).items() if isinstance(code, int)}
-_KINDS = {code: name for name, code in vars(Kind).items() if isinstance(code, int)}
+_NAMES = {code: name for name, code in vars(Op).items() if isinstance(code, int) and not name.startswith("_")}
+_KINDS = {code: name for name, code in vars(Kind).items() if isinstance(code, int) and not name.startswith("_")}
 
 
 # What the kernels of the common operators count on: least and most inputs, options (! where they cannot be absent).
