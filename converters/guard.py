@@ -14,8 +14,8 @@ Rules enforced here:
 * every tensor of the guard is named ``edgeguard_...``, and no other may be: that is how it is found again;
 * guarding a guarded file replaces its guard.
 
-Reductions keep their axes: the int8 MEAN of tflite-runtime 2.14 has a fast path for that shape alone (a fifth of the
-time on a ResNet-8). One CONCATENATION before one DEQUANTIZE is cheaper than two of these.
+Reductions keep their axes: the int8 MEAN of tflite-runtime 2.14 has a fast path for that shape alone. One CONCATENATION
+before one DEQUANTIZE is cheaper than two of these.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from converters import flatbuffer, guard, sources, taps, untrusted
 from converters.verify import Verified, verify
 from edgeguard.contract.guard import Calibration, Detector, Environment, GuardMetadata, ModelInput
-from edgeguard.detection.guarded import TfliteModel, dequantise
+from edgeguard.detection.guarded import TfliteModel
 from edgeguard.detection.statistics import fit, inputs_needed, raw_scores, set_thresholds
 from edgeguard.errors import ConfigError, ModelError
 
@@ -297,4 +297,4 @@ def summary(conversion: Conversion, output: Path | None) -> dict[str, Any]:
     }
 
 
-__all__ = ["Conversion", "compare_latency", "convert", "dequantise", "measure_features", "summary", "write"]
+__all__ = ["Conversion", "compare_latency", "convert", "measure_features", "summary", "write"]

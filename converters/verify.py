@@ -1,4 +1,6 @@
-"""Proves that a guard changed nothing but what it added. Runs on every TFLite runtime installed.
+"""Proves that a guard changed nothing but what it added. Runs on every device runtime installed.
+
+TensorFlow's own runtime is used only where no device runtime is there; the result lists which were.
 
 Rules enforced here:
 

@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Convert a model to int8 TFLite with the detector compiled into the graph.
 
-        The model's own outputs stay bit-identical; that is verified on every TFLite runtime installed before anything
+        The model's own outputs stay bit-identical; that is verified on every device runtime installed before anything
         is written.
         """
         from converters import pipeline, sources

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import paho.mqtt.client as mqtt
@@ -129,7 +130,7 @@ def run(settings: Settings, *, tell: Tell, progress: Progress) -> Record:
     metrics, samples, scores = _measure(prepared, before, after)
     published = [read_counters(fleet.spool(device)) for device in fleet.agents]
     stored, processed = _stored(fleet)
-    metrics = replace_metrics(
+    metrics = msgspec.structs.replace(
         metrics,
         inputs_sent=loop.inputs_sent,
         inputs_processed=processed,
@@ -153,11 +154,6 @@ def run(settings: Settings, *, tell: Tell, progress: Progress) -> Record:
         trigger_images={name: path for name, path in images.items() if path.is_file()},
         checks=checks_of(metrics),
     )
-
-
-def replace_metrics(metrics: Metrics, **changes: Any) -> Metrics:
-    """The metrics with some values set."""
-    return Metrics(**{**{f: getattr(metrics, f) for f in metrics.__struct_fields__}, **changes})
 
 
 def _prepare(settings: Settings, timeline: _Timeline, progress: Progress) -> _Prepared:

@@ -211,9 +211,11 @@ def _repair(
     from converters import pipeline
 
     kept = _keep(case, say)
+    before = _measure(case, case.content, triggers, kept)
     tried: list[dict[str, Any]] = []
     for number, target_share in enumerate(TARGET_SHARES, start=1):
-        attempt = _attempt(case, finding, triggers, kept, say, target_share=target_share, seed=case.job.seed + number)
+        seed = case.job.seed + number
+        attempt = _attempt(case, finding, triggers, kept, before, say, target_share=target_share, seed=seed)
         tried.append(
             {
                 "rounds": attempt.rounds,
@@ -247,6 +249,7 @@ def _attempt(
     finding: Finding,
     triggers: list[Trigger],
     kept: list[Trigger],
+    before: gate.Measured,
     say: Say,
     *,
     target_share: float,
@@ -299,11 +302,7 @@ def _attempt(
         fpr=case.metadata.fpr,
         tap_count=len({tap.tensor for tap in case.metadata.taps}),
     )
-    decision = gate.decide(
-        _measure(case, case.content, triggers, kept),
-        _measure(case, conversion.guarded, triggers, kept),
-        residual_success=residual,
-    )
+    decision = gate.decide(before, _measure(case, conversion.guarded, triggers, kept), residual_success=residual)
     for check in decision.checks:
         state = "held" if check.passed else "FAILED"
         say("converting", f"gate: {check.name} {check.measured:+.3f}, at most {check.limit:.3f}: {state}", 1, 1)
