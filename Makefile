@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint conformance fuzz wheel clean
+.PHONY: help demo test test-all lint conversion conformance fuzz wheel clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,9 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+conversion: $(STAMP) ## what a guard costs: latency, size and time, side by side; writes benchmarks/results
+	$(BIN)/python -m benchmarks.conversion --json benchmarks/results/conversion.json $(ARGS)
 
 conformance: $(STAMP) ## ONNX import against the onnx package's own tests; writes benchmarks/results
 	$(BIN)/python -m benchmarks.onnx_conformance --json benchmarks/results/onnx_conformance.json

@@ -12,13 +12,27 @@ Rules enforced here:
 from __future__ import annotations
 
 import hashlib
+import io
+import zipfile
+from collections.abc import Sequence
 from typing import Any
 
 import flatbuffers
 import numpy as np
+from ai_edge_litert import schema_py_generated as schema
 
 from converters import structure
 from edgeguard.detection.metadata import IDENTIFIER
+from edgeguard.errors import ModelError
+
+_MAX_ASSOCIATED_FILES = 16
+_MAX_ASSOCIATED_BYTES = 1 << 20
+_INPUT_TYPES = {
+    schema.TensorType.FLOAT32: "float32",
+    schema.TensorType.INT8: "int8",
+    schema.TensorType.UINT8: "uint8",
+    schema.TensorType.INT16: "int16",
+}
 
 Model = Any
 """``schema.ModelT``: the object form of a file."""
@@ -52,6 +66,43 @@ def pack(model: Model) -> bytes:
     return bytes(builder.Output())
 
 
+def associated(content: bytes) -> tuple[tuple[str, bytes], ...]:
+    """Names and bytes of the files that follow the flatbuffer as a zip archive, as TFLite's metadata has it.
+
+    Label files usually. They are no part of the graph, and of no digest here.
+
+    Raises:
+        ModelError: more or larger files than a label file needs, or a damaged archive.
+    """
+    if not zipfile.is_zipfile(io.BytesIO(content)):
+        return ()
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            entries = archive.infolist()
+            size = sum(entry.file_size for entry in entries)
+            if len(entries) <= _MAX_ASSOCIATED_FILES and size <= _MAX_ASSOCIATED_BYTES:
+                return tuple((entry.filename, archive.read(entry)) for entry in entries)
+    except Exception as error:  # a hostile archive makes zipfile and zlib raise whatever they like
+        raise ModelError("model file", got=f"damaged associated files ({error})", do="add them again") from error
+    raise ModelError(
+        "model file",
+        got=f"{len(entries)} associated files of {size} bytes",
+        expected=f"at most {_MAX_ASSOCIATED_FILES} of {_MAX_ASSOCIATED_BYTES}",
+    )
+
+
+def attach(content: bytes, files: Sequence[tuple[str, bytes]]) -> bytes:
+    """A flatbuffer with associated files behind it, stored, as TFLite's metadata tools do."""
+    if not files:
+        return content
+    whole = io.BytesIO()
+    whole.write(content)
+    with zipfile.ZipFile(whole, "a", zipfile.ZIP_STORED) as archive:
+        for name, data in files:
+            archive.writestr(zipfile.ZipInfo(name), data)  # which is dated 1980: the same files give the same bytes
+    return whole.getvalue()
+
+
 def text(name: bytes | str | None) -> str:
     """A flatbuffer string as str."""
     return name.decode("utf-8", "replace") if isinstance(name, bytes) else name or ""
@@ -61,6 +112,21 @@ def builtin_code(model: Model, operator: Any) -> int:
     """The BuiltinOperator of an operator, also in files from before the code outgrew a byte."""
     code = model.operatorCodes[operator.opcodeIndex]
     return max(int(code.builtinCode), int(code.deprecatedBuiltinCode))
+
+
+def input_of(model: Model) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape (without the batch axis) and type of a model's input.
+
+    Raises:
+        ModelError: it has several inputs, or one of a type that no input has.
+    """
+    graph = model.subgraphs[0]
+    if len(graph.inputs) != 1:
+        raise ModelError("model file", got=f"{len(graph.inputs)} inputs", expected="one input")
+    tensor = graph.tensors[int(graph.inputs[0])]
+    if tensor.type not in _INPUT_TYPES:
+        raise ModelError("model file", got=f"an input of type {tensor.type}", expected="float32, int8, uint8 or int16")
+    return tuple(int(n) for n in tensor.shape[1:]), np.dtype(_INPUT_TYPES[tensor.type])
 
 
 def constant(model: Model, tensor: Any) -> bytes:

@@ -2,8 +2,9 @@
 
 What is appended, with built-in ops only (so that LiteRT, tflite-runtime and TFLite Micro run it):
 
-    per tap     [ABS] -> REDUCE_MAX (l-infinity norms) and MEAN (l1 norms) over space -> CONCATENATION -> DEQUANTIZE
-    features    CONCATENATION of all taps, RESHAPE                                     = edgeguard_features [1, D]
+    per tap     [ABS] -> REDUCE_MAX (l-infinity norms) and MEAN (l1 norms) over space;
+                int8: CONCATENATION of both, DEQUANTIZE
+    features    CONCATENATION of all; int8: RESHAPE                                   = edgeguard_features [1, D]
     scores      FULLY_CONNECTED to K factors, CONCATENATION with the features,
                 SQUARED_DIFFERENCE with the GATHERed row of the predicted class (ARG_MAX),
                 FULLY_CONNECTED with ReLU, weights divided by the thresholds          = edgeguard_scores [1, detectors]
@@ -14,8 +15,11 @@ Rules enforced here:
 * every tensor of the guard is named ``edgeguard_...``, and no other may be: that is how it is found again;
 * guarding a guarded file replaces its guard.
 
-Reductions keep their axes: the int8 MEAN of tflite-runtime 2.14 has a fast path for that shape alone. One CONCATENATION
-before one DEQUANTIZE is cheaper than two of these.
+Every op costs 0.2 to 0.3 microseconds, most of it not for what it computes. Hence: float reductions drop their axes,
+which saves the RESHAPE; int8 reductions keep them, as the int8 MEAN of tflite-runtime 2.14 is fast for that alone; one
+CONCATENATION before one DEQUANTIZE is cheaper than two of these.
+
+A batch axis that is open in the model stays open in the guard.
 """
 
 from __future__ import annotations
@@ -44,6 +48,7 @@ NORMS: tuple[Literal["linf", "l1"], ...] = ("linf", "l1")
 SIGNATURE = "serving_default"
 _MIN_VERSIONS = {Op.REDUCE_MAX: 2, Op.MEAN: 2, Op.ABS: 2, Op.DEQUANTIZE: 2, Op.ARG_MAX: 2}
 _NO_DIGEST = "0" * 64
+_MAX_JOINED = 4  # what XNNPACK's concatenation takes in every runtime
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,24 @@ def strip(model: Model) -> None:
     _trim(model)
 
 
+def tapped(model: Model) -> tuple[int, ...]:
+    """Indices of the activations that a guarded model's guard listens to, in the order of its taps.
+
+    Raises:
+        ModelError: the guard listens to none: it is not one of ours.
+    """
+    graph = model.subgraphs[0]
+    guards = {i for i, tensor in enumerate(graph.tensors) if is_guard_tensor(tensor)}
+    found: list[int] = []
+    for operator in graph.operators:
+        if flatbuffer.builtin_code(model, operator) == Op.ARG_MAX or int(operator.outputs[0]) not in guards:
+            continue
+        found += [int(i) for i in operator.inputs if int(i) not in guards]
+    if not found:
+        raise ModelError("model file", got="a guard without taps", do="convert the model again")
+    return tuple(dict.fromkeys(found))
+
+
 def _trim(model: Model) -> None:
     """Drop operator codes and buffers behind the last one in use, in place."""
     graph = model.subgraphs[0]
@@ -179,7 +202,7 @@ def bake_features(content: bytes, plan: TapPlan) -> bytes:
     model = flatbuffer.parse(content)
     strip(model)
     normalise(model)
-    writer = _Writer(model)
+    writer = _Writer(model, open_batch=plan.dynamic_batch)
     writer.publish(_features(writer, plan), contract.FEATURES)
     return flatbuffer.pack(model)
 
@@ -200,7 +223,7 @@ def bake(content: bytes, plan: TapPlan, compiled: Compiled, metadata: GuardMetad
     strip(model)
     normalise(model)
     own = model_digest(model)
-    writer = _Writer(model)
+    writer = _Writer(model, open_batch=plan.dynamic_batch)
     features = _features(writer, plan)
     writer.publish(_scores(writer, plan, compiled, features), contract.SCORES)
     writer.publish(features, contract.FEATURES)
@@ -209,22 +232,20 @@ def bake(content: bytes, plan: TapPlan, compiled: Compiled, metadata: GuardMetad
     slot = writer.add_metadata(contract.encode_metadata(described))
     described = msgspec.structs.replace(described, guard_digest=guard_digest(model))
     model.buffers[slot].data = np.frombuffer(contract.encode_metadata(described), dtype=np.uint8)
-    return flatbuffer.pack(model), described
+    return flatbuffer.attach(flatbuffer.pack(model), flatbuffer.associated(content)), described
 
 
 def _features(writer: _Writer, plan: TapPlan) -> int:
     parts = [writer.norms(tap, number) for number, tap in enumerate(plan.taps)]
-    width = sum(tap.channels for tap in plan.taps) * len(NORMS)
-    ranks = {len(tap.axes) for tap in plan.taps}
-    if len(ranks) > 1:  # a 1-D and a 2-D activation: bring both to [1, 2C] first
-        parts = [
-            writer.reshape(part, tap.channels * len(NORMS), f"edgeguard_flat{number}")
-            for number, (part, tap) in enumerate(zip(parts, plan.taps, strict=True))
-        ]
-        return writer.concatenate(parts, (1, width), Kind.FLOAT32, contract.FEATURES)
-    shape = (*(1 for _ in range(ranks.pop() + 1)), width)
-    joined = writer.concatenate(parts, shape, Kind.FLOAT32, "edgeguard_joined") if len(parts) > 1 else parts[0]
-    return writer.reshape(joined, width, contract.FEATURES)
+    if sum(len(norms) for norms in parts) > _MAX_JOINED:
+        parts = [[writer.concatenate(norms, f"edgeguard_norms{n}")] for n, norms in enumerate(parts)]
+    flat = [part for norms in parts for part in norms]
+    if len({writer.rank(part) for part in flat}) > 1:  # a 1-D and a 2-D activation
+        flat = [writer.reshape(part, f"edgeguard_flat{number}") for number, part in enumerate(flat)]
+    if len(flat) > 1 and writer.rank(flat[0]) == 2:
+        return writer.concatenate(flat, contract.FEATURES)
+    joined = writer.concatenate(flat, "edgeguard_joined") if len(flat) > 1 else flat[0]
+    return writer.reshape(joined, contract.FEATURES)
 
 
 def _scores(writer: _Writer, plan: TapPlan, compiled: Compiled, features: int) -> int:
@@ -234,7 +255,7 @@ def _scores(writer: _Writer, plan: TapPlan, compiled: Compiled, features: int) -
     extended = features
     if factors:
         projected = writer.dense(features, statistics.projection, "edgeguard_projected")
-        extended = writer.concatenate([features, projected], (1, width + factors), Kind.FLOAT32, "edgeguard_extended")
+        extended = writer.concatenate([features, projected], "edgeguard_extended")
     if plan.class_output is None:
         row = writer.constant("edgeguard_expected", statistics.table[:1].astype(np.float32))
     else:
@@ -264,11 +285,20 @@ def _scores(writer: _Writer, plan: TapPlan, compiled: Compiled, features: int) -
     return writer.dense(deviation, weights, contract.SCORES, relu=True)
 
 
+def _quantization(tensor: Any) -> tuple[float, int] | None:
+    found = tensor.quantization
+    if found is None or found.scale is None or not len(found.scale):
+        return None
+    zero_points = found.zeroPoint
+    return float(found.scale[0]), 0 if zero_points is None or not len(zero_points) else int(zero_points[0])
+
+
 class _Writer:
     """Appends tensors and operators to a model."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, *, open_batch: bool = False) -> None:
         self.model = model
+        self._open_batch = open_batch
         self.graph = model.subgraphs[0]
         self.graph.outputs = np.asarray(self.graph.outputs, dtype=np.int32)
         self._codes: dict[int, int] = {}
@@ -301,16 +331,26 @@ class _Writer:
                 scale=np.asarray([scale], dtype=np.float32),
                 zeroPoint=np.asarray([zero_point], dtype=np.int64),
             )
+        open_batch = self._open_batch and buffer == 0
         self.graph.tensors.append(
             schema.TensorT(
                 name=name.encode(),
                 shape=np.asarray(shape, dtype=np.int32),
+                shapeSignature=np.asarray((-1, *shape[1:]), dtype=np.int32) if open_batch else None,
                 type=kind,
                 buffer=buffer,
                 quantization=parameters,
             )
         )
         return len(self.graph.tensors) - 1
+
+    def shape(self, tensor: int) -> tuple[int, ...]:
+        """Shape of a tensor, with the batch axis."""
+        return tuple(int(n) for n in self.graph.tensors[tensor].shape)
+
+    def rank(self, tensor: int) -> int:
+        """Number of axes of a tensor."""
+        return len(self.shape(tensor))
 
     def operator(self, code: int, inputs: list[int], output: int, options_type: int = 0, options: Any = None) -> None:
         if code not in self._codes:
@@ -331,62 +371,55 @@ class _Writer:
         )
 
     def absolute(self, tap: PlannedTap, number: int) -> int:
-        shape = tuple(int(n) for n in self.graph.tensors[tap.tensor].shape)
         kind, quantization = Kind.FLOAT32, None
         if tap.dtype == "int8":
             largest = max(127 - tap.zero_point, tap.zero_point + 128)
             kind, quantization = Kind.INT8, (tap.scale * largest / 255.0, -128)
-        out = self.activation(f"edgeguard_abs{number}", shape, kind, quantization)
+        out = self.activation(f"edgeguard_abs{number}", self.shape(tap.tensor), kind, quantization)
         self.operator(Op.ABS, [tap.tensor], out, schema.BuiltinOptions.AbsOptions, schema.AbsOptionsT())
         return out
 
-    def norms(self, tap: PlannedTap, number: int) -> int:
-        """Both norms of a tap, ``[1, ..., 1, 2C]`` in real numbers: l-infinity first, as in :func:`layout`."""
+    def norms(self, tap: PlannedTap, number: int) -> list[int]:
+        """The norms of a tap in real numbers, l-infinity first as in :func:`layout`; a tensor each, or one of both."""
         source = self.absolute(tap, number) if tap.signed else tap.tensor
-        tensor = self.graph.tensors[source]
-        quantization = None
-        if tap.dtype == "int8":
-            quantization = (float(tensor.quantization.scale[0]), int(tensor.quantization.zeroPoint[0]))
-        shape = (*(1 for _ in range(len(tap.axes) + 1)), tap.channels)
-        reduced: list[int] = []
-        for norm in NORMS:
-            if not tap.axes:
-                reduced.append(source)
-                continue
-            axes = self.constant(f"edgeguard_{norm}_axes{number}", np.asarray(tap.axes, dtype=np.int32))
-            reduced.append(self.activation(f"edgeguard_{norm}{number}", shape, tensor.type, quantization))
-            code = Op.REDUCE_MAX if norm == "linf" else Op.MEAN
-            options = schema.ReducerOptionsT(keepDims=True)
-            self.operator(code, [source, axes], reduced[-1], schema.BuiltinOptions.ReducerOptions, options)
-        both = (*shape[:-1], tap.channels * len(NORMS))
-        joined = self.concatenate(reduced, both, tensor.type, f"edgeguard_norms{number}", quantization)
         if tap.dtype == "float32":
-            return joined
-        real = self.activation(f"edgeguard_norms{number}_real", both, Kind.FLOAT32)
-        self.operator(
-            Op.DEQUANTIZE, [joined], real, schema.BuiltinOptions.DequantizeOptions, schema.DequantizeOptionsT()
+            return [self.reduce(source, tap, norm, number, keep=False) for norm in NORMS]
+        both = self.concatenate(
+            [self.reduce(source, tap, n, number, keep=True) for n in NORMS], f"edgeguard_norms{number}"
         )
-        return real
+        real = self.activation(f"edgeguard_norms{number}_real", self.shape(both), Kind.FLOAT32)
+        self.operator(Op.DEQUANTIZE, [both], real, schema.BuiltinOptions.DequantizeOptions, schema.DequantizeOptionsT())
+        return [real]
 
-    def concatenate(
-        self,
-        parts: list[int],
-        shape: tuple[int, ...],
-        kind: int,
-        name: str,
-        quantization: tuple[float, int] | None = None,
-    ) -> int:
-        """Join along the last axis."""
-        out = self.activation(name, shape, kind, quantization)
+    def reduce(self, source: int, tap: PlannedTap, norm: str, number: int, *, keep: bool) -> int:
+        """One norm over the spatial axes of a tap's non-negative activation."""
+        if not tap.axes:
+            return source
+        axes = self.constant(f"edgeguard_{norm}_axes{number}", np.asarray(tap.axes, dtype=np.int32))
+        shape = (1, *(1 for _ in tap.axes if keep), tap.channels)
+        tensor = self.graph.tensors[source]
+        out = self.activation(f"edgeguard_{norm}{number}", shape, tensor.type, _quantization(tensor))
+        code = Op.REDUCE_MAX if norm == "linf" else Op.MEAN
+        options = schema.ReducerOptionsT(keepDims=keep)
+        self.operator(code, [source, axes], out, schema.BuiltinOptions.ReducerOptions, options)
+        return out
+
+    def concatenate(self, parts: list[int], name: str) -> int:
+        """Join tensors of one type along the last axis."""
+        first = self.graph.tensors[parts[0]]
+        shape = (*self.shape(parts[0])[:-1], sum(self.shape(part)[-1] for part in parts))
+        out = self.activation(name, shape, first.type, _quantization(first))
         options = schema.ConcatenationOptionsT(axis=len(shape) - 1)
         self.operator(Op.CONCATENATION, parts, out, schema.BuiltinOptions.ConcatenationOptions, options)
         return out
 
-    def reshape(self, source: int, width: int, name: str) -> int:
-        """Bring a float tensor to ``[1, width]``."""
-        shape = self.constant(f"{name}_shape", np.asarray([1, width], dtype=np.int32))
+    def reshape(self, source: int, name: str) -> int:
+        """Bring a float tensor to ``[batch, width]``."""
+        width = self.shape(source)[-1]
+        target = np.asarray([-1 if self._open_batch else 1, width], dtype=np.int32)
         out = self.activation(name, (1, width), Kind.FLOAT32)
-        options = schema.ReshapeOptionsT(newShape=np.asarray([1, width], dtype=np.int32))
+        options = schema.ReshapeOptionsT(newShape=target)
+        shape = self.constant(f"{name}_shape", target)
         self.operator(Op.RESHAPE, [source, shape], out, schema.BuiltinOptions.ReshapeOptions, options)
         return out
 

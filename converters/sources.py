@@ -1,16 +1,20 @@
 """Reads what a user brings: a Keras file, a SavedModel folder, an ONNX file or a ``.tflite`` file.
 
-TensorFlow is imported for all but the last. An ONNX model becomes a Keras model first, channels last, so that it can be
+TensorFlow is imported for all but the last, here, in the caller's process: a file that is not trusted goes through
+``lowering``, which calls this in a child. An ONNX model becomes a Keras model first, channels last, so that it can be
 trained: the calibration data must be channels last too.
+
+A model has one input of known shape, but for its batch axis, which becomes 1. An input of whole numbers, which only a
+SavedModel can have, stays one.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -19,18 +23,28 @@ from converters import flatbuffer
 from edgeguard.detection.metadata import IDENTIFIER
 from edgeguard.errors import ConfigError, ModelError
 
+InputType = Literal["int8", "uint8"]
+
+_KERAS = (".keras", ".h5")
+_ONNX = ".onnx"
+_DEFAULT_SIGNATURE = "serving_default"
+_INIT_SIGNATURES = frozenset({"__saved_model_init_op"})
+_INPUT_TYPES = ("float32", "uint8", "int8", "int16")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """A model as it came: either ready TFLite bytes, or a function with frozen weights that is still to be quantised.
 
-    ``layers`` are the names of the trainable model's layers, the first one first; empty where there is none.
+    ``layers`` are the names of the trainable model's layers, the first one first; empty where there is none. ``keras``
+    is that model.
     """
 
     name: str
     tflite: bytes | None = None
     function: Any = None
     layers: tuple[str, ...] = ()
+    keras: Any = None
 
 
 def read(path: Path) -> Source:
@@ -46,9 +60,9 @@ def read(path: Path) -> Source:
         if not (path / "saved_model.pb").is_file():
             raise ModelError(f"model folder {path}", got="no saved_model.pb in it", expected="a SavedModel")
         return _saved_model(path)
-    if path.suffix in {".keras", ".h5"}:
+    if path.suffix in _KERAS:
         return _keras(path)
-    if path.suffix == ".onnx":
+    if path.suffix == _ONNX:
         from converters.onnx_import import to_keras
 
         return of_keras(to_keras(path), path.stem)
@@ -66,6 +80,11 @@ def read(path: Path) -> Source:
     )
 
 
+def needs_framework(path: Path) -> bool:
+    """Whether reading a model means TensorFlow, and for an ONNX file its package: for all but ``.tflite``."""
+    return path.is_dir() or path.suffix in {*_KERAS, _ONNX}
+
+
 def of_keras(model: Any, name: str = "model") -> Source:
     """The source that a Keras model in memory is.
 
@@ -74,14 +93,18 @@ def of_keras(model: Any, name: str = "model") -> Source:
     """
     import tensorflow as tf
 
-    if len(model.inputs) != 1:
-        raise ModelError(f"model {name}", got=f"{len(model.inputs)} inputs", expected="one input")
-    shape = tuple(model.inputs[0].shape[1:])
+    inputs = getattr(model, "inputs", None)
+    if not inputs:  # a subclassed model that was never called, or a bare layer
+        raise ModelError(f"model {name}", got="no known input", expected="a model that was built or called once")
+    if len(inputs) != 1:
+        raise ModelError(f"model {name}", got=f"{len(inputs)} inputs", expected="one input")
+    shape = tuple(inputs[0].shape[1:])
     if None in shape:
         raise ModelError(f"model {name}", got=f"an input of shape {list(shape)}", expected="a known shape")
     call = tf.function(lambda pixels: model(pixels, training=False))
     concrete = call.get_concrete_function(tf.TensorSpec((1, *shape), tf.float32, name="pixels"))
-    return Source(name=name, function=_frozen(concrete), layers=tuple(layer.name for layer in model.layers))
+    layers = tuple(layer.name for layer in model.layers)
+    return Source(name=name, function=_frozen(concrete), layers=layers, keras=model)
 
 
 def _keras(path: Path) -> Source:
@@ -89,9 +112,10 @@ def _keras(path: Path) -> Source:
 
     try:
         model = keras.models.load_model(path, compile=False)
+    except MemoryError:
+        raise
     except Exception as error:  # Keras raises anything from KeyError to its own on a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"Keras model {path}", got=reason[:200], do="save it again") from error
+        raise ModelError(f"Keras model {path}", got=_reason(error), do="save it again") from error
     return of_keras(model, path.stem)
 
 
@@ -100,20 +124,51 @@ def _saved_model(path: Path) -> Source:
 
     try:
         loaded = tf.saved_model.load(str(path))
-        concrete = loaded.signatures["serving_default"]
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        signatures = dict(loaded.signatures)
+    except MemoryError:
+        raise
+    except Exception as error:  # as Keras does
+        raise ModelError(f"SavedModel {path}", got=_reason(error), do="save it again") from error
+    concrete = signatures[_signature(path, tuple(signatures))]
+    specs = list(concrete.structured_input_signature[1].items())
+    if len(specs) != 1:
+        raise ModelError(f"SavedModel {path}", got=f"{len(specs)} inputs", expected="one input")
+    key, spec = specs[0]
+    if spec.shape.rank in {None, 0} or None in tuple(spec.shape[1:]):
+        raise ModelError(f"SavedModel {path}", got=f"an input of shape {spec.shape}", expected="a known shape")
+    if spec.dtype.name not in _INPUT_TYPES:
         raise ModelError(
-            f"SavedModel {path}", got=reason[:200], expected="a signature serving_default", do="save it again"
-        ) from error
-    specs: Sequence[Any] = list(concrete.structured_input_signature[1].values())
-    if len(specs) != 1 or None in tuple(specs[0].shape[1:]):
-        raise ModelError(f"SavedModel {path}", got=f"inputs {specs}", expected="one input of known shape")
-    shape = (1, *(int(n) for n in specs[0].shape[1:]))
-    key = next(iter(concrete.structured_input_signature[1]))
+            f"SavedModel {path}",
+            got=f"an input of type {spec.dtype.name}",
+            expected=f"one of {', '.join(_INPUT_TYPES)}",
+        )
     call = tf.function(lambda pixels: concrete(**{key: pixels}))
-    fixed = call.get_concrete_function(tf.TensorSpec(shape, specs[0].dtype, name="pixels"))
+    try:
+        fixed = call.get_concrete_function(tf.TensorSpec((1, *spec.shape[1:]), spec.dtype, name="pixels"))
+    except Exception as error:  # a signature of a fixed batch, or ops that this TensorFlow does not know
+        raise ModelError(f"SavedModel {path}", got=_reason(error), expected="a batch of any size, or of 1") from error
     return Source(name=path.name, function=_frozen(fixed))
+
+
+def _signature(path: Path, names: tuple[str, ...]) -> str:
+    """The signature to convert: the default one, else the only one."""
+    found = tuple(name for name in names if name not in _INIT_SIGNATURES)
+    if _DEFAULT_SIGNATURE in found:
+        return _DEFAULT_SIGNATURE
+    if len(found) == 1:
+        return found[0]
+    raise ModelError(
+        f"SavedModel {path}",
+        got=f"the signatures {', '.join(sorted(found))}" if found else "no signature",
+        expected=f"{_DEFAULT_SIGNATURE}, or one signature",
+        do="save it again with one signature",
+    )
+
+
+def _reason(error: Exception) -> str:
+    """The first line that says anything, in a few words."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200]
 
 
 def _frozen(concrete: Any) -> Any:
@@ -132,30 +187,63 @@ def input_shape(source: Source) -> tuple[int, ...]:
     return tuple(int(n) for n in graph.tensors[int(graph.inputs[0])].shape[1:])
 
 
-def to_int8(source: Source, calibration: npt.NDArray[Any]) -> bytes:
+def input_dtype(source: Source) -> np.dtype[Any]:
+    """Type of the input that a source with a function takes."""
+    return np.dtype(source.function.inputs[0].dtype.as_numpy_dtype)
+
+
+def to_int8(source: Source, calibration: npt.NDArray[Any], input_type: InputType = "int8") -> bytes:
     """The source as an int8 TFLite file: weights per channel, activations, input and output.
+
+    What has no int8 form stays float inside; see ``quantise.float_operators``.
 
     Args:
         source: one with a function.
         calibration: clean inputs [N, ...] in the owner's own type; they set the ranges of the activations.
+        input_type: of the model's input, where the source takes float numbers.
+
+    Raises:
+        ModelError: it has operators that TFLite does not know.
     """
     import tensorflow as tf
 
+    dtype = input_dtype(source)
     converter = tf.lite.TFLiteConverter.from_concrete_functions([source.function])
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    converter.representative_dataset = lambda: ([one[np.newaxis].astype(np.float32)] for one in calibration)
+    converter.representative_dataset = lambda: ([one[np.newaxis].astype(dtype)] for one in calibration)
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
-    converter.inference_input_type = tf.int8
+    converter.inference_input_type = tf.as_dtype(input_type)
     converter.inference_output_type = tf.int8
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return bytes(converter.convert())
+    return _converted(source, converter)
 
 
 def to_float(source: Source) -> bytes:
-    """The source as a float32 TFLite file: the reference that the int8 one is held against."""
+    """The source as a float32 TFLite file: the reference that the int8 one is held against.
+
+    Raises:
+        ModelError: it has operators that TFLite does not know.
+    """
     import tensorflow as tf
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return bytes(tf.lite.TFLiteConverter.from_concrete_functions([source.function]).convert())
+    return _converted(source, tf.lite.TFLiteConverter.from_concrete_functions([source.function]))
+
+
+def _converted(source: Source, converter: Any) -> bytes:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return bytes(converter.convert())
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:  # the converter's own, and whatever its native part raises
+        _refuse(source, error)
+
+
+def _refuse(source: Source, error: Exception) -> NoReturn:
+    unknown = sorted(set(re.findall(r"'tf\.(\w+)' op is neither", str(error))))
+    raise ModelError(
+        f"model {source.name}",
+        got=f"operators that TFLite does not have: {', '.join(unknown)}" if unknown else _reason(error),
+        expected="TFLite's built-in operators",
+        do="replace them" if unknown else "bring the model in another format",
+    ) from error

@@ -4,21 +4,26 @@ A TFLite runtime is native code that trusts its file. ``probe`` lets it have the
 
 * the child has limits on memory, processor time and wall time, dumps no core, writes next to nothing, and has all that
   before it sees the bytes;
-* whatever becomes of it (a signal, a time-out, exhausted memory, an answer that is none) is one error here;
+* it dies with its parent, however that ends;
+* whatever becomes of it (a signal, a time-out, exhausted memory, an answer that is none) is one error here; an error
+  of ours that it raised is the same error here;
 * what it answers is untrusted too: of bounded length, and decoded into the type that was asked for.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import os
+import re
 import resource
 import signal
 import struct
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,24 +31,34 @@ from typing import IO, Any, Literal, TypeVar
 
 import msgspec
 
-from edgeguard.errors import ModelError
+from edgeguard.errors import ConfigError, EdgeGuardError, LinkError, ModelError, TrustError
 
 T = TypeVar("T")
+Progress = Callable[[str, int, int], None]
 
 _REQUEST = struct.Struct("<III")
 _ANSWER = struct.Struct("<I")
-_MAX_ANSWER = 1 << 20
+_MAX_ANSWER = 16 << 20
 _MAX_FILE = 1 << 16  # TensorFlow tries whether it can write to the temporary folder, and does not start otherwise
+_MAX_TEXT = 2000
 _HERE = Path(__file__).resolve().parent.parent
+# What the loader and native libraries say when no more addresses are to be had.
+_EXHAUSTED = re.compile(
+    "failed to map segment|cannot allocate memory|bad_alloc|resource temporarily unavailable|oom when allocating",
+    re.IGNORECASE,
+)
+_PR_SET_PDEATHSIG = 1
+_ERRORS = {kind.__name__: kind for kind in (ModelError, ConfigError, TrustError, LinkError)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a child may use: bytes of address space, and seconds of processor and wall time for each call."""
+    """What a child may use: bytes of address space and of a file, and seconds of processor and wall time per call."""
 
     memory_bytes: int = 2 << 30
     cpu_seconds: int = 20
     wall_seconds: float = 60.0
+    file_bytes: int = _MAX_FILE
 
 
 class UntrustedError(ModelError):
@@ -81,16 +96,26 @@ class ModelFacts(msgspec.Struct, frozen=True):
     outputs: tuple[TensorFacts, ...]
 
 
-class _Answer(msgspec.Struct):
-    kind: Literal["done", "refused", "out of memory"]
+class _Answer(msgspec.Struct, omit_defaults=True):
+    """The last word on a call, or, as ``underway``, one before it.
+
+    ``text`` is the reason of a refusal, the package that is ``missing``, or what is under way; ``error`` the name of an
+    error of ours with its ``parts``.
+    """
+
+    kind: Literal["done", "refused", "raised", "missing", "out of memory", "underway"]
     value: msgspec.Raw = msgspec.Raw(b"null")
-    reason: str = ""
+    text: str = ""
+    steps: tuple[int, int] = (0, 0)
+    error: str = "ModelError"
+    parts: tuple[str | None, str | None, str | None, str | None] = (None, None, None, None)
 
 
 class Child:
     """A process that runs functions on untrusted bytes, one after the other; it is replaced when it dies.
 
-    Use it as a context manager. Not for several threads at once.
+    Use it as a context manager. Not for several threads at once, nor beyond the thread that made the first call: the
+    kernel takes its end for the parent's.
     """
 
     def __init__(self, limits: Limits | None = None) -> None:
@@ -105,7 +130,16 @@ class Child:
     ) -> None:
         self._end()
 
-    def call(self, function: str, content: bytes, argument: str = "", *, returns: type[T], doing: str = "") -> T:
+    def call(
+        self,
+        function: str,
+        content: bytes,
+        argument: str = "",
+        *,
+        returns: type[T],
+        doing: str = "",
+        progress: Progress | None = None,
+    ) -> T:
         """``function(content, argument)``, run in the child.
 
         Args:
@@ -114,13 +148,17 @@ class Child:
             argument: a text of ours.
             returns: the type to decode the answer into.
             doing: what crashed, for the message; the function's name unless told.
+            progress: called with what the function says by :func:`report`.
 
         Raises:
             UntrustedError: the child crashed, took too long, or ran out of memory.
-            ModelError: the function refused the bytes.
+            EdgeGuardError: the function raised it.
+            ModelError: the function raised anything else: it refused the bytes.
+            ModuleNotFoundError: it needs a package that is not installed.
         """
         process = self._process or self._start()
         expired = threading.Event()
+        what = doing or function
 
         def stop() -> None:
             expired.set()
@@ -129,29 +167,30 @@ class Child:
         timer = threading.Timer(self._limits.wall_seconds, stop)
         timer.start()
         try:
-            raw = _exchange(process, function, content, argument)
+            answer = _exchange(process, function, content, argument, progress)
+            value = msgspec.json.decode(answer.value, type=returns) if answer and answer.kind == "done" else None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            self._end()
+            raise UntrustedError("crashed", got=f"an answer of {what} that is none", do="do not use it") from error
+        except BaseException:  # an interruption: what the child still says would pass for its next answer
+            self._end()
+            raise
         finally:
             timer.cancel()
             timer.join()  # from here on it is known whether the child was killed
-        if raw is None or expired.is_set():
-            raise self._obituary(doing or function, expired=expired.is_set())
-        try:
-            answer = msgspec.json.decode(raw, type=_Answer)
-            if answer.kind == "done":
-                return msgspec.json.decode(answer.value, type=returns)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            self._end()
-            raise UntrustedError(
-                "crashed", got=f"an answer of {doing or function} that is none", do="do not use it"
-            ) from error
+        if answer is None or expired.is_set():
+            raise self._obituary(what, expired=expired.is_set())
         if answer.kind == "out of memory":
             self._end()
-            raise self._out_of_memory(doing or function)
-        raise ModelError("model file", got=answer.reason[:300], do="convert it again")
+            raise self._out_of_memory(what)
+        if answer.kind != "done":
+            raise _raised(answer)
+        return value  # type: ignore[return-value]  # decoded as such
 
     def _start(self) -> subprocess.Popen[bytes]:
         limits = self._limits
-        program = f"from converters import untrusted; untrusted.serve({limits.memory_bytes}, {limits.cpu_seconds})"
+        numbers = f"{limits.memory_bytes}, {limits.cpu_seconds}, {limits.file_bytes}, {os.getpid()}"
+        program = f"from converters import untrusted; untrusted.serve({numbers})"
         self._process = subprocess.Popen(
             [sys.executable, "-c", program],
             stdin=subprocess.PIPE,
@@ -197,8 +236,10 @@ class Child:
         return UntrustedError("out of memory", got=f"no memory left in {doing}", expected=limit, do="do not use it")
 
 
-def _exchange(process: subprocess.Popen[bytes], function: str, content: bytes, argument: str) -> bytes | None:
-    """Send a request and read the answer; None when the child dies meanwhile."""
+def _exchange(
+    process: subprocess.Popen[bytes], function: str, content: bytes, argument: str, progress: Progress | None
+) -> _Answer | None:
+    """Send a request and read up to the last answer; None when the child dies meanwhile."""
     assert process.stdin is not None and process.stdout is not None
     names = (function.encode(), argument.encode())
     try:
@@ -207,14 +248,41 @@ def _exchange(process: subprocess.Popen[bytes], function: str, content: bytes, a
         process.stdin.flush()
     except OSError:
         return None
-    head = process.stdout.read(_ANSWER.size)
+    while True:
+        raw = _read_answer(process.stdout)
+        if raw is None:
+            return None
+        answer = msgspec.json.decode(raw, type=_Answer)
+        if answer.kind != "underway":
+            return answer
+        if progress is not None:
+            progress(_one_line(answer.text)[:80], *answer.steps)
+
+
+def _read_answer(pipe: IO[bytes]) -> bytes | None:
+    head = pipe.read(_ANSWER.size)
     if len(head) < _ANSWER.size:
         return None
     length = _ANSWER.unpack(head)[0]
     if length > _MAX_ANSWER:
         return b""  # which is no answer
-    body = process.stdout.read(length)
+    body = pipe.read(length)
     return body if len(body) == length else None
+
+
+def _raised(answer: _Answer) -> Exception:
+    """The error that a child's answer stands for."""
+    if answer.kind == "missing":
+        return ModuleNotFoundError(f"No module named {answer.text!r}", name=answer.text)
+    if answer.kind == "raised":
+        what, got, expected, do = (None if part is None else _one_line(part)[:_MAX_TEXT] for part in answer.parts)
+        return _ERRORS.get(answer.error, ModelError)(what or "model file", got=got, expected=expected, do=do)
+    return ModelError("model file", got=_one_line(answer.text)[:300], do="convert it again")
+
+
+def _one_line(text: str) -> str:
+    """Untrusted text that a terminal shows as it is."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def probe(content: bytes, *, limits: Limits | None = None) -> ModelFacts:
@@ -289,19 +357,48 @@ def _facts(detail: dict[str, Any]) -> TensorFacts:
     return TensorFacts(tuple(int(n) for n in detail["shape"]), np.dtype(detail["dtype"]).name)
 
 
-def serve(memory_bytes: int, cpu_seconds: int) -> None:
+def report(text: str, done: int, total: int) -> None:
+    """Tell the parent what is under way, and how far. Call it in a child only."""
+    _child.answer(_Answer("underway", text=text, steps=(done, total)))
+
+
+def serve(memory_bytes: int, cpu_seconds: int, file_bytes: int, parent: int) -> None:
     """The child: limit itself, then answer requests on standard input until it ends."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (_MAX_FILE, _MAX_FILE))
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    with contextlib.suppress(AttributeError):  # no prctl: it then ends with its next read
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return
+    for kind, most in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, file_bytes),
+        (resource.RLIMIT_AS, memory_bytes),
+    ):
+        hard = resource.getrlimit(kind)[1]  # a child of a child may have less, never more
+        least = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (least, least))
     # What the runtime prints must not stand among the answers.
     with os.fdopen(os.dup(1), "wb") as answers:
         os.dup2(2, 1)
-        while _serve_one(sys.stdin.buffer, answers, cpu_seconds):
+        _child.answers = answers
+        while _serve_one(sys.stdin.buffer, cpu_seconds):
             pass
 
 
-def _serve_one(requests: IO[bytes], answers: IO[bytes], cpu_seconds: int) -> bool:
+class _Child:
+    """The pipe to the parent, in a child."""
+
+    answers: IO[bytes]
+
+    def answer(self, answer: _Answer) -> None:
+        raw = msgspec.json.encode(answer)
+        self.answers.write(_ANSWER.pack(len(raw)) + raw)
+        self.answers.flush()
+
+
+_child = _Child()
+
+
+def _serve_one(requests: IO[bytes], cpu_seconds: int) -> bool:
     head = requests.read(_REQUEST.size)
     if len(head) < _REQUEST.size:
         return False
@@ -313,16 +410,43 @@ def _serve_one(requests: IO[bytes], answers: IO[bytes], cpu_seconds: int) -> boo
         module, _, name = function.decode().partition(":")
         value = getattr(importlib.import_module(module), name)(content, argument.decode())
         answer = _Answer("done", msgspec.Raw(msgspec.json.encode(value)))
-    except MemoryError:
-        answer = _Answer("out of memory")
-    except ModelError as error:
-        answer = _Answer("refused", reason=str(error.got if error.got is not None else error))
     except Exception as error:  # the bytes decide what is raised; the parent wants to know, and to go on
-        answer = _Answer("refused", reason=f"{type(error).__name__}: {error}"[:1000])
-    raw = msgspec.json.encode(answer)
-    answers.write(_ANSWER.pack(len(raw)) + raw)
-    answers.flush()
+        answer = _failure(error)
+    _child.answer(answer)
     return True
 
 
-__all__ = ["Child", "Limits", "ModelFacts", "RuntimeFacts", "TensorFacts", "UntrustedError", "probe", "run_on"]
+def _failure(error: Exception) -> _Answer:
+    if isinstance(error, MemoryError) or _EXHAUSTED.search(str(error)):
+        return _Answer("out of memory")
+    if isinstance(error, EdgeGuardError):
+        name = next((name for name, kind in _ERRORS.items() if isinstance(error, kind)), "ModelError")
+        return _Answer("raised", error=name, parts=_parts(error))
+    if isinstance(error, ModuleNotFoundError):
+        return _Answer("missing", text=error.name or str(error))
+    return _Answer("refused", text=_encodable(f"{type(error).__name__}: {error}"))
+
+
+def _parts(error: EdgeGuardError) -> tuple[str | None, str | None, str | None, str | None]:
+    what, got, expected, do = (
+        None if part is None else _encodable(str(part)) for part in (error.what, error.got, error.expected, error.do)
+    )
+    return what, got, expected, do
+
+
+def _encodable(text: str) -> str:
+    """A text of bounded length without the lone surrogates that a file's name may bring."""
+    return text[:_MAX_TEXT].encode("utf-8", "replace").decode("utf-8")
+
+
+__all__ = [
+    "Child",
+    "Limits",
+    "ModelFacts",
+    "RuntimeFacts",
+    "TensorFacts",
+    "UntrustedError",
+    "probe",
+    "report",
+    "run_on",
+]

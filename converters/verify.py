@@ -1,22 +1,25 @@
-"""Proves that a guard changed nothing but what it added. Runs on every device runtime installed.
+"""Proves that a guard changed nothing but what it added. Runs on every runtime installed.
 
-TensorFlow's own runtime is used only where no device runtime is there; the result lists which were.
+The runtimes are those of devices (TensorFlow's own only where there is no other) and TFLite Micro. A microcontroller
+runtime that does not know an op of the *model* is listed with its reason; every other difference is an error.
 
 Rules enforced here:
 
 * the model's own outputs are bit-identical with and without the guard, on calibration inputs and on random ones;
 * the scores of the graph equal NumPy's, computed from that run's own features and prediction;
-* a guard that fails either is never written.
+* a guard that fails either is never written; a runtime that was not used is named, with the reason.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from converters import micro
 from converters.guard import Compiled
 from edgeguard.contract.guard import GuardMetadata
 from edgeguard.detection import runtime as runtimes
@@ -24,15 +27,20 @@ from edgeguard.detection.guarded import TfliteModel
 from edgeguard.detection.statistics import raw_scores
 from edgeguard.errors import ModelError
 
+Array = npt.NDArray[Any]
+
 RELATIVE, ABSOLUTE = 1e-4, 1e-5
+CALIBRATION_INPUTS = 64
+MICRO_INPUTS = 16
 
 
 @dataclass(frozen=True)
 class Verified:
-    """The runtimes that were used, and how many inputs each saw."""
+    """The runtimes that were used, how many inputs each saw at least, and why others were not used."""
 
     runtimes: tuple[str, ...]
     inputs: int
+    not_run: Mapping[str, str] = field(default_factory=dict)
 
 
 def verify(
@@ -40,7 +48,7 @@ def verify(
     guarded: bytes,
     metadata: GuardMetadata,
     compiled: Compiled,
-    inputs: npt.NDArray[Any],
+    inputs: Array,
     *,
     random_inputs: int = 64,
     seed: int = 0,
@@ -52,32 +60,66 @@ def verify(
         guarded: the file with it.
         metadata: of the guarded file.
         compiled: what was baked into it.
-        inputs: some calibration inputs [N, ...], in the owner's own type.
+        inputs: calibration inputs [N, ...], in the owner's own type; the first CALIBRATION_INPUTS of them are used.
 
     Raises:
         ModelError: any difference.
     """
-    names = tuple(n for n in runtimes.available() if n != "tensorflow") or runtimes.available()
+    installed = runtimes.available()
+    names = [n for n in installed if n != "tensorflow"] or list(installed)
+    not_run = {name: "not installed" for name in runtimes.known() if name not in installed}
+    tensors: list[Array] = []
     for name in names:
-        before = TfliteModel(bare, runtime=name)
-        after = TfliteModel(guarded, runtime=name)
-        rng = np.random.default_rng(seed)
-        tensors = [after.quantise(x) for x in inputs]
-        tensors += [_random(rng, (1, *after.input_shape), after.input_dtype) for _ in range(random_inputs)]
+        before, after = TfliteModel(bare, runtime=name), TfliteModel(guarded, runtime=name)
+        if not tensors:
+            rng = np.random.default_rng(seed)
+            tensors = [after.quantise(x) for x in inputs[:CALIBRATION_INPUTS]]
+            tensors += [_random(rng, (1, *after.input_shape), after.input_dtype) for _ in range(random_inputs)]
         for tensor in tensors:
-            _same_outputs(name, before.invoke(tensor), after.invoke(tensor))
-            _same_scores(name, after.invoke(tensor), metadata, compiled)
-    return Verified(names, len(inputs) + random_inputs)
+            _compare(name, before.invoke(tensor), after.invoke(tensor), metadata, compiled)
+    if "tensorflow" in installed and "tensorflow" not in names:
+        not_run["tensorflow"] = "a device runtime is there"
+    some = [*tensors[: MICRO_INPUTS // 2], *tensors[-MICRO_INPUTS // 2 :]]
+    reason = _verify_micro(bare, guarded, metadata, compiled, some)
+    if reason is None:
+        names.append(micro.NAME)
+    else:
+        not_run[micro.NAME] = reason
+    return Verified(tuple(names), min(len(tensors), len(some) if reason is None else len(tensors)), not_run)
 
 
-def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+def _verify_micro(
+    bare: bytes, guarded: bytes, metadata: GuardMetadata, compiled: Compiled, tensors: Sequence[Array]
+) -> str | None:
+    """None where TFLite Micro runs the guarded file as the bare one; why it was not used, where it cannot."""
+    if not micro.available():
+        return "not installed"
+    own = len(TfliteModel(bare).outputs)
+    try:
+        before = micro.run(bare, tensors, own)
+    except ModelError as error:
+        return f"does not run the model itself: {error.got}"
+    after = micro.run(guarded, tensors, own + 2)
+    for one, other in zip(before, after, strict=True):
+        _compare(micro.NAME, one, other, metadata, compiled)
+    return None
+
+
+def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     if np.issubdtype(dtype, np.integer):
         limits = np.iinfo(dtype)
         return rng.integers(limits.min, limits.max, size=shape, dtype=dtype, endpoint=True)
     return rng.uniform(0.0, 255.0, size=shape).astype(dtype)
 
 
-def _same_outputs(name: str, before: list[npt.NDArray[Any]], after: list[npt.NDArray[Any]]) -> None:
+def _compare(
+    name: str, before: Sequence[Array], after: Sequence[Array], metadata: GuardMetadata, compiled: Compiled
+) -> None:
+    _same_outputs(name, before, after)
+    _same_scores(name, after, metadata, compiled)
+
+
+def _same_outputs(name: str, before: Sequence[Array], after: Sequence[Array]) -> None:
     if len(after) != len(before) + 2:
         raise ModelError("guarded model", got=f"{len(after)} outputs on {name}", expected=f"{len(before) + 2}")
     for index, (one, other) in enumerate(zip(before, after[:-2], strict=True)):
@@ -90,7 +132,7 @@ def _same_outputs(name: str, before: list[npt.NDArray[Any]], after: list[npt.NDA
             )
 
 
-def _same_scores(name: str, outputs: list[npt.NDArray[Any]], metadata: GuardMetadata, compiled: Compiled) -> None:
+def _same_scores(name: str, outputs: Sequence[Array], metadata: GuardMetadata, compiled: Compiled) -> None:
     predicted = 0 if metadata.class_output is None else int(np.argmax(outputs[metadata.class_output][0]))
     features = outputs[-1].astype(np.float64)
     expected = raw_scores(compiled.statistics, features, np.asarray([predicted])) / np.asarray(compiled.thresholds)

@@ -76,7 +76,7 @@ def register(app: typer.Typer) -> None:
             typer.echo(document.decode())
         else:
             if json_file is not None:
-                from converters.pipeline import write
+                from converters.files import write
 
                 write(document + b"\n", json_file)
             _table(record, page)

@@ -57,11 +57,15 @@ class ModelInput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
-    """How many clean inputs fitted the statistics and how many others set the thresholds; digest over both."""
+    """How many clean inputs fitted the statistics and how many others set the thresholds; digest over both.
+
+    ``synthetic``: they were made up, so that the scores mean nothing and every input is "not checked".
+    """
 
     n_fit: int
     n_threshold: int
     digest: Digest
+    synthetic: bool = False
 
 
 class Environment(msgspec.Struct, frozen=True, kw_only=True):

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 
-from converters import pipeline, sources
+from converters import files, pipeline, sources
 from edgeguard import data as datasets
 from edgeguard.agent.spool import read_counters
 from edgeguard.attacks import victims
@@ -183,7 +183,7 @@ def _prepare(settings: Settings, timeline: _Timeline, progress: Progress) -> _Pr
         "demo", f"converts to int8 with the guard inside; verified on {', '.join(conversion.verified.runtimes)}"
     )
     settings.folder.mkdir(parents=True, exist_ok=True)
-    pipeline.write(conversion.guarded, settings.folder / "model.tflite")
+    files.write(conversion.guarded, settings.folder / "model.tflite")
     model.save(settings.folder / "model.keras")
     np.savez(settings.folder / "owner.npz", x=x_owner, y=y_owner)
     return _Prepared(
@@ -316,7 +316,7 @@ def _offer_tampered(fleet: Fleet, hub: _Hub, release: Mapping[str, Any], timelin
     genuine = served.read_bytes()
     tampered = bytearray(genuine)
     tampered[len(tampered) // 2] ^= 0xFF
-    pipeline.write(bytes(tampered), served)
+    files.write(bytes(tampered), served)
     timeline.add("attacker", "changes a byte of the released model on the web server and announces it")
     try:
         _announce(fleet, release)
@@ -326,7 +326,7 @@ def _offer_tampered(fleet: Fleet, hub: _Hub, release: Mapping[str, Any], timelin
             fleets.VETO_S * 4,
         )
     finally:
-        pipeline.write(genuine, served)
+        files.write(genuine, served)
     refused = [d for d in status["devices"] if d["outcome"] == "refused" and d["model_digest"] == release["replaces"]]
     timeline.add("demo", "puts the genuine file back")
     return len(refused) == len(fleet.agents)

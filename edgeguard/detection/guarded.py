@@ -4,7 +4,7 @@ Rules enforced here:
 
 * an input of another shape or type, or with NaN, is refused before it reaches the model;
 * the file must have the two guard outputs, of the lengths that its metadata says; otherwise it is not run;
-* a score that is NaN is "not checked", never "clean".
+* a score that is NaN is "not checked", never "clean"; so is every input of a model calibrated on made-up data.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from edgeguard.contract.guard import GuardMetadata
 from edgeguard.detection import metadata as metadata_reader
 from edgeguard.detection.runtime import RuntimeInfo, open_interpreter
-from edgeguard.detection.verdict import Verdict, judge
+from edgeguard.detection.verdict import Verdict, judge, not_checked
 from edgeguard.errors import ModelError
 
 Array = npt.NDArray[Any]
@@ -47,12 +47,15 @@ class TfliteModel:
         self.outputs: list[dict[str, Any]] = self._interpreter.get_output_details()
         self.input_shape = tuple(int(n) for n in self._input["shape"][1:])
         self.input_dtype: np.dtype[Any] = np.dtype(self._input["dtype"])
+        scale, zero_point = self._input["quantization"]
+        self.input_quantization = (float(scale), int(zero_point))
+        """Scale and zero point of the input; a scale of 0 where it is not quantised."""
 
     def quantise(self, x: Array) -> Array:
         """One input (no batch axis) as the input tensor takes it, with a batch axis of one."""
         if not np.issubdtype(self.input_dtype, np.integer):
             return x[np.newaxis].astype(self.input_dtype)
-        scale, zero_point = self._input["quantization"]
+        scale, zero_point = self.input_quantization
         if not scale:
             return x[np.newaxis].astype(self.input_dtype)
         limits = np.iinfo(self.input_dtype)
@@ -164,7 +167,11 @@ class GuardedModel:
         scores = dict(zip(self._names, (float(s) for s in raw[self._scores][0]), strict=True))
         class_output = self.metadata.class_output
         predicted = None if class_output is None else int(np.argmax(raw[self._own[class_output]][0]))
-        return Inference(outputs, raw[self._features][0], judge(predicted, scores, self.metadata.score_to_p))
+        if self.metadata.calibration.synthetic:
+            verdict = not_checked(predicted, scores, "calibrated on synthetic inputs, so that scores mean nothing")
+        else:
+            verdict = judge(predicted, scores, self.metadata.score_to_p)
+        return Inference(outputs, raw[self._features][0], verdict)
 
 
 def _guard_outputs(model: TfliteModel, description: GuardMetadata) -> tuple[int, int]:

@@ -42,6 +42,11 @@ class RuntimeInfo:
     threads: int
 
 
+def known() -> tuple[str, ...]:
+    """Names of all runtimes that can be chosen, the preferred one first."""
+    return tuple(c.name for c in _CANDIDATES)
+
+
 def available() -> tuple[str, ...]:
     """Names of the runtimes installed here, the preferred one first. Nothing is imported."""
     return tuple(c.name for c in _CANDIDATES if importlib.util.find_spec(c.package) is not None)

@@ -72,7 +72,9 @@ class Thresholds:
     score_to_p: tuple[tuple[float, float], ...]
 
 
-def fit(features: Floats, predicted: Ints, blocks: Sequence[Block], classes: int) -> Statistics:
+def fit(
+    features: Floats, predicted: Ints, blocks: Sequence[Block], classes: int, *, max_factors: int = MAX_FACTORS
+) -> Statistics:
     """Fit class means and pooled factor-analysis covariance on clean features.
 
     Args:
@@ -80,6 +82,7 @@ def fit(features: Floats, predicted: Ints, blocks: Sequence[Block], classes: int
         predicted: [N], the class that the model predicts for each; all 0 for a model without classes.
         blocks: one per detector.
         classes: number of rows of the class table.
+        max_factors: of each detector.
 
     Raises:
         ModelError: too few inputs, or features that are not finite.
@@ -96,7 +99,7 @@ def fit(features: Floats, predicted: Ints, blocks: Sequence[Block], classes: int
     for row, block in enumerate(blocks):
         columns = np.asarray(block.columns)
         covariance = residuals[:, columns].T @ residuals[:, columns] / freedom
-        factors = max(0, min(MAX_FACTORS, len(columns) // 4, count // 16))
+        factors = max(0, min(max_factors, len(columns) // 4, count // 16))
         psi, whitened = factor_analysis(covariance, factors)
         weights[row, columns] = 1.0 / psi
         projection = np.zeros((len(whitened), width))

@@ -56,14 +56,7 @@ def judge(
     """
     score = decision.joint(scores.values())
     if math.isnan(score):
-        return Verdict(
-            predicted=predicted,
-            score=math.nan,
-            scores=dict(scores),
-            p_value=None,
-            stages=(),
-            reason="a score is missing or not a number",
-        )
+        return not_checked(predicted, scores, "a score is missing or not a number")
     name = max(scores, key=lambda detector: scores[detector])
     relation = "above" if decision.is_flagged(score) else "within"
     return Verdict(
@@ -74,6 +67,11 @@ def judge(
         stages=(ONE_PASS,),
         reason=f"{name} {score:.2f}, {relation} the threshold of {decision.THRESHOLD:g}",
     )
+
+
+def not_checked(predicted: int | None, scores: Mapping[str, float], reason: str) -> Verdict:
+    """The verdict on an input that no score speaks about."""
+    return Verdict(predicted=predicted, score=math.nan, scores=dict(scores), p_value=None, stages=(), reason=reason)
 
 
 def p_value(score: float, score_to_p: Sequence[tuple[float, float]]) -> float | None:

@@ -208,7 +208,7 @@ class _Attempt:
 def _repair(
     case: _Case, finding: Finding, triggers: list[Trigger], out: Path, summary: dict[str, Any], say: Say
 ) -> Result:
-    from converters import pipeline
+    from converters import files, pipeline
 
     kept = _keep(case, say)
     before = _measure(case, case.content, triggers, kept)
@@ -226,7 +226,7 @@ def _repair(
         if attempt.decision.passed:
             break
     output, keras_path = out / "repaired.tflite", out / "repaired.keras"
-    pipeline.write(attempt.conversion.guarded, output)
+    files.write(attempt.conversion.guarded, output)
     attempt.student.save(keras_path)
     return Result(
         verdict="confirmed",
@@ -258,7 +258,7 @@ def _attempt(
     """Prune, unlearn until no trigger is an outlier any more, convert, and ask the gate."""
     import keras
 
-    from converters import pipeline, sources
+    from converters import files, pipeline, sources
 
     student = keras.models.clone_model(case.original)
     student.set_weights(case.original.get_weights())
@@ -300,7 +300,7 @@ def _attempt(
         case.y_gate,
         classes=case.metadata.classes,
         fpr=case.metadata.fpr,
-        tap_count=len({tap.tensor for tap in case.metadata.taps}),
+        taps=tuple(dict.fromkeys(tap.source_layer for tap in case.metadata.taps)),
     )
     decision = gate.decide(before, _measure(case, conversion.guarded, triggers, kept), residual_success=residual)
     for check in decision.checks:
@@ -398,7 +398,7 @@ def main() -> int:
             job,
             lambda stage, text, done, total: send({"stage": stage, "text": text, "done": done, "total": total}),
         )
-        from converters.pipeline import write
+        from converters.files import write
 
         write(msgspec.json.encode(result), Path(job.out_dir) / "result.json")
         send({"result": result})

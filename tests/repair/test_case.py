@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from converters.pipeline import write
+from converters.files import write
 from edgeguard.attacks.base import attack_success_rate
 from edgeguard.detection.guarded import GuardedModel
 from tests.simulators.attacked import Attacked
