@@ -160,12 +160,12 @@ def false_positives(done: Conversion, fresh: Array | None) -> dict[str, Any] | N
     }
 
 
-def threshold_shift(done: Conversion, inputs: Array, runtime: str) -> float:
+def threshold_shift(done: Conversion, case: Case, runtime: str) -> float:
     """The largest relative difference of a threshold when the same guard is calibrated on another runtime."""
     before = os.environ.get(runtimes.ENVIRONMENT)
     os.environ[runtimes.ENVIRONMENT] = runtime
     try:
-        other = calibration.recalibrate(done.guarded, inputs).metadata
+        other = calibration.recalibrate(done.guarded, case.inputs, synthetic=case.synthetic).metadata
     finally:
         if before is None:
             del os.environ[runtimes.ENVIRONMENT]
@@ -198,7 +198,7 @@ def measure(case: Case, runs: int) -> dict[str, Any]:
         "float_accuracy": done.parity.float_accuracy,
         "false_positives": false_positives(done, case.fresh),
         "threshold_shift": {
-            name: round(threshold_shift(done, case.inputs, name), 4)
+            name: round(threshold_shift(done, case, name), 4)
             for name in names
             if name != done.metadata.environment.runtime
         },

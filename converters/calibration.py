@@ -289,6 +289,7 @@ def recalibrate(
     *,
     fpr: float | None = None,
     seed: int = 0,
+    synthetic: bool = False,
     sidecar: bool | None = None,
     progress: Progress | None = None,
 ) -> Guarded:
@@ -298,7 +299,7 @@ def recalibrate(
         content: the guarded file; it must have passed ``untrusted.probe`` where it comes from outside.
         inputs: clean inputs [N, ...] in the owner's own type. Never inputs from the field that nobody looked at: they
             may hold triggers.
-        fpr, seed, progress: as for :func:`guard_model`.
+        fpr, seed, synthetic, progress: as for :func:`guard_model`.
         sidecar: also make one; None: where the file had one.
 
     Raises:
@@ -328,6 +329,7 @@ def recalibrate(
         fpr=rate,
         classes=described.classes,
         seed=seed,
+        synthetic=synthetic,
         sidecar=described.sidecar_digest is not None if sidecar is None else sidecar,
         progress=progress,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import socket
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 
 from edgeguard import __version__, cli
 from edgeguard.demo import run as demo_run
+from edgeguard.detection import metadata
+from edgeguard.detection.guarded import TfliteModel
 from tests.simulators.attacked import Attacked
 
 Run = Callable[..., tuple[int, str, str]]
@@ -56,7 +59,7 @@ def test_the_installed_script_prints_its_version() -> None:
     assert done.stdout == f"edgeguard {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["demo", "convert", "inspect", "score", "run", "hub"])
+@pytest.mark.parametrize("command", ["demo", "convert", "calibrate", "inspect", "score", "run", "hub"])
 def test_each_command_explains_itself_with_an_example(edgeguard: Run, command: str) -> None:
     code, out, _ = edgeguard(command, "--help")
     assert code == 0
@@ -75,16 +78,94 @@ def test_convert_writes_a_guarded_file_and_says_what_it_did(
         "output",
         "model_digest",
         "guard_digest",
+        "sidecar_digest",
         "bytes",
         "float_accuracy",
         "int8_accuracy",
         "agreement",
+        "output_error",
         "taps",
         "fpr",
+        "validated",
         "latency",
         "runtimes_verified",
+        "runtimes_not_run",
+        "peak_memory_bytes",
     }
+    assert document["model_digest"] == attacked.conversion.metadata.model_digest
+    assert metadata.read(output.read_bytes()).taps == attacked.conversion.metadata.taps
+    beside = (tmp_path / "out.guard.npz").read_bytes()
+    assert hashlib.sha256(beside).hexdigest() == document["sidecar_digest"]
+
+
+def test_convert_without_a_sidecar_gives_the_file_that_the_function_gives(
+    edgeguard: Run, attacked: Attacked, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    attacked.keras.save(tmp_path / "digits.keras")
+    output = tmp_path / "out.tflite"
+    code, _, _ = edgeguard(
+        "convert", tmp_path / "digits.keras", "--data", inputs["owner"], "-o", output, "--no-sidecar"
+    )
+    assert code == 0
     assert output.read_bytes() == attacked.conversion.guarded
+    assert not (tmp_path / "out.guard.npz").exists()
+
+
+def test_convert_takes_class_names_and_leaves_a_float_model_float_when_asked(
+    edgeguard: Run, attacked: Attacked, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    attacked.keras.save(tmp_path / "digits.keras")
+    (tmp_path / "names.txt").write_text("".join(f"digit {c}\n" for c in range(10)))
+    output = tmp_path / "out.tflite"
+    code, out, _ = edgeguard(
+        "convert", tmp_path / "digits.keras", "--data", inputs["owner"], "-o", output,
+        "--labels", tmp_path / "names.txt", "--float", "--keras", tmp_path / "trainable.keras",
+    )  # fmt: skip
+    assert code == 0
+    assert "left float" in out
+    assert metadata.read(output.read_bytes()).classes[3] == "digit 3"
+    assert TfliteModel(output.read_bytes()).input_dtype == np.float32
+    assert (tmp_path / "trainable.keras").stat().st_size > 10_000
+
+
+def test_convert_lists_what_can_be_tapped_and_takes_a_name_from_the_list(
+    edgeguard: Run, attacked: Attacked, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    model = tmp_path / "bare.tflite"
+    model.write_bytes(attacked.conversion.bare)
+    code, out, _ = edgeguard("convert", model, "--taps", "list", "--json")
+    listed = json.loads(out)
+    assert code == 0
+    assert [tap["default"] for tap in listed].count(True) == 2
+    first, output = listed[0]["tensor"], tmp_path / "out.tflite"
+    code, _, _ = edgeguard("convert", model, "--data", inputs["owner"], "-o", output, "--taps", first)
+    assert code == 0
+    assert {tap.tensor for tap in metadata.read(output.read_bytes()).taps} == {first}
+
+
+def test_convert_on_made_up_data_says_that_nothing_was_validated(
+    edgeguard: Run, attacked: Attacked, tmp_path: Path
+) -> None:
+    model, output = tmp_path / "bare.tflite", tmp_path / "out.tflite"
+    model.write_bytes(attacked.conversion.bare)
+    code, out, _ = edgeguard("convert", model, "--data", "synthetic", "-o", output)
+    assert code == 0
+    assert "NOT VALIDATED" in out
+    assert metadata.read(output.read_bytes()).calibration.synthetic
+
+
+def test_calibrate_writes_a_new_file_and_leaves_the_old_one(
+    edgeguard: Run, attacked: Attacked, guarded_file: Path, tmp_path: Path
+) -> None:
+    data, output = tmp_path / "other.npz", tmp_path / "again.tflite"
+    np.savez(data, x=attacked.data.x_test.astype(np.uint8))
+    before = guarded_file.read_bytes()
+    code, out, _ = edgeguard("calibrate", guarded_file, "--data", data, "-o", output, "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert guarded_file.read_bytes() == before
+    assert document["model_digest"] == attacked.conversion.metadata.model_digest
+    assert document["guard_digest"] != attacked.conversion.metadata.guard_digest
 
 
 def test_inspect_shows_the_metadata_and_that_the_digests_fit(edgeguard: Run, guarded_file: Path) -> None:
@@ -130,8 +211,13 @@ def _bad_inputs(tmp_path: Path, attacked: Attacked, guarded: Path, owner: Path) 
     np.savez(wide, x=np.zeros((9, 9, 9, 1), np.uint8), y=np.zeros(9, int))
     keras, flat = tmp_path / "digits.keras", tmp_path / "flat.npz"
     attacked.keras.save(keras)
-    np.savez(flat, x=np.zeros((500, 20)), y=np.zeros(500, int))
+    np.savez(flat, x=np.random.default_rng(0).normal(size=(500, 20)), y=np.zeros(500, int))
     np.savez(small, x=attacked.x_owner[:20], y=attacked.y_owner[:20])
+    names, zeros, scaled = tmp_path / "names.txt", tmp_path / "zeros.npz", tmp_path / "scaled.npz"
+    names.write_text("one\ntwo\n")
+    nothing = attacked.data.x_train[attacked.data.y_train == 0].astype(np.uint8)
+    np.savez(zeros, x=np.concatenate([nothing] * 6))
+    np.savez(scaled, x=attacked.x_owner / 255.0)
     config = tmp_path / "agent.toml"
     config.write_text("fleet = 1")
     with socket.socket() as probe:
@@ -148,6 +234,14 @@ def _bad_inputs(tmp_path: Path, attacked: Attacked, guarded: Path, owner: Path) 
         "too few inputs": (["convert", bare, "--data", small], "at least 398"),
         "unreadable source": (["convert", text, "--data", owner], "not TFLite"),
         "no output folder": (["convert", bare, "--data", owner, "-o", tmp_path / "a" / "b.tflite"], "create it first"),
+        "unknown tap": (["convert", bare, "--data", owner, "--taps", "no such layer"], "no such layer"),
+        "taps that are no number": (["convert", bare, "--data", owner, "--taps", "0"], "taps"),
+        "unknown input type": (["convert", bare, "--data", owner, "--input", "int4"], "int8 or uint8"),
+        "too few class names": (["convert", bare, "--data", owner, "--labels", names], "expected 10"),
+        "no data": (["convert", bare], "--data"),
+        "a model without a guard to calibrate": (["calibrate", bare, "--data", owner], "without a guard"),
+        "one class to calibrate with": (["calibrate", guarded, "--data", zeros], "at least 5 classes"),
+        "scaled data": (["calibrate", guarded, "--data", scaled], "got inputs of type float32"),
         "impossible rate": (["convert", bare, "--data", owner, "--fpr", "2"], "--fpr"),
         "broker address": (["demo", "--broker", "nonsense", "--report", tmp_path / "r"], "HOST:PORT"),
         "broker that is down": (["demo", "--broker", f"127.0.0.1:{closed}", "--report", tmp_path / "r"], "broker"),
@@ -169,6 +263,14 @@ CASES = (
     "too few inputs",
     "unreadable source",
     "no output folder",
+    "unknown tap",
+    "taps that are no number",
+    "unknown input type",
+    "too few class names",
+    "no data",
+    "a model without a guard to calibrate",
+    "one class to calibrate with",
+    "scaled data",
     "impossible rate",
     "broker address",
     "broker that is down",
@@ -227,21 +329,22 @@ def test_a_full_disk_is_one_line_and_exit_code_2(
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize(("package", "extra"), [("keras", "convert"), ("sklearn", "convert")])
+@pytest.mark.parametrize(("package", "data"), [("keras", "clean"), ("sklearn", "digits")])
 def test_a_missing_package_names_the_extra_that_brings_it(
-    edgeguard: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, extra: str
+    edgeguard: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inputs: dict[str, Path], package: str, data: str
 ) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
+    # The model is read in a child process, which must not find the package either.
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / f"{package}.py").write_text(f"raise ModuleNotFoundError('none', name={package!r})\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "empty"))
     (tmp_path / "model.keras").write_bytes(b"anything")
-    data = "digits" if package == "sklearn" else tmp_path / "model.keras"
-    source = tmp_path / ("model.keras" if package == "keras" else "no.tflite")
-    if package == "sklearn":
-        source.write_bytes(b"\0\0\0\0TFL3")
-    code, _, err = edgeguard("convert", source, "--data", data)
+    found = {"clean": inputs["owner"], "digits": "digits"}[data]
+    code, _, err = edgeguard("convert", tmp_path / "model.keras", "--data", found)
     assert code == 2
-    assert f"edgeguard[{extra}]" in err
+    assert "edgeguard[convert]" in err
     assert "Traceback" not in err
 
 
