@@ -126,7 +126,10 @@ def input_of(model: Model) -> tuple[tuple[int, ...], np.dtype[Any]]:
     tensor = graph.tensors[int(graph.inputs[0])]
     if tensor.type not in _INPUT_TYPES:
         raise ModelError("model file", got=f"an input of type {tensor.type}", expected="float32, int8, uint8 or int16")
-    return tuple(int(n) for n in tensor.shape[1:]), np.dtype(_INPUT_TYPES[tensor.type])
+    shape = () if tensor.shape is None else tuple(int(n) for n in tensor.shape)
+    if not shape:
+        raise ModelError("model file", got="a scalar input", expected="an input with a batch axis")
+    return shape[1:], np.dtype(_INPUT_TYPES[tensor.type])
 
 
 def constant(model: Model, tensor: Any) -> bytes:

@@ -197,7 +197,8 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=_HERE,  # the first entry of the child's path: never a folder that holds untrusted files
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"},
+            # Each thread's arena would take 64 MiB of the addresses that the child may have.
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "MALLOC_ARENA_MAX": "2"},
             start_new_session=True,
         )
         return self._process

@@ -258,7 +258,7 @@ def _attempt(
     """Prune, unlearn until no trigger is an outlier any more, convert, and ask the gate."""
     import keras
 
-    from converters import files, pipeline, sources
+    from converters import pipeline, sources
 
     student = keras.models.clone_model(case.original)
     student.set_weights(case.original.get_weights())
