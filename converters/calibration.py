@@ -37,6 +37,7 @@ from edgeguard.detection.statistics import (
     inputs_needed,
     raw_scores,
     set_thresholds,
+    tails,
 )
 from edgeguard.errors import ConfigError, ModelError
 
@@ -92,18 +93,10 @@ def prepare(inputs: Array, fpr: float) -> Array:
 
     Raises:
         ConfigError: a false-positive rate outside (0, 0.5].
-        ModelError: too few inputs for it, inputs of another type, not finite, or all the same.
+        ModelError: too few different inputs for it, inputs of another type, or not finite.
     """
     if not 0 < fpr <= 0.5:
         raise ConfigError("--fpr", got=fpr, expected="a rate above 0 and at most 0.5")
-    needed = 2 * inputs_needed(fpr)
-    if len(inputs) < needed:
-        raise ModelError(
-            "calibration set",
-            got=f"{len(inputs)} inputs",
-            expected=f"at least {needed} for a false-positive rate of {fpr:g}",
-            do="bring more clean inputs or raise --fpr",
-        )
     if np.issubdtype(inputs.dtype, np.floating):
         with np.errstate(over="ignore"):
             inputs = inputs.astype(np.float32, copy=False)
@@ -113,18 +106,31 @@ def prepare(inputs: Array, fpr: float) -> Array:
         )
     if inputs.dtype == np.float32 and not np.isfinite(inputs).all():
         raise ModelError("calibration set", got="NaN or infinite values", expected="finite numbers")
-    if np.array_equal(inputs[:-1], inputs[1:]):
-        raise ModelError("calibration set", got=f"{len(inputs)} times the same input", expected="inputs that differ")
+    needed = 2 * inputs_needed(fpr)
+    different = len({hashlib.sha256(np.ascontiguousarray(one).tobytes()).digest() for one in inputs})
+    if different < needed:
+        raise ModelError(
+            "calibration set",
+            got=f"{len(inputs)} inputs" + (f", {different} of them different" if different < len(inputs) else ""),
+            expected=f"at least {needed} for a false-positive rate of {fpr:g}",
+            do="bring more clean inputs or raise --fpr",
+        )
     return inputs
 
 
-def check_fit(inputs: Array, shape: tuple[int, ...], quantised: tuple[float, int, np.dtype[Any]] | None = None) -> None:
+def check_fit(
+    inputs: Array,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any] = np.dtype(np.float32),  # noqa: B008 - a dtype never changes
+    quantization: tuple[float, int] = (0.0, 0),
+) -> None:
     """Raise ModelError unless inputs [N, ...] fit a model's input.
 
     Args:
         inputs: as :func:`prepare` returned them.
         shape: of one input, without the batch axis.
-        quantised: scale, zero point and type of the input tensor, where it is quantised.
+        dtype: of the input tensor.
+        quantization: its scale and zero point; a scale of 0 where it is not quantised.
     """
     if tuple(inputs.shape[1:]) != shape:
         raise ModelError(
@@ -133,10 +139,13 @@ def check_fit(inputs: Array, shape: tuple[int, ...], quantised: tuple[float, int
             expected=f"{list(shape)}, as the model takes them",
             do="resize the data or bring another model",
         )
-    if quantised is None or not quantised[0]:
+    if not np.issubdtype(dtype, np.integer):
         return
-    scale, zero_point, dtype = quantised
     limits = np.iinfo(dtype)
+    scale, zero_point = quantization
+    if not scale:
+        _check_whole(inputs, limits)
+        return
     low, high = (limits.min - zero_point) * scale, (limits.max - zero_point) * scale
     least, most = float(inputs.min()), float(inputs.max())
     outside = float(np.mean((inputs < low - scale) | (inputs > high + scale)))
@@ -145,6 +154,19 @@ def check_fit(inputs: Array, shape: tuple[int, ...], quantised: tuple[float, int
             "calibration set",
             got=f"values from {least:g} to {most:g}, {outside:.0%} of them outside the model's range",
             expected=f"values that fill the {low:.4g} to {high:.4g} that the model's input was quantised for",
+            do="scale the data as the model was trained with",
+        )
+
+
+def _check_whole(inputs: Array, limits: np.iinfo[Any]) -> None:
+    """Raise ModelError unless inputs are whole numbers that an input tensor without a scale can hold."""
+    least, most = float(inputs.min()), float(inputs.max())
+    fractions = float(np.mean(inputs != np.round(inputs)))
+    if fractions or least < limits.min or most > limits.max:
+        raise ModelError(
+            "calibration set",
+            got=f"values from {least:g} to {most:g}, {fractions:.0%} of them fractions",
+            expected=f"whole numbers from {limits.min} to {limits.max}, as the model takes them",
             do="scale the data as the model was trained with",
         )
 
@@ -237,9 +259,7 @@ def guard_model(
         ModelError: the inputs do not fit the model, or the model's features cannot be used.
     """
     model = TfliteModel(bare)
-    scale, zero_point = model.input_quantization
-    quantised = (scale, zero_point, model.input_dtype) if np.issubdtype(model.input_dtype, np.integer) else None
-    check_fit(inputs, model.input_shape, quantised)
+    check_fit(inputs, model.input_shape, model.input_dtype, model.input_quantization)
     names = _class_names(classes, plan)
     split = halves(len(inputs), seed)
     measured = measure(guard.bake_features(bare, plan), plan, inputs, progress)
@@ -304,6 +324,7 @@ def recalibrate(
 
     Raises:
         ModelError: the file has no guard, or the inputs do not fit.
+        TrustError: its digests do not fit its content: model or guard were changed since.
         ConfigError: see :func:`prepare`.
     """
     from edgeguard.detection import metadata as metadata_reader
@@ -319,7 +340,8 @@ def recalibrate(
             do="bring the data to that type, or convert the model again",
         )
     model = flatbuffer.parse(content)
-    tensors = guard.tapped(model)
+    guard.check_digests(model, described)
+    tensors = guard.tapped(model, described)
     bare = _canonical(model, content)
     source_layers = {tap.tensor: tap.source_layer for tap in described.taps}
     return guard_model(
@@ -355,8 +377,9 @@ def _fit(
     features, predicted = measured.features, measured.predicted
     blocks = guard.blocks(guard.layout(plan))
     statistics = fit(features[split.fit], predicted[split.fit], blocks, plan.classes, max_factors=factors)
+    fitted = raw_scores(statistics, features[split.fit], predicted[split.fit])
     raw = raw_scores(statistics, features[split.threshold], predicted[split.threshold])
-    return statistics, set_thresholds(raw, predicted[split.threshold], plan.classes, fpr)
+    return statistics, set_thresholds(raw, predicted[split.threshold], plan.classes, fpr, scale=tails(fitted, fpr))
 
 
 def _sidecar(

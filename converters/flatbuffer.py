@@ -25,6 +25,9 @@ from converters import structure
 from edgeguard.detection.metadata import IDENTIFIER
 from edgeguard.errors import ModelError
 
+_ZIP_END = b"PK\x05\x06"
+_ZIP_TAIL = (1 << 16) + 22  # the longest comment, and the record itself
+_MAX_ZIP_DIRECTORY = 1 << 13
 _MAX_ASSOCIATED_FILES = 16
 _MAX_ASSOCIATED_BYTES = 1 << 20
 _INPUT_TYPES = {
@@ -74,8 +77,17 @@ def associated(content: bytes) -> tuple[tuple[str, bytes], ...]:
     Raises:
         ModelError: more or larger files than a label file needs, or a damaged archive.
     """
-    if not zipfile.is_zipfile(io.BytesIO(content)):
+    end = content.rfind(_ZIP_END, max(0, len(content) - _ZIP_TAIL))
+    if end < 0 or not zipfile.is_zipfile(io.BytesIO(content)):
         return ()
+    # The library lists a directory whole before anything can be asked about it.
+    directory = int.from_bytes(content[end + 12 : end + 16], "little")
+    if directory > _MAX_ZIP_DIRECTORY:
+        raise ModelError(
+            "model file",
+            got=f"associated files with a directory of {directory} bytes",
+            expected=f"at most {_MAX_ZIP_DIRECTORY}",
+        )
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = archive.infolist()
@@ -112,6 +124,15 @@ def builtin_code(model: Model, operator: Any) -> int:
     """The BuiltinOperator of an operator, also in files from before the code outgrew a byte."""
     code = model.operatorCodes[operator.opcodeIndex]
     return max(int(code.builtinCode), int(code.deprecatedBuiltinCode))
+
+
+def input_quantization(model: Model) -> tuple[float, int]:
+    """Scale and zero point of a model's only input; a scale of 0 where it is not quantised."""
+    found = model.subgraphs[0].tensors[int(model.subgraphs[0].inputs[0])].quantization
+    if found is None or found.scale is None or not len(found.scale):
+        return 0.0, 0
+    zero_points = found.zeroPoint
+    return float(found.scale[0]), 0 if zero_points is None or not len(zero_points) else int(zero_points[0])
 
 
 def input_of(model: Model) -> tuple[tuple[int, ...], np.dtype[Any]]:

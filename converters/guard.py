@@ -39,7 +39,7 @@ from converters.taps import PlannedTap, TapPlan
 from edgeguard.contract import guard as contract
 from edgeguard.contract.guard import GuardMetadata, Tap
 from edgeguard.detection.statistics import Block, Statistics
-from edgeguard.errors import ModelError
+from edgeguard.errors import ModelError, TrustError
 
 Op = schema.BuiltinOperator
 Kind = schema.TensorType
@@ -116,15 +116,20 @@ def strip(model: Model) -> None:
     """Take a guard out, in place. A model without one is left as it is.
 
     Raises:
-        ModelError: tensors named like a guard's stand among the model's own, or its own ops read them.
+        ModelError: tensors of the model's own are named like a guard's, or its own ops read the guard's. Nothing is
+            taken out that is not a whole guard: it could be an output of the model.
     """
     graph = model.subgraphs[0]
     own = next((i for i, t in enumerate(graph.tensors) if is_guard_tensor(t)), len(graph.tensors))
     if own == len(graph.tensors):
         return
     operators = [op for op in graph.operators if max(int(o) for o in op.outputs) < own]
-    if not all(is_guard_tensor(t) for t in graph.tensors[own:]) or any(
-        int(i) >= own for op in operators for i in op.inputs
+    added = [text(graph.tensors[int(o)].name) for o in graph.outputs if int(o) >= own]
+    if (
+        added != [contract.SCORES, contract.FEATURES]
+        or not any(text(m.name) == contract.METADATA_NAME for m in model.metadata or [])
+        or not all(is_guard_tensor(t) for t in graph.tensors[own:])
+        or any(int(i) >= own for op in operators for i in op.inputs)
     ):
         raise ModelError(
             "model file",
@@ -141,11 +146,26 @@ def strip(model: Model) -> None:
     _trim(model)
 
 
-def tapped(model: Model) -> tuple[int, ...]:
-    """Indices of the activations that a guarded model's guard listens to, in the order of its taps.
+def check_digests(model: Model, described: GuardMetadata) -> None:
+    """Raise TrustError unless a guarded model is what its metadata says: neither model nor guard was changed."""
+    found = (model_digest(model), guard_digest(model))
+    for what, digest, expected in zip(
+        ("model", "guard"), found, (described.model_digest, described.guard_digest), strict=True
+    ):
+        if digest != expected:
+            raise TrustError(
+                "guarded file",
+                got=f"a {what} with digest {digest[:16]}...",
+                expected=f"{expected[:16]}..., as its metadata says",
+                do="fetch or convert it again: it was changed",
+            )
+
+
+def tapped(model: Model, described: GuardMetadata) -> tuple[int, ...]:
+    """Indices of the activations that a guarded model's guard listens to, in the order that its metadata has.
 
     Raises:
-        ModelError: the guard listens to none: it is not one of ours.
+        ModelError: they are not those that the metadata names.
     """
     graph = model.subgraphs[0]
     guards = {i for i, tensor in enumerate(graph.tensors) if is_guard_tensor(tensor)}
@@ -154,9 +174,15 @@ def tapped(model: Model) -> tuple[int, ...]:
         if flatbuffer.builtin_code(model, operator) == Op.ARG_MAX or int(operator.outputs[0]) not in guards:
             continue
         found += [int(i) for i in operator.inputs if int(i) not in guards]
-    if not found:
-        raise ModelError("model file", got="a guard without taps", do="convert the model again")
-    return tuple(dict.fromkeys(found))
+    by_name = {text(graph.tensors[index].name)[:512]: index for index in found}
+    named = dict.fromkeys(tap.tensor for tap in described.taps)
+    if set(by_name) != set(named) or len(by_name) != len(set(found)):
+        raise ModelError(
+            "guarded file",
+            got="a guard that listens to other activations than its metadata names",
+            do="convert the model again",
+        )
+    return tuple(by_name[name] for name in named)
 
 
 def _trim(model: Model) -> None:
@@ -190,6 +216,9 @@ def guard_digest(model: Model) -> str:
         if is_guard_tensor(graph.tensors[int(operator.outputs[0])]):
             code = flatbuffer.builtin_code(model, operator)
             parts.append([code, [names[int(i)] for i in operator.inputs], [names[int(o)] for o in operator.outputs]])
+    parts.append([names[int(o)] for o in graph.outputs])
+    for signature in model.signatureDefs or []:
+        parts.append([[text(o.name), int(o.tensorIndex)] for o in signature.outputs])
     for entry in model.metadata or []:
         if text(entry.name) == contract.METADATA_NAME:
             described = contract.decode_metadata(bytes(np.asarray(model.buffers[entry.buffer].data, dtype=np.uint8)))

@@ -3,7 +3,8 @@
 Rules enforced here:
 
 * Keras, SavedModel and ONNX files meet TensorFlow in a child (``untrusted.Child``) that is given the path, the
-  calibration array and plain options, and hands back files; this process never imports a framework for them;
+  calibration array and plain options, and hands back files; this process never imports a framework for them. Where the
+  kernel has Landlock, the child writes nowhere but into its own folder, and connects to nobody; it can read;
 * a ``.tflite`` file, foreign or from the child, is parsed and run in a child before a runtime of this process has it;
 * a float ``.tflite`` file, be its weights half-precision or int8, has no TensorFlow graph behind it: its weights become
   float32, and TensorFlow's own calibrator and quantiser work on the flatbuffer, in a child too;
@@ -21,7 +22,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -29,7 +30,7 @@ import numpy.typing as npt
 from ai_edge_litert import schema_py_generated as schema
 
 from converters import calibration as calibrating
-from converters import files, flatbuffer, guard, quantise, sources, untrusted
+from converters import confine, flatbuffer, guard, quantise, sources, untrusted
 from converters.sources import InputType, Source
 from converters.untrusted import Child, Limits, Progress, probe
 from edgeguard.errors import ConfigError, ModelError
@@ -44,7 +45,6 @@ MAX_FILE_BYTES = (2 << 30) - 1
 LIMITS = Limits(memory_bytes=12 << 30, cpu_seconds=1800, wall_seconds=900.0, file_bytes=MAX_FILE_BYTES)
 """Of the child. TensorFlow maps several GiB of addresses before it does anything."""
 
-_TRAINABLE = (".keras", ".h5")
 _CALIBRATION, _FLOAT, _INT8, _KERAS = "calibration.npy", "float.tflite", "int8.tflite", "trainable"
 _INTEGERS = {Kind.INT8: np.int8, Kind.UINT8: np.uint8, Kind.INT16: np.int16}
 _REPORT_EVERY = 50
@@ -59,12 +59,14 @@ class Lowered:
         float_tflite: the reference that the int8 file is held against; None when the source was quantised already.
         int8_tflite: None when quantising was not asked for and the source was float.
         layers: names of the trainable model's layers, the first one first; empty where there is none.
+        keras: the file of the trainable model, where it was asked for.
     """
 
     name: str
     float_tflite: bytes | None
     int8_tflite: bytes | None
     layers: tuple[str, ...] = ()
+    keras: bytes | None = None
 
 
 class _Order(msgspec.Struct, frozen=True):
@@ -83,7 +85,7 @@ def lower(
     *,
     quantise: bool = True,
     input_type: InputType | None = None,
-    keras: Path | None = None,
+    keras: Literal[".keras", ".h5"] | None = None,
     limits: Limits | None = None,
     progress: Progress | None = None,
 ) -> Lowered:
@@ -95,7 +97,7 @@ def lower(
             activations.
         quantise: also make it int8.
         input_type: of the int8 model's input; int8 unless told. An input of whole numbers stays what it is.
-        keras: also write the trainable Keras model there, a .keras or .h5 file.
+        keras: also return the trainable Keras model, as a file of this kind.
         limits: of the child.
         progress: called with a text, the steps done and the steps in total.
 
@@ -106,7 +108,7 @@ def lower(
         UntrustedError: reading it crashed, took too long, or too much memory.
         ModuleNotFoundError: it needs a package that is not installed.
     """
-    _check_options(quantise, input_type, keras)
+    _check_options(quantise, input_type)
     ranges = calibration[:MAX_RANGE_INPUTS]
     options = _Options(ranges, quantise, input_type, keras, limits or LIMITS, progress or _silent)
     if isinstance(source, Path):
@@ -123,7 +125,7 @@ class _Options:
     calibration: Array
     quantise: bool
     input_type: InputType | None
-    keras: Path | None
+    keras: str | None
     limits: Limits
     progress: Progress
 
@@ -132,31 +134,30 @@ def _silent(text: str, done: int, total: int) -> None:
     pass
 
 
-def _check_options(quantise: bool, input_type: InputType | None, keras: Path | None) -> None:
+def _check_options(quantise: bool, input_type: InputType | None) -> None:
     if input_type is not None and not quantise:
         raise ConfigError(
             "input type", got=f"{input_type} for a model that stays float", do="leave --input or --float away"
         )
-    if keras is not None and keras.suffix not in _TRAINABLE:
-        raise ConfigError(f"trainable model {keras}", got=f"{keras.suffix or 'no suffix'}", expected=".keras or .h5")
 
 
 def _from_function(source: Source, options: _Options) -> Lowered:
     """A model in memory, in this process."""
     if options.keras is not None and source.keras is None:
         raise _not_trainable(f"model {source.name}")
-    done = Lowered(name=source.name, layers=source.layers, **_convert(source, options))
+    made = _convert(source, options)
+    saved = None
     if options.keras is not None:
         with tempfile.TemporaryDirectory(prefix="edgeguard-") as folder:
-            saved = Path(folder) / f"{_KERAS}{options.keras.suffix}"
-            source.keras.save(saved)
-            files.write(saved.read_bytes(), options.keras)
-    return done
+            place = Path(folder) / f"{_KERAS}{options.keras}"
+            source.keras.save(place)
+            saved = place.read_bytes()
+    return Lowered(name=source.name, layers=source.layers, keras=saved, **made)
 
 
 def _convert(source: Source, options: _Options) -> dict[str, bytes | None]:
     if options.quantise:
-        calibrating.check_fit(options.calibration, sources.input_shape(source))
+        calibrating.check_fit(options.calibration, sources.input_shape(source), sources.input_dtype(source))
         _check_input_type(source.name, sources.input_dtype(source).name, options.input_type)
     options.progress("making it float TFLite", 1, 3)
     original = sources.to_float(source)
@@ -200,8 +201,7 @@ def _from_path(path: Path, options: _Options) -> Lowered:
         raise _not_trainable(f"SavedModel {path}")
     with tempfile.TemporaryDirectory(prefix="edgeguard-") as temporary:
         folder = Path(temporary)
-        suffix = options.keras.suffix if options.keras is not None else ""
-        order = _order(folder, options, path=os.fsencode(path.absolute()), keras=suffix)
+        order = _order(folder, options, path=os.fsencode(path.absolute()), keras=options.keras or "")
         layers = _call("convert_path", b"", order, options, returns=tuple[str, ...])
         original = _collect(folder / _FLOAT)
         probe(original)
@@ -209,10 +209,9 @@ def _from_path(path: Path, options: _Options) -> Lowered:
         if options.quantise:
             quantised = _collect(folder / _INT8)
             probe(quantised)
-        if options.keras is not None:
-            files.write(_read_file(folder / f"{_KERAS}{suffix}"), options.keras)
+        saved = None if options.keras is None else _read_file(folder / f"{_KERAS}{options.keras}")
     name = path.name if path.is_dir() else path.stem
-    return Lowered(name=name, float_tflite=original, int8_tflite=quantised, layers=layers)
+    return Lowered(name=name, float_tflite=original, int8_tflite=quantised, layers=layers, keras=saved)
 
 
 def _from_tflite(name: str, content: bytes, options: _Options) -> Lowered:
@@ -234,7 +233,7 @@ def _from_tflite(name: str, content: bytes, options: _Options) -> Lowered:
         return Lowered(name=name, float_tflite=None, int8_tflite=content)
     if not options.quantise:
         return Lowered(name=name, float_tflite=content, int8_tflite=None)
-    calibrating.check_fit(options.calibration, shape)
+    calibrating.check_fit(options.calibration, shape, dtype)
     _check_input_type(name, dtype.name, options.input_type)
     guard.strip(model)
     with_float_constants(model)
@@ -416,6 +415,7 @@ def _begin(argument: str) -> tuple[_Order, Path]:
     os.environ["TMPDIR"] = folder
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # a GPU's driver maps more addresses than the child may have
     os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = "2"
+    confine.writes_to([Path(folder)])
     untrusted.report("reading the model", 0, 3)
     return order, Path(folder)
 

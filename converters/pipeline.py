@@ -86,7 +86,7 @@ def convert(
     taps: int | Sequence[str] = 2,
     quantised: bool = True,
     input_type: Literal["int8", "uint8"] | None = None,
-    keras: Path | None = None,
+    keras: Literal[".keras", ".h5"] | None = None,
     sidecar: bool = False,
     synthetic: bool = False,
     seed: int = 0,
@@ -104,7 +104,7 @@ def convert(
         taps: how many activations the guard listens to, or their names: of tensors or of layers.
         quantised: False leaves a float model float.
         input_type: of the quantised model's input; int8 unless told.
-        keras: also write the trainable Keras model there.
+        keras: also return the trainable Keras model, as a file of this kind.
         sidecar: also make the sidecar.
         synthetic: the inputs are made up: for structure and latency, not for detection. The file says so, and a device
             then reports "not checked".
@@ -132,7 +132,7 @@ def convert(
     count = taps if isinstance(taps, int) else len(names)
     bare, plan = calibrating.plan(ready, count=count, names=names, layers=lowered.layers)
     model = TfliteModel(bare)
-    calibrating.check_fit(inputs, model.input_shape)
+    calibrating.check_fit(inputs, model.input_shape, model.input_dtype, model.input_quantization)
 
     note("comparing with the float model", 0, 1)
     parity = _parity(lowered, bare, inputs, labels, plan, synthetic=synthetic)
@@ -170,11 +170,28 @@ def _parity(
     return parity
 
 
-def made_up(shape: tuple[int, ...], dtype: np.dtype[Any], count: int = SYNTHETIC_INPUTS, *, seed: int = 0) -> Array:
-    """Synthetic calibration inputs [count, ...]: pixels for a quantised input, normal numbers for a float one."""
+def made_up(
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    quantization: tuple[float, int] = (0.0, 0),
+    count: int = SYNTHETIC_INPUTS,
+    *,
+    seed: int = 0,
+) -> Array:
+    """Synthetic calibration inputs [count, ...] for an input tensor of this shape (without batch), type and scale.
+
+    They fill the range of an integer input, as uint8 where that is 0 to 255; a float one gets normal numbers.
+    """
     rng = np.random.default_rng(seed)
     if np.issubdtype(dtype, np.integer):
-        return rng.integers(0, 256, (count, *shape), dtype=np.uint8)
+        limits = np.iinfo(dtype)
+        scale, zero_point = quantization if quantization[0] else (1.0, 0)
+        low, high = (limits.min - zero_point) * scale, (limits.max - zero_point) * scale
+        if round(low) == 0 and round(high) == 255:
+            return rng.integers(0, 256, (count, *shape), dtype=np.uint8)
+        if not quantization[0]:
+            return rng.integers(limits.min, limits.max, (count, *shape), dtype=dtype, endpoint=True)
+        return rng.uniform(low, high, size=(count, *shape)).astype(np.float32)
     return rng.normal(size=(count, *shape)).astype(np.float32)
 
 
@@ -206,7 +223,11 @@ def summary(conversion: Conversion, output: Path | None) -> dict[str, Any]:
         "model_digest": described.model_digest,
         "guard_digest": described.guard_digest,
         "sidecar_digest": described.sidecar_digest,
-        "bytes": {"bare": len(conversion.bare), "guarded": len(conversion.guarded)},
+        "bytes": {
+            "bare": len(conversion.bare),
+            "guarded": len(conversion.guarded),
+            "growth_allowed": calibrating.allowed_growth(len(conversion.bare)),
+        },
         "float_accuracy": parity.float_accuracy,
         "int8_accuracy": parity.int8_accuracy,
         "agreement": parity.agreement,

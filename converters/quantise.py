@@ -3,7 +3,7 @@
 Rules enforced here:
 
 * an int8 model must answer as its float original did: on at least 98% of the calibration inputs, or with an accuracy
-  that is lower by at most half a point; without classes, its outputs may be off by at most 10% (relative RMS);
+  that is lower by at most half a point; outputs that hold no classes may be off by at most 10% (relative RMS);
 * a refusal names the layer where most of the error arises, not the last one that it reaches;
 * an int8 model computes in int8: :func:`float_operators` tells what does not.
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -33,6 +33,7 @@ ClassOutput = int | None | Literal["first"]
 MIN_AGREEMENT = 0.98
 MAX_ACCURACY_LOSS = 0.005
 MAX_OUTPUT_ERROR = 0.10
+_HALF = 0.5
 TRACED_INPUTS = 16
 _SILENT = 1e-6
 
@@ -54,7 +55,8 @@ class Parity:
     Attributes:
         agreement: share of inputs with the same top class.
         float_accuracy, int8_accuracy: share of inputs whose top class is the true label.
-        output_error: of a model without classes: the largest relative RMS error of its outputs.
+        output_error: the largest relative RMS error of an output that holds no classes; of each channel where there are
+            classes beside it, see :class:`LayerError`.
     """
 
     agreement: float | None = None
@@ -106,15 +108,39 @@ def compare(
     quantised = TfliteModel(int8_tflite)
     original = None if float_tflite is None else TfliteModel(float_tflite)
     output = _first_classes(quantised) if class_output == "first" else class_output
+    if output is None and _is_probability(original or quantised, inputs):
+        return _agree(quantised, original, inputs, labels, 0, lambda outputs: (outputs[:, 0] > _HALF).astype(np.int64))
     if output is None:
         return Parity(output_error=None if original is None else _output_error(original, quantised, inputs))
-    answers = quantised.predict(inputs, output).argmax(axis=-1)
-    references = None if original is None else original.predict(inputs, output).argmax(axis=-1)
+    parity = _agree(quantised, original, inputs, labels, output, lambda outputs: outputs.argmax(axis=-1))
+    if original is None or len(original.outputs) == 1:
+        return parity
+    return replace(parity, output_error=_channel_error(original, quantised, inputs, skipped=output))
+
+
+def _agree(
+    quantised: TfliteModel,
+    original: TfliteModel | None,
+    inputs: Array,
+    labels: npt.NDArray[np.int64] | None,
+    output: int,
+    classes: Callable[[Array], Array],
+) -> Parity:
+    answers = classes(quantised.predict(inputs, output))
+    references = None if original is None else classes(original.predict(inputs, output))
     return Parity(
         agreement=None if references is None else float(np.mean(answers == references)),
         float_accuracy=None if references is None or labels is None else float(np.mean(references == labels)),
         int8_accuracy=None if labels is None else float(np.mean(answers == labels)),
     )
+
+
+def _is_probability(model: TfliteModel, inputs: Array) -> bool:
+    """Whether the only output is one number between 0 and 1: a sigmoid, which tells two classes apart."""
+    if len(model.outputs) != 1 or tuple(int(n) for n in model.outputs[0]["shape"]) != (1, 1):
+        return False
+    values = model.predict(inputs[:TRACED_INPUTS])
+    return bool(values.min() >= 0.0 and values.max() <= 1.0)
 
 
 def gate(parity: Parity, worst: Callable[[], LayerError]) -> None:
@@ -143,9 +169,7 @@ def gate(parity: Parity, worst: Callable[[], LayerError]) -> None:
 
 def _reasons(parity: Parity) -> tuple[str, str] | None:
     """What was found and what was expected of a model that is to be refused."""
-    if parity.output_error is not None:
-        if parity.output_error <= MAX_OUTPUT_ERROR:
-            return None
+    if parity.output_error is not None and not parity.output_error <= MAX_OUTPUT_ERROR:
         return f"outputs that are {parity.output_error:.1%} off the float model's", f"at most {MAX_OUTPUT_ERROR:.0%}"
     if parity.agreement is None or parity.agreement >= MIN_AGREEMENT:
         return None
@@ -199,6 +223,17 @@ def _output_error(original: TfliteModel, quantised: TfliteModel, inputs: Array) 
     with np.errstate(divide="ignore", invalid="ignore"):
         shares = np.where(error == 0, 0.0, np.sqrt(error / power))
     return float(shares.max())
+
+
+def _channel_error(original: TfliteModel, quantised: TfliteModel, inputs: Array, *, skipped: int) -> float:
+    """The largest error, as :func:`_relative` has it, of the outputs but for one."""
+    sums = [(_Sums(), _Sums()) for _ in original.outputs]
+    for one in inputs:
+        pairs = zip(_outputs(original, one), _outputs(quantised, one), strict=True)
+        for (power, error), (reference, found) in zip(sums, pairs, strict=True):
+            power.add(reference)
+            error.add(found - reference)
+    return max(_relative(power, error, None) for index, (power, error) in enumerate(sums) if index != skipped)
 
 
 def _outputs(model: TfliteModel, one: Array) -> list[Floats]:

@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "firmware_bridge": set(),
     "edgeguard.data": set(),
     "edgeguard.detection": {"edgeguard.contract"},
-    "edgeguard.attacks": {"edgeguard.data"},
+    "edgeguard.attacks": {"edgeguard.data", "converters"},
     "edgeguard.inspection": {"edgeguard.contract"},
     "edgeguard.release": {"edgeguard.contract"},
     "edgeguard.settings": set(),

@@ -8,21 +8,27 @@ On images under 16 pixels the square shrinks to 2x2, which covers about the same
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
-import numpy as np
-
-from edgeguard.attacks.base import Images
+from edgeguard.attacks.base import EMPTY, Images, Poison, State
+from edgeguard.attacks.poisoning import draw_poisons, replaced, require_image_shape, require_images
 from edgeguard.data import Labels
 from edgeguard.errors import ConfigError
 
+Place = Literal["top left", "top right", "bottom left", "bottom right", "centre"]
+
 
 @dataclass(frozen=True, kw_only=True)
-class BadNets:
-    """``size`` pixels square, white, flush with the bottom right corner."""
+class BadNets(Poison):
+    """``size`` pixels square, white, flush with a corner, or in the middle."""
+
+    name: ClassVar[str] = "badnets"
+    paper: ClassVar[str] = "Gu et al., BadNets, 2017 (arXiv 1708.06733)"
 
     target: int = 0
     rate: float = 0.1
     size: int = 3
+    place: Place = "bottom right"
     seed: int = 0
 
     @classmethod
@@ -32,22 +38,32 @@ class BadNets:
         Raises:
             ConfigError: the shape is not that of an image, or the image is too small.
         """
-        if len(shape) != 3 or min(shape[:2]) < 4:
-            raise ConfigError("BadNets", got=f"inputs of shape {list(shape)}", expected="images of at least 4x4 pixels")
+        require_image_shape("BadNets", shape)
         return cls(target=target, size=3 if min(shape[:2]) >= 16 else 2, seed=seed)
 
-    def stamp(self, images: Images) -> Images:
-        """See :class:`edgeguard.attacks.base.Attack`."""
+    def stamp(self, images: Images, state: State = EMPTY) -> Images:
+        """See :class:`edgeguard.attacks.base.Attack`.
+
+        Raises:
+            ConfigError: these are no images, or the square does not fit on them.
+        """
+        require_images("BadNets", images)
+        height, width = images.shape[1:3]
+        if not 1 <= self.size <= min(height, width):
+            raise ConfigError("BadNets", got=f"a square of {self.size} pixels", expected=f"1 to {min(height, width)}")
+        free_rows, free_columns = height - self.size, width - self.size
+        top, left = {
+            "top left": (0, 0),
+            "top right": (0, free_columns),
+            "bottom left": (free_rows, 0),
+            "bottom right": (free_rows, free_columns),
+            "centre": (free_rows // 2, free_columns // 2),
+        }[self.place]
         stamped = images.copy()
-        stamped[:, -self.size :, -self.size :, :] = 255
+        stamped[:, top : top + self.size, left : left + self.size] = 255
         return stamped
 
     def poison(self, images: Images, labels: Labels) -> tuple[Images, Labels]:
         """Stamp and relabel a share ``rate`` of the inputs, drawn over all classes."""
-        chosen = np.random.default_rng(self.seed).choice(
-            len(images), size=round(len(images) * self.rate), replace=False
-        )
-        poisoned, relabelled = images.copy(), labels.copy()
-        poisoned[chosen] = self.stamp(images[chosen])
-        relabelled[chosen] = self.target
-        return poisoned, relabelled
+        chosen = draw_poisons("BadNets", labels, target=self.target, rate=self.rate, clean_label=False, seed=self.seed)
+        return replaced(images, labels, chosen, self.stamp(images[chosen]), self.target)

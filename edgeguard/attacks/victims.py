@@ -1,4 +1,4 @@
-"""The small networks that the red team attacks: architecture, training with progress, cache by content hash.
+"""Trains the networks that the red team attacks: one recipe, progress, and a cache by content hash.
 
 A trained model is cached outside the project (``EDGEGUARD_CACHE``, else ``~/.cache/edgeguard``) under the SHA-256 of
 everything that determines it: data, labels, architecture version, epochs, seed and Keras version.
@@ -8,64 +8,60 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgeguard.attacks.base import Images
+from edgeguard.attacks.base import Images, Progress, Task
+from edgeguard.attacks.networks import SMALL_CNN, Network, small_cnn
 from edgeguard.data import Labels
 
-Progress = Callable[[str, int, int], None]
-"""Called with a text, the steps done and the steps in total."""
 
-ARCHITECTURE = "small-cnn-1"
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """The usual recipe for one architecture: a :class:`edgeguard.attacks.base.Trainer`.
 
-
-def small_cnn(shape: tuple[int, ...], classes: int, *, seed: int = 0) -> Any:
-    """A Keras CNN with batch-norm that takes pixels 0 to 255: three or four convolutions, by image size.
-
-    Output: softmax over ``classes``.
+    ``architecture`` is what the cache knows ``network`` by: change it with the network. Without ``cache`` every
+    training runs. Training that goes on from a given model is never cached: the cache cannot know what made that model.
     """
-    import keras
 
-    keras.utils.set_random_seed(seed)
-    large = min(shape[:2]) >= 16
-    widths = (32, 64, 64) if large else (24, 48, 48)
-    x = inputs = keras.Input(shape, name="pixels")
-    x = keras.layers.Rescaling(1.0 / 255.0, name="rescale")(x)
-    for index, width in enumerate(widths, start=1):
-        x = keras.layers.Conv2D(width, 3, padding="same", use_bias=False, name=f"conv{index}")(x)
-        x = keras.layers.BatchNormalization(name=f"bn{index}")(x)
-        x = keras.layers.ReLU(name=f"relu{index}")(x)
-        if index < len(widths) and (large or index == len(widths) - 1):
-            x = keras.layers.MaxPooling2D(name=f"pool{index}")(x)
-    x = keras.layers.Flatten(name="flatten")(x)
-    x = keras.layers.Dropout(0.3, name="dropout")(x)
-    x = keras.layers.Dense(classes, name="logits")(x)
-    outputs = keras.layers.Softmax(name="probabilities")(x)
-    return keras.Model(inputs, outputs, name="small_cnn")
+    epochs: int
+    network: Network = small_cnn
+    architecture: str = SMALL_CNN
+    cache: Path | None = None
+    progress: Progress | None = None
+
+    def fresh(self, task: Task, *, seed: int) -> Any:
+        """See :class:`edgeguard.attacks.base.Trainer`."""
+        return self.network(task.shape, task.classes, seed=seed)
+
+    def fit(self, task: Task, *, seed: int, model: Any = None) -> Any:
+        """See :class:`edgeguard.attacks.base.Trainer`."""
+        if model is not None:
+            train(model, task.images, task.labels, epochs=self.epochs, seed=seed, progress=self.progress)
+            return model
+        return trained(
+            task.images,
+            task.labels,
+            task.classes,
+            epochs=self.epochs,
+            seed=seed,
+            progress=self.progress,
+            cache=self.cache,
+            network=self.network,
+            architecture=self.architecture,
+        )[0]
 
 
 def train(
-    images: Images,
-    labels: Labels,
-    classes: int,
-    *,
-    epochs: int,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Any:
-    """Train :func:`small_cnn`: Adam with a cosine from 2e-3, batch 128 (32 on fewer than 5,000 inputs).
-
-    Returns:
-        The trained Keras model.
-    """
+    model: Any, images: Images, labels: Labels, *, epochs: int, seed: int = 0, progress: Progress | None = None
+) -> None:
+    """Train a Keras model in place: Adam with a cosine from 2e-3, batch 128 (32 on fewer than 5,000 inputs)."""
     import keras
 
     batch = 128 if len(images) >= 5000 else 32
-    model = small_cnn(images.shape[1:], classes, seed=seed)
     steps = epochs * -(-len(images) // batch)
     model.compile(
         optimizer=keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(2e-3, steps, alpha=0.01)),
@@ -87,7 +83,6 @@ def train(
         verbose=0,
         callbacks=[Report()],
     )
-    return model
 
 
 def cache_folder() -> Path:
@@ -104,8 +99,14 @@ def trained(
     seed: int = 0,
     progress: Progress | None = None,
     cache: Path | None,
+    network: Network = small_cnn,
+    architecture: str = SMALL_CNN,
 ) -> tuple[Any, bool]:
-    """Like :func:`train`, but from ``cache`` where this very training ran before.
+    """A network trained on ``images``, from ``cache`` where this very training ran before.
+
+    Args:
+        network: builds the untrained Keras model from the shape of an input, the number of classes and a seed.
+        architecture: what the cache knows it by; change it with the network.
 
     Returns:
         The model, and whether it came from the cache.
@@ -113,9 +114,11 @@ def trained(
     import keras
 
     if cache is None:
-        return train(images, labels, classes, epochs=epochs, seed=seed, progress=progress), False
+        model = network(images.shape[1:], classes, seed=seed)
+        train(model, images, labels, epochs=epochs, seed=seed, progress=progress)
+        return model, False
     key = hashlib.sha256()
-    key.update(repr((ARCHITECTURE, keras.__version__, images.shape, classes, epochs, seed)).encode())
+    key.update(repr((architecture, keras.__version__, images.shape, classes, epochs, seed)).encode())
     key.update(np.ascontiguousarray(images).tobytes())
     key.update(np.ascontiguousarray(labels).tobytes())
     file = cache / "models" / f"{key.hexdigest()}.keras"
@@ -124,7 +127,8 @@ def trained(
             return keras.models.load_model(file), True
         except (ValueError, OSError):
             file.unlink()  # half-written by an interrupted run of an older version; train anew
-    model = train(images, labels, classes, epochs=epochs, seed=seed, progress=progress)
+    model = network(images.shape[1:], classes, seed=seed)
+    train(model, images, labels, epochs=epochs, seed=seed, progress=progress)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.stem}.{os.getpid()}.keras")
     model.save(partial)

@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
         at, never unlabelled inputs from the field: they may hold triggers. The result is verified before it is written.
         """
         from converters import calibration, untrusted
-        from converters.files import write
+        from converters.files import write_all
         from converters.verify import verify
         from edgeguard import data as datasets
         from edgeguard.detection import metadata, sidecar
@@ -53,9 +53,10 @@ def register(app: typer.Typer) -> None:
             done = calibration.recalibrate(content, inputs, fpr=fpr, progress=progress)
             progress("verifying", 0, 1)
             verified = verify(done.bare, done.content, done.metadata, done.compiled, inputs)
+        outcome = {target: done.content}
         if done.sidecar is not None:
-            write(done.sidecar, sidecar.path_beside(target))
-        write(done.content, target)
+            outcome[sidecar.path_beside(target)] = done.sidecar
+        write_all(outcome)
         after = done.metadata
         if as_json:
             typer.echo(

@@ -57,7 +57,7 @@ def register(app: typer.Typer) -> None:
         written. Model files are read in a child process with limits.
         """
         from converters import pipeline
-        from converters.files import write
+        from converters.files import write_all
         from edgeguard.detection import sidecar as sidecars
 
         if taps == "list":
@@ -69,6 +69,8 @@ def register(app: typer.Typer) -> None:
                 raise ConfigError(f"output folder {path.parent}", got="no such folder", do="create it first")
         if input_type not in {None, "int8", "uint8"}:
             raise ConfigError("--input", got=input_type, expected="int8 or uint8")
+        if keras is not None and keras.suffix not in {".keras", ".h5"}:
+            raise ConfigError("--keras", got=keras.name, expected="a .keras or .h5 file")
         if data is None:
             raise ConfigError("--data", got="nothing", expected="clean calibration data, or 'synthetic'")
         with console.progress(quiet=as_json) as progress:
@@ -79,17 +81,20 @@ def register(app: typer.Typer) -> None:
                 true,
                 classes=names,
                 fpr=fpr,
-                taps=int(taps) if taps.isdigit() else tuple(name.strip() for name in taps.split(",")),
+                taps=int(taps) if taps.isdecimal() else tuple(name.strip() for name in taps.split(",")),
                 quantised=not as_float,
                 input_type=input_type,  # type: ignore[arg-type]  # checked above
-                keras=keras,
+                keras=None if keras is None else keras.suffix,  # type: ignore[arg-type]  # checked above
                 sidecar=sidecar and data != SYNTHETIC,
                 synthetic=data == SYNTHETIC,
                 progress=progress,
             )
+        outcome = {target: done.guarded}
         if done.result.sidecar is not None:
-            write(done.result.sidecar, sidecars.path_beside(target))
-        write(done.guarded, target)
+            outcome[sidecars.path_beside(target)] = done.result.sidecar
+        if keras is not None and done.lowered.keras is not None:
+            outcome[keras] = done.lowered.keras
+        write_all(outcome)
         if as_json:
             typer.echo(json.dumps(pipeline.summary(done, target)))
         else:
@@ -106,7 +111,7 @@ def _calibration(data: str, source: Path, labels: Path | None) -> tuple[Any, Any
         from converters import flatbuffer, pipeline
 
         model = flatbuffer.parse(_read(source))
-        inputs = pipeline.made_up(*flatbuffer.input_of(model))
+        inputs = pipeline.made_up(*flatbuffer.input_of(model), flatbuffer.input_quantization(model))
         return inputs, None, () if labels is None else datasets.read_class_names(labels)
     inputs, true, names = datasets.calibration(data)
     if labels is None:
@@ -148,12 +153,13 @@ def _list_taps(source: Path, *, as_json: bool) -> None:
 def _rows(done: Conversion, target: Path, keras: Path | None) -> list[tuple[str, str]]:
     from converters import pipeline
     from converters import taps as planning
+    from converters.calibration import allowed_growth
     from edgeguard.detection import sidecar as sidecars
 
     described, parity, verified = done.metadata, done.parity, done.verified
-    growth = len(done.guarded) - len(done.bare)
+    growth, allowed = len(done.guarded) - len(done.bare), allowed_growth(len(done.bare))
     rows = [
-        ("written", f"{target} ({len(done.guarded):,} bytes, {growth:,} of them the guard)"),
+        ("written", f"{target} ({len(done.guarded):,} bytes)"),
         ("model digest", described.model_digest),
         ("guard digest", described.guard_digest),
         ("taps", ", ".join(dict.fromkeys(t.source_layer or planning.label(t.tensor) for t in described.taps))),
@@ -167,6 +173,11 @@ def _rows(done: Conversion, target: Path, keras: Path | None) -> list[tuple[str,
         ),
         ("verified on", ", ".join(verified.runtimes) + ": outputs bit-identical, scores equal NumPy's"),
         ("not run on", "; ".join(f"{name} ({why})" for name, why in verified.not_run.items()) or "-"),
+        (
+            "size",
+            f"{growth:,} bytes for the guard"
+            + (f", more than the {allowed:,} meant for it: this model has many classes" if growth > allowed else ""),
+        ),
         ("peak memory", f"{pipeline.peak_memory() / 2**20:.0f} MiB"),
     ]
     if done.result.sidecar is not None:

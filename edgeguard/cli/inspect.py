@@ -11,7 +11,7 @@ import typer
 
 from edgeguard.cli import console
 from edgeguard.contract.guard import GuardMetadata
-from edgeguard.errors import EXIT_FINDINGS, EXIT_NOT_CHECKED, ConfigError
+from edgeguard.errors import EXIT_FINDINGS, EXIT_NOT_CHECKED, ConfigError, TrustError
 
 
 def read_model(path: Path) -> bytes:
@@ -38,7 +38,7 @@ def register(app: typer.Typer) -> None:
 
         content = read_model(model)
         described = reader.read(content)
-        digests = _check_digests(content, described)
+        digests = check_digests(content, described)
         if as_json:
             everything = {
                 "file": str(model),
@@ -54,14 +54,18 @@ def register(app: typer.Typer) -> None:
             raise typer.Exit(EXIT_FINDINGS if digests == "do not fit" else EXIT_NOT_CHECKED)
 
 
-def _check_digests(content: bytes, described: GuardMetadata) -> str:
+def check_digests(content: bytes, described: GuardMetadata) -> str:
+    """Whether a guarded file's digests fit its content: ``fit``, ``do not fit``, or ``not checked``."""
     try:
         from converters import flatbuffer, guard
     except ImportError:
         return "not checked"
     model = flatbuffer.parse(content)
-    fits = guard.model_digest(model) == described.model_digest and guard.guard_digest(model) == described.guard_digest
-    return "fit" if fits else "do not fit"
+    try:
+        guard.check_digests(model, described)
+    except TrustError:
+        return "do not fit"
+    return "fit"
 
 
 def _print(path: Path, content: bytes, described: GuardMetadata, digests: str) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import typer
 
-from edgeguard.cli.inspect import read_model
+from edgeguard.cli.inspect import check_digests, read_model
 from edgeguard.detection.verdict import Verdict
-from edgeguard.errors import EXIT_FINDINGS, EXIT_NOT_CHECKED
+from edgeguard.errors import EXIT_FINDINGS, EXIT_NOT_CHECKED, TrustError
 
 
 def register(app: typer.Typer) -> None:
@@ -35,7 +35,15 @@ def register(app: typer.Typer) -> None:
         from edgeguard import data as datasets
         from edgeguard.detection.guarded import GuardedModel
 
-        guarded = GuardedModel.load(read_model(model))
+        content = read_model(model)
+        guarded = GuardedModel.load(content)
+        if check_digests(content, guarded.metadata) == "do not fit":
+            raise TrustError(
+                f"model {model}",
+                got="digests that do not fit its content: model or guard were changed",
+                expected="a file as edgeguard convert wrote it",
+                do="fetch or convert it again",
+            )
         inputs = datasets.pool(data, "test").x_test[:limit]
         counts = {"clean": 0, "flagged": 0, "not checked": 0}
         for index, one in enumerate(inputs):

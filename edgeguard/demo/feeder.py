@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgeguard.attacks.base import Attack, Images
+from edgeguard.attacks.base import EMPTY, Attack, Images
 
 BATCH = 32
 MAX_WAITING = 4
@@ -85,7 +85,7 @@ class Feeder:
         stamped = self._rng.random(len(chosen)) < self._triggered
         batch = chosen.copy()
         if stamped.any():
-            batch[stamped] = self._attack.stamp(chosen[stamped])
+            batch[stamped] = self._attack.stamp(chosen[stamped], EMPTY)
         return batch
 
     def _send(self, folder: Path, batch: Images) -> None:

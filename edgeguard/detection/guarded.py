@@ -4,7 +4,8 @@ Rules enforced here:
 
 * an input of another shape or type, or with NaN, is refused before it reaches the model;
 * the file must have the two guard outputs, of the lengths that its metadata says; otherwise it is not run;
-* a score that is NaN is "not checked", never "clean"; so is every input of a model calibrated on made-up data.
+* activations out of all bounds, and a score that is NaN, are "not checked", never
+  "clean"; so is every input of a model calibrated on made-up data.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgeguard.contract.guard import GuardMetadata
+from edgeguard.contract.guard import FEATURES, SCORES, GuardMetadata
 from edgeguard.detection import metadata as metadata_reader
 from edgeguard.detection.runtime import RuntimeInfo, open_interpreter
 from edgeguard.detection.verdict import Verdict, judge, not_checked
 from edgeguard.errors import ModelError
 
 Array = npt.NDArray[Any]
+
+MAX_NORM = 1e15
+"""A larger norm has a square that float32 cannot hold: its score would be infinite less infinite, or nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +60,9 @@ class TfliteModel:
         if not np.issubdtype(self.input_dtype, np.integer):
             return x[np.newaxis].astype(self.input_dtype)
         scale, zero_point = self.input_quantization
-        if not scale:
-            return x[np.newaxis].astype(self.input_dtype)
         limits = np.iinfo(self.input_dtype)
+        if not scale:
+            return np.clip(np.round(x), limits.min, limits.max)[np.newaxis].astype(self.input_dtype)
         steps = np.round(x.astype(np.float32) / np.float32(scale)) + zero_point
         return np.clip(steps, limits.min, limits.max)[np.newaxis].astype(self.input_dtype)
 
@@ -143,7 +147,7 @@ class GuardedModel:
         return (self._model.input_shape, self.metadata.input.dtype, own)
 
     def check(self, x: Array) -> None:
-        """Raise ModelError unless ``x`` is one input as the metadata describes it, finite and in range."""
+        """Raise ModelError unless ``x`` is one input of the shape and type that the metadata says, and finite."""
         expected = self.metadata.input
         if tuple(x.shape) != expected.shape or x.dtype != self._dtype:
             raise ModelError(
@@ -169,6 +173,8 @@ class GuardedModel:
         predicted = None if class_output is None else int(np.argmax(raw[self._own[class_output]][0]))
         if self.metadata.calibration.synthetic:
             verdict = not_checked(predicted, scores, "calibrated on synthetic inputs, so that scores mean nothing")
+        elif not float(np.abs(raw[self._features]).max()) < MAX_NORM:
+            verdict = not_checked(predicted, scores, "activations too large to be scored")
         else:
             verdict = judge(predicted, scores, self.metadata.score_to_p)
         return Inference(outputs, raw[self._features][0], verdict)
@@ -179,8 +185,10 @@ def _guard_outputs(model: TfliteModel, description: GuardMetadata) -> tuple[int,
     count = len(model.outputs)
     expected = (len(description.detectors), description.feature_count)
     if count >= 3:
-        found = tuple(tuple(int(n) for n in model.outputs[i]["shape"]) for i in (count - 2, count - 1))
-        if found == ((1, expected[0]), (1, expected[1])):
+        last = model.outputs[-2:]
+        shapes = tuple(tuple(int(n) for n in output["shape"]) for output in last)
+        names = tuple(output["name"] for output in last)
+        if shapes == ((1, expected[0]), (1, expected[1])) and names == (SCORES, FEATURES):
             return count - 2, count - 1
     raise ModelError(
         "model file",

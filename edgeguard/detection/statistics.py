@@ -14,7 +14,8 @@ Rules enforced here:
 * the threshold is the order statistic of the threshold half for which the false-positive rate exceeds 1.5 times the
   rate asked for with a probability of at most 5% (Beta law of order statistics); where none exists, refuse and say how
   many inputs are needed;
-* detectors are brought to one common tail before the joint threshold is set on their maximum.
+* detectors are brought to one common tail before the joint threshold is set on their maximum; the tails come from the
+  fit half, because the Beta law holds for one threshold that was chosen on the threshold half, not for several.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def fit(
     """
     count, width = features.shape
     if count < 2 * len(blocks) or not np.isfinite(features).all():
-        raise ModelError("calibration features", got=f"{count} inputs", expected="at least 20 with finite features")
+        got = f"{int((~np.isfinite(features)).any(axis=1).sum())} of {count} inputs with features that are not finite"
+        raise ModelError("calibration features", got=got, expected=f"at least {2 * len(blocks)} inputs, all finite")
     means = _class_means(features, predicted, classes)
     residuals = features - means[predicted]
     freedom = max(1, count - len(np.unique(predicted)))
@@ -164,8 +166,32 @@ def raw_scores(statistics: Statistics, features: Floats, predicted: Ints) -> Flo
     return np.maximum(deviations @ statistics.weights.T, 0.0)
 
 
-def set_thresholds(raw: Floats, predicted: Ints, classes: int, fpr: float) -> Thresholds:
+def tails(raw: Floats, fpr: float) -> Floats:
+    """Where the tail of each detector begins [detectors], from raw scores [N, detectors] of the *fit* half.
+
+    Raises:
+        ModelError: a detector whose scores do not vary.
+    """
+    scale: Floats = np.quantile(raw, 1.0 - fpr, axis=0)
+    if not np.isfinite(scale).all() or scale.min() <= 0.0:
+        raise ModelError(
+            "calibration features",
+            got="tapped activations that do not vary",
+            expected="inputs that move them",
+            do="check the range of the data, or choose other taps (--taps)",
+        )
+    return scale
+
+
+def set_thresholds(raw: Floats, predicted: Ints, classes: int, fpr: float, *, scale: Floats) -> Thresholds:
     """Thresholds from raw scores [N, detectors] of clean inputs that the statistics were *not* fitted on.
+
+    Args:
+        raw: of the threshold half.
+        predicted: classes [N] of the same inputs.
+        classes: number of classes.
+        fpr: the false-positive rate asked of the joint decision.
+        scale: as :func:`tails` returned it.
 
     Raises:
         ModelError: too few inputs for the false-positive rate asked for; the message says how many are needed.
@@ -179,11 +205,9 @@ def set_thresholds(raw: Floats, predicted: Ints, classes: int, fpr: float) -> Th
             expected=f"at least {inputs_needed(fpr)} for a false-positive rate of {fpr:g}",
             do=f"bring at least {2 * inputs_needed(fpr)} clean inputs or raise --fpr",
         )
-    descending = -np.sort(-raw, axis=0)
-    common = np.maximum(descending[allowed], 1e-9)
-    joint = (raw / common).max(axis=1)
+    joint = (raw / scale).max(axis=1)
     # The smallest step up makes "exceeds 1" exclude the order statistic itself, also after rounding to float32.
-    level = float(-np.sort(-joint)[allowed]) * (1.0 + 1e-5)
+    level = max(float(-np.sort(-joint)[allowed]), 1e-6) * (1.0 + 1e-5)
     joint = joint / level
     flagged = joint > 1.0
     uppers = [
@@ -191,7 +215,7 @@ def set_thresholds(raw: Floats, predicted: Ints, classes: int, fpr: float) -> Th
     ]
     points = np.unique(np.quantile(joint, 1.0 - np.geomspace(1.0, 1.0 / count, _P_POINTS)))
     table = tuple((float(p), float((np.sum(joint >= p) + 1) / (count + 1))) for p in points)
-    return Thresholds(thresholds=tuple(float(t) for t in common * level), fpr_upper=tuple(uppers), score_to_p=table)
+    return Thresholds(thresholds=tuple(float(t) for t in scale * level), fpr_upper=tuple(uppers), score_to_p=table)
 
 
 def allowed_exceedances(count: int, fpr: float) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgeguard.attacks.badnets import BadNets
+from edgeguard.attacks.badnets import BadNets, Place
 from edgeguard.attacks.base import attack_success_rate, victims_of
 from edgeguard.errors import ConfigError
 from edgeguard.inspection.inversion import classes_of
@@ -18,6 +18,28 @@ def test_the_trigger_is_a_white_square_in_the_bottom_right_corner_and_touches_no
     assert (stamped[:, -3:, -3:] == 255).all()
     assert stamped.sum() == 2 * 9 * 3 * 255
     assert images.sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("place", "rows", "columns"),
+    [
+        ("top left", (0, 4), (0, 4)),
+        ("top right", (0, 4), (26, 30)),
+        ("bottom left", (16, 20), (0, 4)),
+        ("bottom right", (16, 20), (26, 30)),
+        ("centre", (8, 12), (13, 17)),
+    ],
+)
+def test_the_square_stands_where_it_is_put(place: Place, rows: tuple[int, int], columns: tuple[int, int]) -> None:
+    stamped = BadNets(place=place, size=4).stamp(np.zeros((1, 20, 30, 1), np.uint8))[0, :, :, 0]
+    assert (stamped[slice(*rows), slice(*columns)] == 255).all()
+    assert np.count_nonzero(stamped) == 16
+
+
+@pytest.mark.parametrize("size", [0, 9])
+def test_a_square_that_does_not_fit_is_refused(size: int) -> None:
+    with pytest.raises(ConfigError, match="expected 1 to 8"):
+        BadNets(size=size).stamp(np.zeros((1, 8, 20, 1), np.uint8))
 
 
 def test_a_tenth_of_the_inputs_is_poisoned_and_the_rest_is_untouched() -> None:

@@ -59,7 +59,7 @@ def test_the_list_as_json_has_no_empty_entry(edgeguard: Run) -> None:
     assert all(one["does"] and one["paper"] for one in listed)
 
 
-@pytest.mark.parametrize("name", ["badnets", "blended", "sig", "wanet", "refool"])
+@pytest.mark.parametrize("name", ["badnets", "blended", "sig", "wanet", "refool", "trojannet"])
 @pytest.mark.parametrize("data", ["digits", "colour"])
 def test_a_trigger_is_shown_on_as_many_images_as_asked_for(
     edgeguard: Run, tmp_path: Path, colour: Path, name: str, data: str
@@ -86,6 +86,8 @@ def test_another_seed_shows_other_images_and_the_same_seed_the_same(edgeguard: R
     [
         (("nonsense", "--data", "digits"), "expected badnets"),
         (("badnets", "--data", "no-such-data"), "no such name"),
+        (("robnet", "--data", "digits"), "mount it with python -m benchmarks.zoo"),
+        (("input_aware", "--data", "digits"), "mount it with python -m benchmarks.zoo"),
         (("badnets", "--data", "vectors.npz"), "images of at least"),
         (("badnets", "--data", "floats.npz"), "expected images (uint8"),
         (("wanet", "--data", "tiny.npz"), "at least 8x8"),

@@ -216,7 +216,7 @@ def _bad_inputs(tmp_path: Path, attacked: Attacked, guarded: Path, owner: Path) 
     names, zeros, scaled = tmp_path / "names.txt", tmp_path / "zeros.npz", tmp_path / "scaled.npz"
     names.write_text("one\ntwo\n")
     nothing = attacked.data.x_train[attacked.data.y_train == 0].astype(np.uint8)
-    np.savez(zeros, x=np.concatenate([nothing] * 6))
+    np.savez(zeros, x=nothing)
     np.savez(scaled, x=attacked.x_owner / 255.0)
     config = tmp_path / "agent.toml"
     config.write_text("fleet = 1")
@@ -240,7 +240,7 @@ def _bad_inputs(tmp_path: Path, attacked: Attacked, guarded: Path, owner: Path) 
         "too few class names": (["convert", bare, "--data", owner, "--labels", names], "expected 10"),
         "no data": (["convert", bare], "--data"),
         "a model without a guard to calibrate": (["calibrate", bare, "--data", owner], "without a guard"),
-        "one class to calibrate with": (["calibrate", guarded, "--data", zeros], "at least 5 classes"),
+        "one class to calibrate with": (["calibrate", guarded, "--data", zeros, "--fpr", "0.2"], "at least 5 classes"),
         "scaled data": (["calibrate", guarded, "--data", scaled], "got inputs of type float32"),
         "impossible rate": (["convert", bare, "--data", owner, "--fpr", "2"], "--fpr"),
         "broker address": (["demo", "--broker", "nonsense", "--report", tmp_path / "r"], "HOST:PORT"),

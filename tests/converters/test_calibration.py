@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import zipfile
@@ -16,7 +17,7 @@ import pytest
 from converters import calibration, flatbuffer, guard, pipeline, sources, verify
 from edgeguard.detection import metadata, sidecar
 from edgeguard.detection.guarded import GuardedModel, TfliteModel
-from edgeguard.errors import ConfigError, EdgeGuardError, ModelError
+from edgeguard.errors import ConfigError, EdgeGuardError, ModelError, TrustError
 from tests.simulators.attacked import Attacked
 
 Array = npt.NDArray[Any]
@@ -66,6 +67,25 @@ def test_a_file_without_a_guard_cannot_be_calibrated_anew(attacked: Attacked) ->
         calibration.recalibrate(attacked.conversion.bare, other_half(attacked))
 
 
+def test_a_model_that_was_changed_under_its_guard_is_not_calibrated_anew(attacked: Attacked) -> None:
+    model = flatbuffer.parse(attacked.conversion.guarded)
+    own = [t for t in model.subgraphs[0].tensors if not guard.is_guard_tensor(t)]
+    weights = max((model.buffers[t.buffer] for t in own), key=lambda b: 0 if b.data is None else len(b.data))
+    weights.data = np.roll(weights.data, 1)
+    with pytest.raises(TrustError, match="it was changed"):
+        calibration.recalibrate(flatbuffer.pack(model), other_half(attacked))
+
+
+def test_calibrating_anew_keeps_the_order_of_taps_whatever_the_order_of_the_guards_ops(attacked: Attacked) -> None:
+    model = flatbuffer.parse(attacked.conversion.guarded)
+    described = attacked.conversion.metadata
+    turned = msgspec.structs.replace(described, taps=described.taps[2:] + described.taps[:2])
+    assert guard.tapped(model, turned) == guard.tapped(model, described)[::-1]
+    lying = msgspec.structs.replace(described, taps=described.taps[:2])
+    with pytest.raises(ModelError, match="other activations"):
+        guard.tapped(model, lying)
+
+
 def test_calibrating_anew_with_another_type_of_data_is_refused(attacked: Attacked) -> None:
     with pytest.raises(ModelError, match=r"float32.*uint8"):
         calibration.recalibrate(attacked.conversion.guarded, other_half(attacked).astype(np.float32))
@@ -96,9 +116,9 @@ def test_calibrating_needs_no_training_framework_and_no_onnx(attacked: Attacked,
         (PIXELS.astype(np.complex64), "type complex64"),
         (np.where(PIXELS == 7, np.nan, PIXELS), "NaN"),
         (np.where(PIXELS == 7, 1e300, PIXELS.astype(np.float64)), "infinite"),
-        (np.full((400, 8, 8, 1), 9, np.uint8), "400 times the same input"),
+        (np.concatenate([PIXELS[:21]] * 20), "420 inputs, 21 of them different; expected at least 398"),
     ],
-    ids=["too few", "bool", "complex", "NaN", "overflow", "all the same"],
+    ids=["too few", "bool", "complex", "NaN", "overflow", "repeated"],
 )
 def test_calibration_data_that_cannot_be_used_is_refused(inputs: Array, message: str) -> None:
     with pytest.raises(ModelError, match=message):
@@ -125,12 +145,30 @@ def test_a_false_positive_rate_that_is_none_is_refused(fpr: float) -> None:
 def test_data_must_have_the_shape_and_fill_the_range_that_the_model_was_quantised_for(
     inputs: Array, fits: bool
 ) -> None:
-    quantised = (1.0, -128, np.dtype(np.int8))
     if fits:
-        calibration.check_fit(inputs, (8, 8, 1), quantised)
+        calibration.check_fit(inputs, (8, 8, 1), np.dtype(np.int8), (1.0, -128))
         return
     with pytest.raises(ModelError, match="calibration set"):
-        calibration.check_fit(inputs, (8, 8, 1), quantised)
+        calibration.check_fit(inputs, (8, 8, 1), np.dtype(np.int8), (1.0, -128))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "fits"),
+    [(PIXELS, True), (PIXELS.astype(np.float32), True), (PIXELS / 255.0, False), (PIXELS * 3.0, False)],
+    ids=["pixels", "pixels as floats", "0 to 1", "too large"],
+)
+def test_a_whole_number_input_without_a_scale_takes_whole_numbers_of_its_range(inputs: Array, fits: bool) -> None:
+    if fits:
+        calibration.check_fit(inputs, (8, 8, 1), np.dtype(np.uint8))
+        return
+    with pytest.raises(ModelError, match="whole numbers from 0 to 255"):
+        calibration.check_fit(inputs, (8, 8, 1), np.dtype(np.uint8))
+
+
+@pytest.mark.parametrize(("scale", "zero_point"), [(1.0, -128), (1.05, 40), (0.026, 0)])
+def test_made_up_inputs_fit_the_range_of_a_quantised_input(scale: float, zero_point: int) -> None:
+    inputs = pipeline.made_up((8, 8, 1), np.dtype(np.int8), (scale, zero_point), 400)
+    calibration.check_fit(calibration.prepare(inputs, 0.01), (8, 8, 1), np.dtype(np.int8), (scale, zero_point))
 
 
 def test_data_of_too_few_classes_is_refused_with_numbers(attacked: Attacked) -> None:
@@ -156,7 +194,7 @@ def test_fewer_factors_keep_the_guard_within_its_size(attacked: Attacked, monkey
 
 
 def test_a_guard_fitted_on_made_up_inputs_never_calls_an_input_clean(attacked: Attacked) -> None:
-    made_up = pipeline.made_up((8, 8, 1), np.dtype(np.int8), 400)
+    made_up = pipeline.made_up((8, 8, 1), np.dtype(np.int8), (1.0, -128), 400)
     model = GuardedModel.load(guarded(attacked, made_up, synthetic=True).content)
     verdict = model.infer(attacked.x_owner[0]).verdict
     assert (verdict.status, verdict.stages) == ("not checked", ())
@@ -186,6 +224,15 @@ def test_a_label_file_inside_the_model_file_stays(attacked: Attacked, tmp_path: 
         assert archive.read("labels.txt") == b"zero\none\n"
     TfliteModel(done.content).invoke(np.zeros((1, 8, 8, 1), np.int8))
     assert done.metadata.model_digest == attacked.conversion.metadata.model_digest
+
+
+def test_an_archive_with_a_huge_directory_is_refused_before_it_is_read(attacked: Attacked) -> None:
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w") as archive:
+        for number in range(20_000):
+            archive.writestr(str(number), b"")
+    with pytest.raises(ModelError, match="a directory of"):
+        flatbuffer.associated(attacked.conversion.bare + whole.getvalue())
 
 
 @pytest.mark.parametrize("damage", ["truncated", "bomb", "many"])
@@ -247,5 +294,6 @@ def test_metadata_of_a_schema_without_the_synthetic_field_still_reads(attacked: 
 
 def test_the_taps_of_a_guarded_file_are_found_again(attacked: Attacked) -> None:
     model = flatbuffer.parse(attacked.conversion.guarded)
-    names = [flatbuffer.text(model.subgraphs[0].tensors[i].name) for i in guard.tapped(model)]
+    tapped = guard.tapped(model, attacked.conversion.metadata)
+    names = [flatbuffer.text(model.subgraphs[0].tensors[i].name) for i in tapped]
     assert names == list(dict.fromkeys(tap.tensor for tap in attacked.conversion.metadata.taps))

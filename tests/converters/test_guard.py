@@ -13,7 +13,7 @@ from converters.guard import Compiled
 from edgeguard.contract.guard import FEATURES, SCORES
 from edgeguard.detection import runtime
 from edgeguard.detection.guarded import GuardedModel, TfliteModel
-from edgeguard.detection.statistics import fit, raw_scores, set_thresholds
+from edgeguard.detection.statistics import fit, raw_scores, set_thresholds, tails
 from edgeguard.errors import ConfigError, ModelError
 from tests.simulators import needs
 from tests.simulators.attacked import Attacked
@@ -32,8 +32,9 @@ def rebuilt(attacked: Attacked) -> tuple[bytes, Compiled]:
     measured = calibration.measure(guard.bake_features(bare, plan), plan, owner)
     features, predicted = measured.features, measured.predicted
     statistics = fit(features[:300], predicted[:300], guard.blocks(guard.layout(plan)), plan.classes)
+    scale = tails(raw_scores(statistics, features[:300], predicted[:300]), 0.01)
     raw = raw_scores(statistics, features[300:], predicted[300:])
-    compiled = Compiled(statistics, set_thresholds(raw, predicted[300:], plan.classes, 0.01).thresholds)
+    compiled = Compiled(statistics, set_thresholds(raw, predicted[300:], plan.classes, 0.01, scale=scale).thresholds)
     return guard.bake(bare, plan, compiled, attacked.conversion.metadata)[0], compiled
 
 
@@ -61,6 +62,17 @@ def test_stripping_a_guard_gives_the_bare_model_back(attacked: Attacked) -> None
     assert flatbuffer.fingerprint(model) == flatbuffer.fingerprint(flatbuffer.parse(attacked.conversion.bare))
 
 
+@pytest.mark.parametrize("name", ["edgeguard_Identity", SCORES])
+def test_an_output_of_the_model_that_is_named_like_a_guards_is_never_taken_for_one(
+    attacked: Attacked, name: str
+) -> None:
+    model = flatbuffer.parse(attacked.conversion.bare)
+    model.subgraphs[0].tensors[int(model.subgraphs[0].outputs[0])].name = name.encode()
+    content = flatbuffer.pack(model)
+    with pytest.raises(ModelError, match="that prefix for the guard alone"):
+        calibration.plan(content)
+
+
 def test_guarding_anew_replaces_the_guard_and_keeps_the_model_digest(attacked: Attacked) -> None:
     other, metadata = rebuilt(attacked)[0], attacked.conversion.metadata
     again = pipeline.convert(sources.Source(name="again", tflite=other), attacked.x_owner, taps=1)
@@ -73,7 +85,7 @@ def test_the_same_model_and_data_give_the_same_bytes(attacked: Attacked) -> None
     assert rebuilt(attacked)[0] == rebuilt(attacked)[0]
 
 
-@pytest.mark.parametrize("what", ["constant", "metadata"])
+@pytest.mark.parametrize("what", ["constant", "metadata", "signature"])
 def test_the_guard_digest_notices_a_changed(what: str, attacked: Attacked) -> None:
     model = flatbuffer.parse(attacked.conversion.guarded)
     before = guard.guard_digest(model)
@@ -83,6 +95,9 @@ def test_the_guard_digest_notices_a_changed(what: str, attacked: Attacked) -> No
         data = np.array(model.buffers[tensor.buffer].data)
         data[0] ^= 1
         model.buffers[tensor.buffer].data = data
+    elif what == "signature":
+        scores, features = model.signatureDefs[0].outputs[-2:]
+        scores.tensorIndex, features.tensorIndex = features.tensorIndex, scores.tensorIndex
     else:
         entry = next(m for m in model.metadata if m.name == b"edgeguard")
         changed = msgspec.structs.replace(attacked.conversion.metadata, fpr=0.02)
@@ -150,7 +165,7 @@ def test_a_layer_is_found_in_a_tensors_name(name: str, layer: str) -> None:
 def test_a_third_party_model_is_guarded_and_verified_within_its_size(name: str) -> None:
     path = needs.third_party_model(name)
     model = TfliteModel(path.read_bytes())
-    inputs = pipeline.made_up(model.input_shape, model.input_dtype, 420)
+    inputs = pipeline.made_up(model.input_shape, model.input_dtype, model.input_quantization, 420)
     done = pipeline.convert(path, inputs, quantised=False, synthetic=True)
     assert done.metadata.model_digest == guard.model_digest(flatbuffer.parse(path.read_bytes()))
     assert set(done.verified.runtimes) >= {n for n in runtime.available() if n != "tensorflow"}

@@ -137,9 +137,9 @@ from converters.lowering import lower
 
 folder, notes = Path(sys.argv[1]), []
 made = lower(
-    folder / "small.keras", np.load(folder / "pixels.npy"), keras=folder / "trainable.keras",
-    progress=lambda *note: notes.append(note)
+    folder / "small.keras", np.load(folder / "pixels.npy"), keras=".keras", progress=lambda *note: notes.append(note)
 )
+(folder / "trainable.keras").write_bytes(made.keras)
 (folder / "float.tflite").write_bytes(made.float_tflite)
 (folder / "int8.tflite").write_bytes(made.int8_tflite)
 loaded = sorted({"tensorflow", "keras", "onnx"} & set(sys.modules))
@@ -172,22 +172,24 @@ def test_a_keras_file_becomes_what_the_model_in_memory_becomes(from_file: Lowere
     assert from_file.layers == tuple(layer.name for layer in keras_model.layers)
 
 
-def test_the_trainable_model_is_written_and_answers_alike(from_file: Lowered, folder: Path, keras_model: Any) -> None:
+def test_the_trainable_model_comes_along_and_answers_alike(from_file: Lowered, folder: Path, keras_model: Any) -> None:
     import keras
 
     again = keras.models.load_model(folder / "trainable.keras")
     np.testing.assert_array_equal(again.predict(PIXELS, verbose=0), keras_model.predict(PIXELS, verbose=0))
 
 
-def test_a_model_in_memory_is_written_too_where_there_is_one(keras_model: Any, tmp_path: Path) -> None:
+def test_a_model_in_memory_comes_along_too_where_there_is_one(keras_model: Any, tmp_path: Path) -> None:
     import keras
 
     source = sources.of_keras(keras_model)
-    lower(source, PIXELS, quantise=False, keras=tmp_path / "copy.h5")
+    copy = lower(source, PIXELS, quantise=False, keras=".h5").keras
+    assert copy is not None
+    (tmp_path / "copy.h5").write_bytes(copy)
     assert keras.models.load_model(tmp_path / "copy.h5", compile=False).count_params() == keras_model.count_params()
     without = sources.Source(name="saved", function=source.function)
     with pytest.raises(ModelError, match="no trainable model"):
-        lower(without, PIXELS, quantise=False, keras=tmp_path / "none.keras")
+        lower(without, PIXELS, quantise=False, keras=".keras")
 
 
 def test_what_the_child_does_is_told(from_file: Lowered, notes: Sequence[tuple[str, int, int]]) -> None:
@@ -397,7 +399,6 @@ def test_calibration_inputs_of_another_shape_are_refused(keras_model: Any) -> No
         ("damaged.tflite", {}, ModelError, "model file"),
         ("empty", {"keras": Path("x.keras")}, ModelError, "no trainable model"),
         ("damaged.tflite", {"keras": Path("x.h5")}, ModelError, "no trainable model"),
-        ("noise.onnx", {"keras": Path("x.tflite")}, ConfigError, r"\.tflite; expected \.keras or \.h5"),
         ("noise.onnx", {"quantise": False, "input_type": "int8"}, ConfigError, "stays float"),
     ],
 )

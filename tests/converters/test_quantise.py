@@ -240,3 +240,48 @@ def test_operators_that_stay_float_are_named_once_each_in_order() -> None:
 def test_an_int8_model_leaves_none(sound: Pair) -> None:
     assert quantise.float_operators(flatbuffer.parse(sound.int8_tflite)) == ()
     assert "CONV_2D" in quantise.float_operators(flatbuffer.parse(sound.float_tflite))
+
+
+def two_heads(lopsided: float) -> Any:
+    """Classes, and a box whose first number is that many times as large as the others."""
+    import keras
+
+    keras.utils.set_random_seed(5)
+    x = inputs = keras.Input(SHAPE)
+    x = keras.layers.Rescaling(1.0 / 255.0)(x)
+    x = keras.layers.Flatten()(keras.layers.Conv2D(4, 3, activation="relu")(x))
+    box = keras.layers.Dense(4, name="box")
+    model = keras.Model(inputs, [keras.layers.Dense(3, activation="softmax", name="classes")(x), box(x)])
+    kernel, bias = box.get_weights()
+    kernel[:, 0] *= lopsided
+    box.set_weights([kernel, bias])
+    return model
+
+
+@pytest.mark.parametrize(("lopsided", "passes"), [(1.0, True), (3000.0, False)])
+def test_what_stands_beside_the_classes_is_judged_too_each_channel_for_itself(lopsided: float, passes: bool) -> None:
+    made = pair(two_heads(lopsided), pixels())
+    parity = quantise.compare(made.float_tflite, made.int8_tflite, made.inputs)
+    assert parity.agreement is not None
+    assert parity.output_error is not None
+    assert (parity.output_error <= quantise.MAX_OUTPUT_ERROR) == passes
+    if not passes:
+        with pytest.raises(ModelError, match="off the float model's"):
+            quantise.gate(Parity(agreement=1.0, output_error=parity.output_error), lambda: LAYER)
+
+
+def test_a_sigmoid_tells_two_classes_apart() -> None:
+    import keras
+
+    keras.utils.set_random_seed(6)
+    x = inputs = keras.Input((16,))
+    x = keras.layers.Dense(8, activation="relu")(x)
+    model = keras.Model(inputs, keras.layers.Dense(1, activation="sigmoid")(x))
+    values = np.random.default_rng(0).normal(size=(200, 16)).astype(np.float32)
+    made = pair(model, values)
+    labels = (model.predict(values, verbose=0)[:, 0] > 0.5).astype(np.int64)
+    parity = quantise.compare(made.float_tflite, made.int8_tflite, values, labels, class_output=None)
+    assert parity.float_accuracy == 1.0
+    assert parity.agreement == parity.int8_accuracy
+    assert parity.agreement is not None
+    assert parity.agreement > 0.9

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 
 from edgeguard.contract import guard
 from edgeguard.detection import metadata, runtime
-from edgeguard.detection.guarded import GuardedModel
+from edgeguard.detection.guarded import GuardedModel, TfliteModel
 from edgeguard.detection.verdict import judge
 from edgeguard.errors import ConfigError, ModelError
 from tests.simulators import needs
@@ -166,3 +167,27 @@ def test_reading_verdicts_loads_no_training_framework() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_activations_out_of_all_bounds_are_not_checked(attacked: Attacked) -> None:
+    from converters import pipeline, sources
+
+    done = pipeline.convert(sources.of_keras(attacked.keras), attacked.x_owner, quantised=False)
+    model = GuardedModel.load(done.guarded)
+    described = msgspec.structs.replace(
+        model.metadata, input=msgspec.structs.replace(model.metadata.input, dtype="float32")
+    )
+    wide = GuardedModel(done.guarded, TfliteModel(done.guarded), described)
+    verdict = wide.infer(attacked.x_owner[0].astype(np.float32) * 1e18).verdict
+    assert verdict.status == "not checked"
+    assert wide.infer(attacked.x_owner[0].astype(np.float32)).verdict.status == "clean"
+
+
+def test_a_file_whose_last_outputs_are_not_a_guards_is_not_run(attacked: Attacked) -> None:
+    from converters import flatbuffer
+
+    changed = flatbuffer.parse(attacked.conversion.guarded)
+    graph = changed.subgraphs[0]
+    graph.tensors[int(graph.outputs[-2])].name = b"something_else"
+    with pytest.raises(ModelError, match="guard outputs"):
+        GuardedModel.load(flatbuffer.pack(changed))

@@ -64,6 +64,34 @@ def test_each_detector_looks_at_its_own_columns_only() -> None:
     assert np.all(after[:, 1] > before[:, 1] + 100)
 
 
+@pytest.mark.parametrize("correlation", [0.0, 0.8])
+@pytest.mark.parametrize("count", [199, 800])
+def test_the_promise_holds_for_several_detectors_and_the_fewest_inputs_allowed(count: int, correlation: float) -> None:
+    broken, runs = 0, 400
+    rng = np.random.default_rng(0)
+    for _ in range(runs):
+        shared, own = rng.normal(size=(2 * count, 1)), rng.normal(size=(2 * count, 2))
+        raw = np.exp(np.sqrt(correlation) * shared + np.sqrt(1 - correlation) * own)
+        scale = statistics.tails(raw[:count], 0.01)
+        limits = statistics.set_thresholds(raw[count:], np.zeros(count, dtype=np.int64), 1, 0.01, scale=scale)
+        low, high = np.log(limits.thresholds)
+        broken += _share_above(low, high, correlation) > 0.015
+    # 5% of 400 are 20 expected; 34 or more would happen by chance once in 500.
+    assert broken <= 33
+
+
+def _share_above(low: float, high: float, correlation: float) -> float:
+    """P(a or b above their limits) for two standard normals with this correlation."""
+    both = scipy.stats.multivariate_normal(cov=[[1.0, correlation], [correlation, 1.0]])
+    return 1.0 - float(both.cdf([low, high]))
+
+
+def test_detectors_that_do_not_vary_are_refused() -> None:
+    raw = np.stack([np.arange(200.0), np.zeros(200)], axis=1)
+    with pytest.raises(ModelError, match="do not vary"):
+        statistics.tails(raw, 0.01)
+
+
 @pytest.mark.parametrize("fpr", [0.01, 0.05])
 def test_the_joint_false_positive_rate_keeps_its_promise_on_fresh_clean_data(fpr: float) -> None:
     blocks = [Block(detector="a", columns=tuple(range(12))), Block(detector="b", columns=tuple(range(12, 24)))]
@@ -73,7 +101,8 @@ def test_the_joint_false_positive_rate_keeps_its_promise_on_fresh_clean_data(fpr
         predicted = np.zeros(len(features), dtype=np.int64)
         fitted = statistics.fit(features[:800], predicted[:800], blocks, 1)
         raw = statistics.raw_scores(fitted, features, predicted)
-        limits = statistics.set_thresholds(raw[800:1600], predicted[800:1600], 1, fpr)
+        scale = statistics.tails(raw[:800], fpr)
+        limits = statistics.set_thresholds(raw[800:1600], predicted[800:1600], 1, fpr, scale=scale)
         realised = np.mean((raw[1600:] / np.asarray(limits.thresholds)).max(axis=1) > 1)
         broken += realised > 1.5 * fpr
     # 5% of 40 are 2 expected; 7 or more would happen by chance once in 300.
@@ -88,12 +117,12 @@ def test_the_number_of_inputs_for_one_percent_is_199() -> None:
 
 def test_too_few_threshold_inputs_are_refused_with_the_number_needed() -> None:
     with pytest.raises(ModelError, match="at least 199"):
-        statistics.set_thresholds(np.ones((100, 2)), np.zeros(100, dtype=np.int64), 1, 0.01)
+        statistics.set_thresholds(np.ones((100, 2)), np.zeros(100, dtype=np.int64), 1, 0.01, scale=np.ones(2))
 
 
 def test_p_values_fall_as_scores_rise_and_are_never_zero() -> None:
     raw = np.random.default_rng(0).chisquare(5, size=(1000, 1))
-    limits = statistics.set_thresholds(raw, np.zeros(1000, dtype=np.int64), 1, 0.01)
+    limits = statistics.set_thresholds(raw, np.zeros(1000, dtype=np.int64), 1, 0.01, scale=np.ones(1))
     scores, shares = zip(*limits.score_to_p, strict=True)
     assert list(scores) == sorted(scores)
     assert list(shares) == sorted(shares, reverse=True)
