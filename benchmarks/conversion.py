@@ -8,8 +8,12 @@ float, quantised. There is no data for the latter: they are calibrated on made-u
 and identity only, and marked "not validated".
 
 One thread; bare and guarded runs alternate, in an order that alternates too, so that noise hits both alike; scores
-and features are read out. A second bare interpreter runs along: its ratio to the first is what noise alone does. p50
-and p99 in microseconds. Thresholds are also fitted on every other device runtime and compared with the first one's.
+and features are read out. A second bare interpreter runs along: its ratio to the first is what noise alone does. Where
+an interpreter's memory happens to lie changes its speed by a percent or more, so there are nine heats with new
+interpreters, and the one with the median ratio counts. p50 and p99 in microseconds.
+
+Thresholds are also fitted on every other device runtime and compared with the first one's: whole other kernels, so a
+harder test than another machine. On made-up inputs, whose predictions are chance, that is printed but not judged.
 """
 
 from __future__ import annotations
@@ -40,6 +44,7 @@ from edgeguard.errors import ModelError
 Array = npt.NDArray[Any]
 
 WARM_UP = 50
+HEATS = 9
 INPUTS = 1000
 LIMITS = {"litert": 1.04, "tflite-runtime": 1.15}
 MAX_SECONDS = 20.0
@@ -119,7 +124,14 @@ def _data() -> datasets.Dataset:
 
 
 def race(bare: bytes, guarded: bytes, one: Array, runtime: str, runs: int) -> dict[str, Any]:
-    """Timings of a bare, a guarded and another bare interpreter on one runtime, interleaved."""
+    """The heat with the median ratio, of HEATS on one runtime, and all their ratios."""
+    heats = sorted((heat(bare, guarded, one, runtime, runs) for _ in range(HEATS)), key=lambda row: row["ratio_p50"])
+    middle = heats[HEATS // 2]
+    return {**middle, "ratios_p50": [row["ratio_p50"] for row in heats]}
+
+
+def heat(bare: bytes, guarded: bytes, one: Array, runtime: str, runs: int) -> dict[str, Any]:
+    """Timings of a bare, a guarded and another bare interpreter, all new, interleaved."""
     contestants = [TfliteModel(content, runtime=runtime) for content in (bare, guarded, bare)]
     tensor = contestants[0].quantise(one)
     outputs = [model.invoke(tensor) for model in contestants]
@@ -220,7 +232,7 @@ def broken_limits(row: dict[str, Any]) -> list[str]:
     if row["convert_seconds"] > MAX_SECONDS:
         found.append(f"converted in {row['convert_seconds']:.1f} s, at most {MAX_SECONDS:g}")
     shift = max(row["threshold_shift"].values(), default=0.0)
-    if shift > MAX_SHIFT:
+    if shift > MAX_SHIFT and row["false_positives"] is not None:
         found.append(f"a threshold moved by {shift:.1%} between runtimes, at most {MAX_SHIFT:.0%}")
     if not all(race["outputs_identical"] for race in row["races"]):
         found.append("outputs differ from the bare model's")
@@ -242,7 +254,8 @@ def show(row: dict[str, Any]) -> None:
     for race in row["races"]:
         print(
             f"    {race['runtime']:<15} p50 {race['bare_p50_us']:8.1f} -> {race['guarded_p50_us']:8.1f} us"
-            f"  x{race['ratio_p50']:.3f} (bare against bare x{race['noise_p50']:.3f})"
+            f"  x{race['ratio_p50']:.3f} ({race['ratios_p50'][0]:.3f} to {race['ratios_p50'][-1]:.3f};"
+            f" bare against bare x{race['noise_p50']:.3f})"
             f"  p99 x{race['ratio_p99']:.3f}{'' if race['within_limit'] else '  ABOVE THE LIMIT'}"
         )
 
