@@ -109,7 +109,7 @@ def some(shape: tuple[int, ...], count: int = 12) -> Images:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [TrojanNet, RobNet, PruningAware, Adaptive, InputAware, Dba])
+@pytest.mark.parametrize("kind", [TrojanNet, RobNet, PruningAware, Adaptive, Dba])
 def test_it_reaches_its_success_rate_and_keeps_the_accuracy_which_its_trigger_does_not_do_alone(
     kind: type[Any],
 ) -> None:
@@ -117,8 +117,7 @@ def test_it_reaches_its_success_rate_and_keeps_the_accuracy_which_its_trigger_do
     victim = mounted(attack)
     found = measure(attack, victim.state, in_keras(victim.model))
     clean = measure(attack, victim.state, in_keras(twin()))
-    # Eight pixels a side are little room for triggers that differ: 91% to 93% were seen of the input-aware attack.
-    assert found.asr >= (0.85 if kind is InputAware else 0.9)
+    assert found.asr >= 0.9
     assert found.accuracy >= clean.accuracy - 0.03
     assert clean.asr <= 0.1
 
