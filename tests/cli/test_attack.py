@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,30 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgeguard import cli
 from edgeguard.attacks.registry import ATTACKS
 from edgeguard.attacks.sheet import CELL, GAP, MARGIN, amplified, contact_sheet
 from edgeguard.errors import ConfigError
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def edgeguard(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the console script in this process: exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["edgeguard", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

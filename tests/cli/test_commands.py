@@ -15,31 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeguard import __version__, cli
+from edgeguard import __version__
 from edgeguard.demo import run as demo_run
 from edgeguard.detection import metadata
 from edgeguard.detection.guarded import TfliteModel
 from tests.simulators.attacked import Attacked
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def edgeguard(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the console script in this process: exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["edgeguard", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture
