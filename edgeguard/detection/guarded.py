@@ -49,6 +49,7 @@ class TfliteModel:
             raise ModelError("model file", got=f"{len(inputs)} inputs", expected="one input")
         self._input = inputs[0]
         self.outputs: list[dict[str, Any]] = self._interpreter.get_output_details()
+        self._indices = tuple(int(output["index"]) for output in self.outputs)
         self.input_shape = tuple(int(n) for n in self._input["shape"][1:])
         self.input_dtype: np.dtype[Any] = np.dtype(self._input["dtype"])
         scale, zero_point = self._input["quantization"]
@@ -73,7 +74,8 @@ class TfliteModel:
             self._interpreter.invoke()
         except (ValueError, RuntimeError) as error:
             raise ModelError("model file", got=f"refused to run: {str(error)[:200]}", do="convert it again") from error
-        return [self._interpreter.get_tensor(output["index"]) for output in self.outputs]
+        read = self._interpreter.get_tensor
+        return [read(index) for index in self._indices]
 
     def predict(self, x: Array, output: int = 0) -> Array:
         """One dequantised output for a batch of inputs [N, ...], run one by one."""
