@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from converters import flatbuffer, guard, taps
 from edgeguard.contract.guard import Calibration, Detector, Environment, GuardMetadata, ModelInput
+from edgeguard.detection import metadata as metadata_reader
 from edgeguard.detection import sidecar as sidecars
 from edgeguard.detection.guarded import TfliteModel
 from edgeguard.detection.sidecar import Sidecar
@@ -327,8 +328,6 @@ def recalibrate(
         TrustError: its digests do not fit its content: model or guard were changed since.
         ConfigError: see :func:`prepare`.
     """
-    from edgeguard.detection import metadata as metadata_reader
-
     described = metadata_reader.read(content)
     rate = described.fpr if fpr is None else fpr
     ready = prepare(inputs, rate)

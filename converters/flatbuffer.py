@@ -126,9 +126,9 @@ def builtin_code(model: Model, operator: Any) -> int:
     return max(int(code.builtinCode), int(code.deprecatedBuiltinCode))
 
 
-def input_quantization(model: Model) -> tuple[float, int]:
-    """Scale and zero point of a model's only input; a scale of 0 where it is not quantised."""
-    found = model.subgraphs[0].tensors[int(model.subgraphs[0].inputs[0])].quantization
+def quantization(tensor: Any) -> tuple[float, int]:
+    """Scale and zero point of a tensor that has one of each; a scale of 0 where it is not quantised."""
+    found = tensor.quantization
     if found is None or found.scale is None or not len(found.scale):
         return 0.0, 0
     zero_points = found.zeroPoint

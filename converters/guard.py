@@ -314,14 +314,6 @@ def _scores(writer: _Writer, plan: TapPlan, compiled: Compiled, features: int) -
     return writer.dense(deviation, weights, contract.SCORES, relu=True)
 
 
-def _quantization(tensor: Any) -> tuple[float, int] | None:
-    found = tensor.quantization
-    if found is None or found.scale is None or not len(found.scale):
-        return None
-    zero_points = found.zeroPoint
-    return float(found.scale[0]), 0 if zero_points is None or not len(zero_points) else int(zero_points[0])
-
-
 class _Writer:
     """Appends tensors and operators to a model."""
 
@@ -354,7 +346,7 @@ class _Writer:
         quantization: tuple[float, int] | None,
     ) -> int:
         parameters = None
-        if quantization is not None:
+        if quantization is not None and quantization[0]:
             scale, zero_point = quantization
             parameters = schema.QuantizationParametersT(
                 scale=np.asarray([scale], dtype=np.float32),
@@ -427,7 +419,7 @@ class _Writer:
         axes = self.constant(f"edgeguard_{norm}_axes{number}", np.asarray(tap.axes, dtype=np.int32))
         shape = (1, *(1 for _ in tap.axes if keep), tap.channels)
         tensor = self.graph.tensors[source]
-        out = self.activation(f"edgeguard_{norm}{number}", shape, tensor.type, _quantization(tensor))
+        out = self.activation(f"edgeguard_{norm}{number}", shape, tensor.type, flatbuffer.quantization(tensor))
         code = Op.REDUCE_MAX if norm == "linf" else Op.MEAN
         options = schema.ReducerOptionsT(keepDims=keep)
         self.operator(code, [source, axes], out, schema.BuiltinOptions.ReducerOptions, options)
@@ -437,7 +429,7 @@ class _Writer:
         """Join tensors of one type along the last axis."""
         first = self.graph.tensors[parts[0]]
         shape = (*self.shape(parts[0])[:-1], sum(self.shape(part)[-1] for part in parts))
-        out = self.activation(name, shape, first.type, _quantization(first))
+        out = self.activation(name, shape, first.type, flatbuffer.quantization(first))
         options = schema.ConcatenationOptionsT(axis=len(shape) - 1)
         self.operator(Op.CONCATENATION, parts, out, schema.BuiltinOptions.ConcatenationOptions, options)
         return out

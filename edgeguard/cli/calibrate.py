@@ -9,6 +9,7 @@ import msgspec
 import typer
 
 from edgeguard.cli import console
+from edgeguard.cli.inspect import read_model
 from edgeguard.errors import ConfigError
 
 
@@ -39,10 +40,7 @@ def register(app: typer.Typer) -> None:
         from edgeguard import data as datasets
         from edgeguard.detection import metadata, sidecar
 
-        try:
-            content = model.read_bytes()
-        except OSError as error:
-            raise ConfigError(f"model {model}", got=error.strerror or str(error), do="check the path") from error
+        content = read_model(model)
         target = output or model.with_suffix(".calibrated.tflite")
         if not target.parent.is_dir():
             raise ConfigError(f"output folder {target.parent}", got="no such folder", do="create it first")

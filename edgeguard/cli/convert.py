@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from edgeguard.cli import console
+from edgeguard.cli.inspect import read_model
 from edgeguard.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -110,8 +111,10 @@ def _calibration(data: str, source: Path, labels: Path | None) -> tuple[Any, Any
             raise ConfigError("--data synthetic", got=f"{source.name}", expected="a .tflite file")
         from converters import flatbuffer, pipeline
 
-        model = flatbuffer.parse(_read(source))
-        inputs = pipeline.made_up(*flatbuffer.input_of(model), flatbuffer.input_quantization(model))
+        model = flatbuffer.parse(read_model(source))
+        shape, dtype = flatbuffer.input_of(model)
+        tensor = model.subgraphs[0].tensors[int(model.subgraphs[0].inputs[0])]
+        inputs = pipeline.made_up(shape, dtype, flatbuffer.quantization(tensor))
         return inputs, None, () if labels is None else datasets.read_class_names(labels)
     inputs, true, names = datasets.calibration(data)
     if labels is None:
@@ -121,20 +124,13 @@ def _calibration(data: str, source: Path, labels: Path | None) -> tuple[Any, Any
     return inputs, true, datasets.read_class_names(labels)
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"model {path}", got=error.strerror or str(error), do="check the path") from error
-
-
 def _list_taps(source: Path, *, as_json: bool) -> None:
     from converters import flatbuffer, guard
     from converters import taps as planning
 
     if source.suffix != ".tflite":
         raise ConfigError("--taps list", got=source.name, expected="a .tflite file", do="convert the model first")
-    model = flatbuffer.parse(_read(source))
+    model = flatbuffer.parse(read_model(source))
     guard.strip(model)
     chosen = {tap.tensor for tap in planning.plan_taps(model).taps}
     found = planning.tappable(model)
@@ -176,7 +172,7 @@ def _rows(done: Conversion, target: Path, keras: Path | None) -> list[tuple[str,
         (
             "size",
             f"{growth:,} bytes for the guard"
-            + (f", more than the {allowed:,} meant for it: this model has many classes" if growth > allowed else ""),
+            + (f", more than the {allowed:,} meant for it: many classes, or many channels" if growth > allowed else ""),
         ),
         ("peak memory", f"{pipeline.peak_memory() / 2**20:.0f} MiB"),
     ]
