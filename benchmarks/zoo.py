@@ -24,7 +24,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,27 @@ from edgeguard.errors import ConfigError, EdgeGuardError
 ENVIRONMENT = "EDGEGUARD_ZOO"
 CLEAN = "clean"
 ALL_NETWORKS = ("badnets", "blended", "wanet", "robnet", "trojannet")
-EPOCHS = {"digits": 25, "fashion_mnist": 6, "gtsrb": 15}
-OWNER_INPUTS = {"digits": 600, "fashion_mnist": 4000, "gtsrb": 4000}
-"""Clean inputs that no attacker sees: the owner converts and calibrates with them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a data set's networks are trained, and what stays with the owner.
+
+    ``owner`` clean inputs, which no attacker sees, are what the owner converts and calibrates with. Training inputs
+    stand in tracks of ``track`` pictures of one thing: whole tracks go to the owner.
+    """
+
+    epochs: int
+    owner: int
+    augment: bool = False
+    track: int = 1
+
+
+RECIPES = {
+    "digits": Recipe(epochs=60, owner=600),
+    "fashion_mnist": Recipe(epochs=6, owner=4000),
+    "gtsrb": Recipe(epochs=14, owner=8000, augment=True, track=30),
+}
 MIN_ASR = 0.9
 PUBLISHED_ASR: dict[str, float] = {"hidden_trigger": 0.5}
 """Attacks whose paper reports less than MIN_ASR."""
@@ -113,15 +131,41 @@ class Split:
     data: Dataset
     owner_x: Images
     owner_y: Labels
+    owner_groups: Labels | None
     digest: str
 
 
 def split(name: str) -> Split:
     """The attacker's training set, the owner's clean inputs, and the test set. Raises ConfigError without the data."""
-    whole = datasets.load(name)
-    data, x, y = datasets.hold_out(whole, OWNER_INPUTS.get(name, 600))
+    whole, recipe = datasets.load(name), RECIPES[name]
+    groups = None
+    if recipe.track > 1:
+        tracks = _tracks(whole.y_train, recipe.track)
+        held = _whole_tracks(whole.y_train, tracks, recipe.owner)
+        x, y, groups = whole.x_train[held], whole.y_train[held], tracks[held]
+        data = replace(whole, x_train=whole.x_train[~held], y_train=whole.y_train[~held])
+    else:
+        data, x, y = datasets.hold_out(whole, recipe.owner)
     digest = hashlib.sha256(np.ascontiguousarray(data.x_train).tobytes()).hexdigest()
-    return Split(data=data, owner_x=x.astype(np.uint8), owner_y=y, digest=digest)
+    return Split(data=data, owner_x=x.astype(np.uint8), owner_y=y, owner_groups=groups, digest=digest)
+
+
+def _tracks(labels: Labels, length: int) -> Labels:
+    """The track of each input [N], where labels are sorted and tracks of ``length`` inputs follow each other."""
+    first = np.flatnonzero(np.diff(labels, prepend=-1))
+    within = np.arange(len(labels)) - np.repeat(first, np.diff(np.append(first, len(labels))))
+    starts = within % length == 0
+    return (np.cumsum(starts) - 1).astype(np.int64)
+
+
+def _whole_tracks(labels: Labels, tracks: Labels, count: int) -> npt.NDArray[np.bool_]:
+    """Which inputs [N] belong to the owner: about ``count``, of each class its share, two tracks at least."""
+    rng = np.random.default_rng(0)
+    held: list[int] = []
+    for label in np.unique(labels):
+        own = np.unique(tracks[labels == label])
+        held += rng.choice(own, max(2, round(len(own) * count / len(labels))), replace=False).tolist()
+    return np.isin(tracks, held)
 
 
 def attack_of(cell: Cell, shape: tuple[int, ...]) -> Attack | None:
@@ -132,7 +176,7 @@ def attack_of(cell: Cell, shape: tuple[int, ...]) -> Attack | None:
 def fingerprint(cell: Cell, part: Split) -> str:
     """What a stored row must match to be taken as it is: settings, data and recipe."""
     attack = attack_of(cell, part.data.shape)
-    return hashlib.sha256(repr((_VERSION, cell, attack, part.digest, EPOCHS.get(cell.data))).encode()).hexdigest()
+    return hashlib.sha256(repr((_VERSION, cell, attack, part.digest, RECIPES[cell.data])).encode()).hexdigest()
 
 
 def load(cell: Cell, part: Split) -> Member | None:
@@ -160,7 +204,8 @@ def make(cell: Cell, part: Split, progress: Any = None) -> Member:
     data = part.data
     task = Task(images=data.x_train.astype(np.uint8), labels=data.y_train, classes=len(data.classes))
     training = victims.Training(
-        epochs=EPOCHS.get(cell.data, 10),
+        epochs=RECIPES[cell.data].epochs,
+        augment=RECIPES[cell.data].augment,
         network=NETWORKS[cell.network],
         architecture=cell.network,
         cache=victims.cache_folder(),

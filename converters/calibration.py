@@ -373,12 +373,13 @@ def _fewer_factors(factors: int, excess: int, statistics: Statistics) -> int:
 def _fit(
     measured: Measured, split: Halves, plan: taps.TapPlan, fpr: float, factors: int
 ) -> tuple[Statistics, Thresholds]:
-    features, predicted = measured.features, measured.predicted
-    blocks = guard.blocks(guard.layout(plan))
-    statistics = fit(features[split.fit], predicted[split.fit], blocks, plan.classes, max_factors=factors)
-    fitted = raw_scores(statistics, features[split.fit], predicted[split.fit])
-    raw = raw_scores(statistics, features[split.threshold], predicted[split.threshold])
-    return statistics, set_thresholds(raw, predicted[split.threshold], plan.classes, fpr, scale=tails(fitted, fpr))
+    layout = guard.layout(plan)
+    features, predicted = measured.features, measured.predicted[split.threshold]
+    statistics = fit(features[split.fit], guard.blocks(layout), guard.logits(layout), max_factors=factors)
+    scale = tails(raw_scores(statistics, features[split.fit]), fpr)
+    return statistics, set_thresholds(
+        raw_scores(statistics, features[split.threshold]), predicted, plan.classes, fpr, scale=scale
+    )
 
 
 def _sidecar(
@@ -387,7 +388,7 @@ def _sidecar(
     room = (sidecars.MAX_SIDECAR - _SIDECAR_OVERHEAD) // inputs[0].nbytes
     share = min(1.0, room / (OVERLAYS + SELF_TEST_INPUTS))
     chosen = split.threshold[: max(1, int(share * SELF_TEST_INPUTS))]
-    raw = raw_scores(statistics, measured.features[chosen], measured.predicted[chosen])
+    raw = raw_scores(statistics, measured.features[chosen])
     unknown = np.full(len(chosen), -1, dtype=np.int64)
     return sidecars.encode(
         Sidecar(

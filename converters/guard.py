@@ -4,10 +4,12 @@ What is appended, with built-in ops only (so that LiteRT, tflite-runtime and TFL
 
     per tap     [ABS] -> REDUCE_MAX (l-infinity norms) and MEAN (l1 norms) over space;
                 int8: CONCATENATION of both, DEQUANTIZE
-    features    CONCATENATION of all; int8: RESHAPE                                   = edgeguard_features [1, D]
-    scores      FULLY_CONNECTED to K factors, CONCATENATION with the features,
-                SQUARED_DIFFERENCE with the GATHERed row of the predicted class (ARG_MAX),
+    features    CONCATENATION of all and of the logits (int8: DEQUANTIZE)             = edgeguard_features [1, D]
+    scores      FULLY_CONNECTED to K factors, CONCATENATION with the features; SOFTMAX of the logits,
+                FULLY_CONNECTED to the features and factors expected; SQUARED_DIFFERENCE of both;
                 FULLY_CONNECTED with ReLU, weights divided by the thresholds          = edgeguard_scores [1, detectors]
+
+A model without classes has one row of expected features, and one of too many classes is treated alike.
 
 Rules enforced here:
 
@@ -46,7 +48,7 @@ Kind = schema.TensorType
 
 NORMS: tuple[Literal["linf", "l1"], ...] = ("linf", "l1")
 SIGNATURE = "serving_default"
-_MIN_VERSIONS = {Op.REDUCE_MAX: 2, Op.MEAN: 2, Op.ABS: 2, Op.DEQUANTIZE: 2, Op.ARG_MAX: 2}
+_MIN_VERSIONS = {Op.REDUCE_MAX: 2, Op.MEAN: 2, Op.ABS: 2, Op.DEQUANTIZE: 2}
 _NO_DIGEST = "0" * 64
 _MAX_JOINED = 4  # what XNNPACK's concatenation takes in every runtime
 
@@ -75,18 +77,35 @@ def layout(plan: TapPlan) -> tuple[Tap, ...]:
                 )
             )
             offset += tap.channels
+    if plan.logits is not None:
+        logits = plan.logits
+        taps.append(
+            Tap(
+                tensor=logits.name[:512],
+                source_layer=logits.source_layer,
+                kind="logit",
+                offset=offset,
+                channels=logits.channels,
+            )
+        )
     return tuple(taps)
 
 
 def blocks(taps: Sequence[Tap]) -> tuple[Block, ...]:
-    """One detector per norm, over all taps."""
+    """One detector per norm, over all taps and the logits."""
     return tuple(
-        Block(
-            detector=norm,
-            columns=tuple(c for tap in taps if tap.kind == norm for c in range(tap.offset, tap.offset + tap.channels)),
-        )
+        Block(detector=norm, parts=tuple(_columns(tap) for tap in taps if tap.kind in {norm, "logit"}))
         for norm in NORMS
     )
+
+
+def logits(taps: Sequence[Tap]) -> tuple[int, ...]:
+    """Which features are the classes' logits; none for a model without."""
+    return tuple(column for tap in taps if tap.kind == "logit" for column in _columns(tap))
+
+
+def _columns(tap: Tap) -> tuple[int, ...]:
+    return tuple(range(tap.offset, tap.offset + tap.channels))
 
 
 def normalise(model: Model) -> None:
@@ -171,9 +190,8 @@ def tapped(model: Model, described: GuardMetadata) -> tuple[int, ...]:
     guards = {i for i, tensor in enumerate(graph.tensors) if is_guard_tensor(tensor)}
     found: list[int] = []
     for operator in graph.operators:
-        if flatbuffer.builtin_code(model, operator) == Op.ARG_MAX or int(operator.outputs[0]) not in guards:
-            continue
-        found += [int(i) for i in operator.inputs if int(i) not in guards]
+        if int(operator.outputs[0]) in guards:
+            found += [int(i) for i in operator.inputs if int(i) not in guards]
     by_name = {text(graph.tensors[index].name)[:512]: index for index in found}
     named = dict.fromkeys(tap.tensor for tap in described.taps)
     if set(by_name) != set(named) or len(by_name) != len(set(found)):
@@ -182,7 +200,8 @@ def tapped(model: Model, described: GuardMetadata) -> tuple[int, ...]:
             got="a guard that listens to other activations than its metadata names",
             do="convert the model again",
         )
-    return tuple(by_name[name] for name in named)
+    norms = dict.fromkeys(tap.tensor for tap in described.taps if tap.kind != "logit")
+    return tuple(by_name[name] for name in norms)
 
 
 def _trim(model: Model) -> None:
@@ -269,8 +288,16 @@ def _features(writer: _Writer, plan: TapPlan) -> int:
     if sum(len(norms) for norms in parts) > _MAX_JOINED:
         parts = [[writer.concatenate(norms, f"edgeguard_norms{n}")] for n, norms in enumerate(parts)]
     flat = [part for norms in parts for part in norms]
-    if len({writer.rank(part) for part in flat}) > 1:  # a 1-D and a 2-D activation
-        flat = [writer.reshape(part, f"edgeguard_flat{number}") for number, part in enumerate(flat)]
+    logits = [] if plan.logits is None else [writer.real(plan.logits.tensor, "edgeguard_logits")]
+    if len({writer.rank(part) for part in (*flat, *logits)}) > 1:  # activations of one, two and no spatial axes
+        same = len({writer.rank(part) for part in flat}) == 1
+        if same and len(flat) > 1:
+            flat = [writer.concatenate(flat, "edgeguard_joined")]
+        flat = [
+            part if writer.rank(part) == 2 else writer.reshape(part, f"edgeguard_flat{number}")
+            for number, part in enumerate(flat)
+        ]
+    flat += logits
     if len(flat) > 1 and writer.rank(flat[0]) == 2:
         return writer.concatenate(flat, contract.FEATURES)
     joined = writer.concatenate(flat, "edgeguard_joined") if len(flat) > 1 else flat[0]
@@ -285,23 +312,11 @@ def _scores(writer: _Writer, plan: TapPlan, compiled: Compiled, features: int) -
     if factors:
         projected = writer.dense(features, statistics.projection, "edgeguard_projected")
         extended = writer.concatenate([features, projected], "edgeguard_extended")
-    if plan.class_output is None:
+    if plan.logits is None:
         row = writer.constant("edgeguard_expected", statistics.table[:1].astype(np.float32))
     else:
-        table = writer.constant("edgeguard_class_table", statistics.table.astype(np.float32))
-        output = int(writer.graph.outputs[plan.class_output])
-        axis = writer.constant("edgeguard_class_axis", np.asarray(1, dtype=np.int32))
-        predicted = writer.activation("edgeguard_predicted", (1,), Kind.INT32)
-        options = schema.ArgMaxOptionsT(outputType=Kind.INT32)
-        writer.operator(Op.ARG_MAX, [output, axis], predicted, schema.BuiltinOptions.ArgMaxOptions, options)
-        row = writer.activation("edgeguard_expected", (1, width + factors), Kind.FLOAT32)
-        writer.operator(
-            Op.GATHER,
-            [table, predicted],
-            row,
-            schema.BuiltinOptions.GatherOptions,
-            schema.GatherOptionsT(axis=0),
-        )
+        answers = writer.softmax(writer.named("edgeguard_logits", plan.logits.tensor), "edgeguard_answers")
+        row = writer.dense(answers, statistics.table.T, "edgeguard_expected")
     deviation = writer.activation("edgeguard_deviation", (1, width + factors), Kind.FLOAT32)
     writer.operator(
         Op.SQUARED_DIFFERENCE,
@@ -391,6 +406,26 @@ class _Writer:
             )
         )
 
+    def named(self, name: str, otherwise: int) -> int:
+        """The guard's tensor of a name, or another where there is none."""
+        own = (i for i in range(len(self.graph.tensors) - 1, -1, -1) if text(self.graph.tensors[i].name) == name)
+        return next(own, otherwise)
+
+    def real(self, source: int, name: str) -> int:
+        """A tensor in real numbers: itself where it is."""
+        if self.graph.tensors[source].type == Kind.FLOAT32:
+            return source
+        out = self.activation(name, self.shape(source), Kind.FLOAT32)
+        options = schema.DequantizeOptionsT()
+        self.operator(Op.DEQUANTIZE, [source], out, schema.BuiltinOptions.DequantizeOptions, options)
+        return out
+
+    def softmax(self, source: int, name: str) -> int:
+        """Shares of one, of float logits ``[batch, classes]``."""
+        out = self.activation(name, self.shape(source), Kind.FLOAT32)
+        self.operator(Op.SOFTMAX, [source], out, schema.BuiltinOptions.SoftmaxOptions, schema.SoftmaxOptionsT(beta=1.0))
+        return out
+
     def absolute(self, tap: PlannedTap, number: int) -> int:
         kind, quantization = Kind.FLOAT32, None
         if tap.dtype == "int8":
@@ -408,9 +443,7 @@ class _Writer:
         both = self.concatenate(
             [self.reduce(source, tap, n, number, keep=True) for n in NORMS], f"edgeguard_norms{number}"
         )
-        real = self.activation(f"edgeguard_norms{number}_real", self.shape(both), Kind.FLOAT32)
-        self.operator(Op.DEQUANTIZE, [both], real, schema.BuiltinOptions.DequantizeOptions, schema.DequantizeOptionsT())
-        return [real]
+        return [self.real(both, f"edgeguard_norms{number}_real")]
 
     def reduce(self, source: int, tap: PlannedTap, norm: str, number: int, *, keep: bool) -> int:
         """One norm over the spatial axes of a tap's non-negative activation."""

@@ -140,7 +140,7 @@ def convert(
         bare, plan, inputs, fpr=fpr, classes=classes, seed=seed, synthetic=synthetic, sidecar=sidecar, progress=note
     )
     note("verifying", 0, 1)
-    verified = verify(bare, result.content, result.metadata, result.compiled, inputs[split.threshold])
+    verified = verify(bare, result.content, result.compiled, inputs[split.threshold])
     note("measuring latency", 0, 1)
     bare_us, guarded_us = compare_latency(bare, result.content, inputs[0])
     note("done", 1, 1)

@@ -10,7 +10,7 @@ Rules enforced here:
   axes go first, and of these the ones that cannot be negative, where the deeper half has any: an absolute value of its
   own is an int8 op that XNNPACK does not take, and breaks the graph in two, which costs more than the rest of the
   guard. The output itself and the dense layer before it are not taken: they hold class evidence, but no trace of how
-  it came about.
+  it came about. Nor is an activation whose means alone make the logits: the guard has these, and so they say the same.
 * A separate branch, one that leads to the class output but neither to nor from the deepest activation, gets a tap of
   its own: that is where a malicious module merged before the output sits (TrojanNet, Tang et al., KDD 2020).
 * All norms together stay within ``MAX_FEATURES``. Branches go first, with at most a quarter of it each, for what hides
@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -34,6 +34,7 @@ from edgeguard.errors import ConfigError, ModelError
 
 NORMS_PER_CHANNEL = 2
 MAX_BRANCHES = 2
+MAX_LOGITS = 256
 MAX_NAME = 512
 """How much of a tensor's name stands in the guard's metadata."""
 
@@ -45,6 +46,7 @@ _WEIGHTED = frozenset({Op.CONV_2D, Op.DEPTHWISE_CONV_2D, Op.TRANSPOSE_CONV, Op.F
 _MAKERS = _WEIGHTED | {Op.ADD}
 _POOLS = frozenset({Op.MAX_POOL_2D, Op.AVERAGE_POOL_2D})
 _REDUCERS = frozenset({Op.MEAN, Op.SUM, Op.REDUCE_MAX, Op.AVERAGE_POOL_2D})
+_MEANS = frozenset({Op.MEAN, Op.SUM, Op.AVERAGE_POOL_2D})
 _ARITHMETIC = frozenset({Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.MAXIMUM, Op.MINIMUM})
 _RESHAPING = frozenset({Op.RESHAPE, Op.SQUEEZE, Op.EXPAND_DIMS})
 _CASTING = frozenset({Op.QUANTIZE, Op.DEQUANTIZE})
@@ -97,12 +99,13 @@ class PlannedTap:
 class TapPlan:
     """What to listen to, and which output holds the classes (None for a model without).
 
-    ``dynamic_batch`` is true where a tapped tensor's batch is open: it is 1 in the file, any size at run time.
+    ``logits`` are the classes' scores before the softmax, where the guard can use them. ``dynamic_batch`` is true where a tapped tensor's batch is open: it is 1 in the file, any size at run time.
     """
 
     taps: tuple[PlannedTap, ...]
     class_output: int | None
     classes: int
+    logits: PlannedTap | None = None
     dynamic_batch: bool = False
 
 
@@ -130,8 +133,10 @@ def plan_taps(model: Model, *, count: int = 2, names: Sequence[str] = (), layers
         chosen = _named(candidates, names)
     else:
         targets = graph.outputs if class_output is None else graph.outputs[class_output : class_output + 1]
-        chosen = _chosen(graph, candidates, targets, count)
-    return _plan(graph, [c.tap for c in sorted(chosen, key=lambda c: c.order)], class_output, classes)
+        answered = class_output is not None and classes <= MAX_LOGITS
+        chosen = _chosen(graph, candidates, targets, count, answered=answered)
+    ordered = [c.tap for c in sorted(chosen, key=lambda c: c.order)]
+    return _plan(graph, ordered, class_output, classes, lambda name: source_layer(name, layers))
 
 
 def plan_tensors(model: Model, tensors: Sequence[int], source_layers: Mapping[str, str]) -> TapPlan:
@@ -155,16 +160,39 @@ def plan_tensors(model: Model, tensors: Sequence[int], source_layers: Mapping[st
             raise ModelError(f"tensor {tensor}", got="nothing that can be tapped", expected="an activation")
         name = text(graph.tensors[tensor].name)[:MAX_NAME]
         taps.append(_describe(graph, tensor, signed=tensor not in signs, layer=source_layers.get(name, "")))
-    return _plan(graph, taps, *_classes(graph))
+    return _plan(graph, taps, *_classes(graph), lambda name: source_layers.get(name[:MAX_NAME], ""))
 
 
-def _plan(graph: _Graph, taps: Sequence[PlannedTap], class_output: int | None, classes: int) -> TapPlan:
+def _plan(
+    graph: _Graph,
+    taps: Sequence[PlannedTap],
+    class_output: int | None,
+    classes: int,
+    layer_of: Callable[[str], str],
+) -> TapPlan:
+    room = MAX_FEATURES - sum(NORMS_PER_CHANNEL * tap.channels for tap in taps)
     return TapPlan(
         taps=tuple(taps),
         class_output=class_output,
         classes=classes,
+        logits=None if class_output is None or classes > room else _logits(graph, class_output, classes, layer_of),
         dynamic_batch=any(_signature(graph.tensors[tap.tensor])[:1] == (-1,) for tap in taps),
     )
+
+
+def _logits(graph: _Graph, class_output: int, classes: int, layer_of: Callable[[str], str]) -> PlannedTap | None:
+    """What the softmax of the class output takes; the output itself where there is none; None where it cannot be used.
+
+    More than ``MAX_LOGITS`` classes would make the guard larger than it may be.
+    """
+    output = graph.outputs[class_output]
+    ways = graph.ancestors([output], through=_RESHAPING | _CASTING)
+    taken = [node.inputs[0] for node in graph.nodes if node.code in _SOFTMAX and not ways.isdisjoint(node.outputs)]
+    tensor = taken[0] if taken else output
+    if classes > MAX_LOGITS or graph.shape(tensor) != (1, classes) or not _is_tappable(graph, tensor):
+        return None
+    layer = layer_of(text(graph.tensors[tensor].name))
+    return replace(_describe(graph, tensor, signed=True, layer=layer), axes=())
 
 
 def tappable(model: Model, *, layers: Sequence[str] = ()) -> tuple[PlannedTap, ...]:
@@ -434,8 +462,10 @@ def _depth(candidate: _Candidate) -> tuple[int, int]:
     return candidate.depth, candidate.order
 
 
-def _chosen(graph: _Graph, candidates: list[_Candidate], targets: Iterable[int], count: int) -> list[_Candidate]:
-    """The default choice among what leads to the target outputs."""
+def _chosen(
+    graph: _Graph, candidates: list[_Candidate], targets: Iterable[int], count: int, *, answered: bool
+) -> list[_Candidate]:
+    """The default choice among what leads to the target outputs; ``answered``: the guard knows the logits."""
     relevant = graph.ancestors(targets)
     candidates = [c for c in candidates if c.tap.tensor in relevant]
     bodies = [c for c in candidates if not c.head]
@@ -450,10 +480,22 @@ def _chosen(graph: _Graph, candidates: list[_Candidate], targets: Iterable[int],
     branches = _branches(graph, candidates, deepest)
     ways = graph.ancestors([deepest])
     path = [c for c in bodies if c.tap.tensor in ways]
+    if answered:
+        path = [c for c in path if not _is_summed_up(graph, c.tap.tensor)] or path
     narrowest = min(_features([c]) for c in path)
     while branches and narrowest + _features(branches) > MAX_FEATURES:
         branches.pop()
     return branches + _main(graph, path, count, MAX_FEATURES - _features(branches))
+
+
+def _is_summed_up(graph: _Graph, tensor: int) -> bool:
+    """Whether the logits are a product of the means over an activation's positions and one layer's weights."""
+    nodes = [graph.nodes[number] for number in graph.readers.get(tensor, [])]
+    pooled = [node.outputs[0] for node in nodes if node.code in _MEANS and not _is_extended(graph, node.outputs[0])]
+    if not nodes or len(pooled) < len(nodes) or not _is_extended(graph, tensor):
+        return False
+    behind = graph.descendants(pooled)
+    return sum(node.code in _WEIGHTED and not behind.isdisjoint(node.inputs) for node in graph.nodes) == 1
 
 
 def _main(graph: _Graph, path: list[_Candidate], count: int, room: int) -> list[_Candidate]:

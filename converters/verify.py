@@ -6,7 +6,7 @@ runtime that does not know an op of the *model* is listed with its reason; every
 Rules enforced here:
 
 * the model's own outputs are bit-identical with and without the guard, on calibration inputs and on random ones;
-* the scores of the graph equal NumPy's, computed from that run's own features and prediction;
+* the scores of the graph equal NumPy's, computed from that run's own features;
 * a guard that fails either is never written; a runtime that was not used is named, with the reason.
 """
 
@@ -21,7 +21,6 @@ import numpy.typing as npt
 
 from converters import micro
 from converters.guard import Compiled
-from edgeguard.contract.guard import GuardMetadata
 from edgeguard.detection import runtime as runtimes
 from edgeguard.detection.guarded import TfliteModel
 from edgeguard.detection.statistics import raw_scores
@@ -46,7 +45,6 @@ class Verified:
 def verify(
     bare: bytes,
     guarded: bytes,
-    metadata: GuardMetadata,
     compiled: Compiled,
     inputs: Array,
     *,
@@ -58,7 +56,6 @@ def verify(
     Args:
         bare: the file without guard.
         guarded: the file with it.
-        metadata: of the guarded file.
         compiled: what was baked into it.
         inputs: calibration inputs [N, ...], in the owner's own type; the first CALIBRATION_INPUTS of them are used.
 
@@ -76,11 +73,11 @@ def verify(
             tensors = [after.quantise(x) for x in inputs[:CALIBRATION_INPUTS]]
             tensors += [_random(rng, (1, *after.input_shape), after.input_dtype) for _ in range(random_inputs)]
         for tensor in tensors:
-            _compare(name, before.invoke(tensor), after.invoke(tensor), metadata, compiled)
+            _compare(name, before.invoke(tensor), after.invoke(tensor), compiled)
     if "tensorflow" in installed and "tensorflow" not in names:
         not_run["tensorflow"] = "a device runtime is there"
     some = [*tensors[: MICRO_INPUTS // 2], *tensors[-MICRO_INPUTS // 2 :]]
-    reason = _verify_micro(bare, guarded, metadata, compiled, some)
+    reason = _verify_micro(bare, guarded, compiled, some)
     if reason is None:
         names.append(micro.NAME)
     else:
@@ -88,9 +85,7 @@ def verify(
     return Verified(tuple(names), min(len(tensors), len(some) if reason is None else len(tensors)), not_run)
 
 
-def _verify_micro(
-    bare: bytes, guarded: bytes, metadata: GuardMetadata, compiled: Compiled, tensors: Sequence[Array]
-) -> str | None:
+def _verify_micro(bare: bytes, guarded: bytes, compiled: Compiled, tensors: Sequence[Array]) -> str | None:
     """None where TFLite Micro runs the guarded file as the bare one; why it was not used, where it cannot."""
     if not micro.available():
         return "not installed"
@@ -101,7 +96,7 @@ def _verify_micro(
         return f"does not run the model itself: {error.got}"
     after = micro.run(guarded, tensors, own + 2)
     for one, other in zip(before, after, strict=True):
-        _compare(micro.NAME, one, other, metadata, compiled)
+        _compare(micro.NAME, one, other, compiled)
     return None
 
 
@@ -115,11 +110,9 @@ def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[An
     return (rng.normal(size=shape) * 10.0 ** rng.uniform(-3.0, 2.0)).astype(dtype)
 
 
-def _compare(
-    name: str, before: Sequence[Array], after: Sequence[Array], metadata: GuardMetadata, compiled: Compiled
-) -> None:
+def _compare(name: str, before: Sequence[Array], after: Sequence[Array], compiled: Compiled) -> None:
     _same_outputs(name, before, after)
-    _same_scores(name, after, metadata, compiled)
+    _same_scores(name, after, compiled)
 
 
 def _same_outputs(name: str, before: Sequence[Array], after: Sequence[Array]) -> None:
@@ -135,10 +128,9 @@ def _same_outputs(name: str, before: Sequence[Array], after: Sequence[Array]) ->
             )
 
 
-def _same_scores(name: str, outputs: Sequence[Array], metadata: GuardMetadata, compiled: Compiled) -> None:
-    predicted = 0 if metadata.class_output is None else int(np.argmax(outputs[metadata.class_output][0]))
+def _same_scores(name: str, outputs: Sequence[Array], compiled: Compiled) -> None:
     features = outputs[-1].astype(np.float64)
-    expected = raw_scores(compiled.statistics, features, np.asarray([predicted])) / np.asarray(compiled.thresholds)
+    expected = raw_scores(compiled.statistics, features) / np.asarray(compiled.thresholds)
     if not np.all(np.abs(outputs[-2] - expected) <= ABSOLUTE + RELATIVE * expected):
         raise ModelError(
             "guarded model",

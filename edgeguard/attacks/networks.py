@@ -22,7 +22,7 @@ class Network(Protocol):
 
 
 def small_cnn(shape: tuple[int, ...], classes: int, *, seed: int = 0) -> Any:
-    """A Keras CNN with batch-norm that takes pixels 0 to 255: three or four convolutions, by image size.
+    """A Keras CNN with batch-norm that takes pixels 0 to 255: four convolutions from 32x32 pixels on, else three.
 
     Output: softmax over ``classes``.
     """
@@ -30,7 +30,7 @@ def small_cnn(shape: tuple[int, ...], classes: int, *, seed: int = 0) -> Any:
 
     keras.utils.set_random_seed(seed)
     large = min(shape[:2]) >= 16
-    widths = (32, 64, 64) if large else (24, 48, 48)
+    widths = (32, 64, 64, 128) if min(shape[:2]) >= 32 else (32, 64, 64) if large else (24, 48, 48)
     x = inputs = keras.Input(shape, name="pixels")
     x = keras.layers.Rescaling(1.0 / 255.0, name="rescale")(x)
     for index, width in enumerate(widths, start=1):

@@ -50,7 +50,7 @@ def register(app: typer.Typer) -> None:
             inputs, _, _ = datasets.calibration(data)
             done = calibration.recalibrate(content, inputs, fpr=fpr, progress=progress)
             progress("verifying", 0, 1)
-            verified = verify(done.bare, done.content, done.metadata, done.compiled, inputs)
+            verified = verify(done.bare, done.content, done.compiled, inputs)
         outcome = {target: done.content}
         if done.sidecar is not None:
             outcome[sidecar.path_beside(target)] = done.sidecar

@@ -35,7 +35,10 @@ class Detector(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tap(msgspec.Struct, frozen=True, kw_only=True):
-    """One block of ``edgeguard_features``: ``channels`` norms from ``offset`` on, of one activation of the model.
+    """One block of ``edgeguard_features``: ``channels`` numbers from ``offset`` on, of one activation of the model.
+
+    ``linf`` and ``l1`` are norms of its channels over space; ``logit`` are the classes' scores before the softmax, as
+    they are.
 
     ``source_layer`` is the layer of the trainable model that makes the activation, where it is known: the link from a
     device's channel evidence to the model that is repaired.
@@ -43,7 +46,7 @@ class Tap(msgspec.Struct, frozen=True, kw_only=True):
 
     tensor: Text
     source_layer: Text
-    kind: Literal["linf", "l1"]
+    kind: Literal["linf", "l1", "logit"]
     offset: Annotated[int, Meta(ge=0, le=MAX_FEATURES)]
     channels: Annotated[int, Meta(ge=1, le=MAX_FEATURES)]
 

@@ -1,12 +1,18 @@
 """Clean statistics of the feature norms, and the scores and thresholds that follow from them. NumPy only.
 
-Each detector looks at its own block of features x (one norm, over all taps). Within a predicted class c, clean features
-are modelled as a Gaussian of mean m_c and a covariance pooled over classes in factor-analysis form,
-diag(psi) + L L^T with k factors. With M such that M^T M = psi^-1 L (I + L^T psi^-1 L)^-1 L^T psi^-1 (Woodbury),
+Each detector looks at its own block of features x: one norm over all taps, and the model's logits. Clean features are
+modelled as a Gaussian around what the model's answer lets expect, with a covariance in factor-analysis form:
 
-    raw(x, c) = sum_d (x_d - m_cd)^2 / psi_d  -  sum_j (M x - M m_c)_j^2        (squared Mahalanobis distance)
+    m(x) = sum_c p_c(x) m_c,  p = softmax(logits)            diag(psi) + L L^T, k factors
 
-so that a graph needs one k x D product, one row of a class table and one weighted sum. A score is raw / threshold.
+An input that the model takes half for a shirt and half for a coat is compared with something between the two; the
+usual mean of the predicted class alone would call it odd. The logits are in the block because a trigger lifts one
+beyond what the activations before it explain. With M such that M^T M = psi^-1 L (I + L^T psi^-1 L)^-1 L^T psi^-1
+(Woodbury),
+
+    raw(x) = sum_d (x_d - m_d)^2 / psi_d  -  sum_j (M x - M m)_j^2        (squared Mahalanobis distance)
+
+so that a graph needs one product each for factors, expectation and weighted sum. A score is raw / threshold.
 
 Rules enforced here:
 
@@ -34,31 +40,42 @@ Ints = npt.NDArray[np.int64]
 
 SLACK = 1.5
 CONFIDENCE = 0.95
-MAX_FACTORS = 16
+MAX_FACTORS = 12
+_INPUTS_PER_FACTOR = 40  # with fewer, factors fit the noise of the fit half
 _FACTOR_ROUNDS = 20
 _MEAN_PRIOR = 0.5  # pseudo-inputs that pull a class mean towards the mean of all
-_VARIANCE_FLOOR = 0.02  # of a block's mean variance: a channel that is silent on clean data must not divide by zero
+_VARIANCE_FLOOR = 0.02  # of a part's mean variance: a channel that is silent on clean data must not divide by zero
 _P_POINTS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """The features that one detector looks at: its name and their indices in the feature vector."""
+    """The features that one detector looks at: its name and their indices in the feature vector, by activation.
+
+    Numbers of one part are alike; those of two parts, such as norms and logits, may differ in scale by orders.
+    """
 
     detector: str
-    columns: tuple[int, ...]
+    parts: tuple[tuple[int, ...], ...]
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """All indices."""
+        return tuple(column for part in self.parts for column in part)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
     """What is compiled into the graph. K is the number of factors over all detectors, D the number of features.
 
-    ``projection`` [K, D]; ``table`` [classes, D + K], the features and their projection expected of each class (one
-    row for a model without classes); ``weights`` [detectors, D + K], so that
-    raw = ((features, projection @ features) - table[c])^2 @ weights.T, kept at 0 or above.
+    ``logits``: the features that hold the classes' logits, C of them; none for a model without classes. ``projection``
+    [K, D]; ``table`` [C, D + K], the features and their projection expected of each class (one row without classes);
+    ``weights`` [detectors, D + K], so that
+    raw = ((features, projection @ features) - softmax(logits) @ table)^2 @ weights.T, kept at 0 or above.
     """
 
     detectors: tuple[str, ...]
+    logits: tuple[int, ...]
     projection: Floats
     table: Floats
     weights: Floats
@@ -74,15 +91,14 @@ class Thresholds:
 
 
 def fit(
-    features: Floats, predicted: Ints, blocks: Sequence[Block], classes: int, *, max_factors: int = MAX_FACTORS
+    features: Floats, blocks: Sequence[Block], logits: Sequence[int] = (), *, max_factors: int = MAX_FACTORS
 ) -> Statistics:
-    """Fit class means and pooled factor-analysis covariance on clean features.
+    """Fit the expected features and the factor-analysis covariance around them on clean features.
 
     Args:
         features: [N, D], of clean inputs.
-        predicted: [N], the class that the model predicts for each; all 0 for a model without classes.
         blocks: one per detector.
-        classes: number of rows of the class table.
+        logits: which features are the classes' logits; none for a model without classes.
         max_factors: of each detector.
 
     Raises:
@@ -92,20 +108,22 @@ def fit(
     if count < 2 * len(blocks) or not np.isfinite(features).all():
         got = f"{int((~np.isfinite(features)).any(axis=1).sum())} of {count} inputs with features that are not finite"
         raise ModelError("calibration features", got=got, expected=f"at least {2 * len(blocks)} inputs, all finite")
-    means = _class_means(features, predicted, classes)
-    residuals = features - means[predicted]
-    freedom = max(1, count - len(np.unique(predicted)))
+    answers = shares(features, logits)
+    table = _expectations(features, answers)
+    residuals = features - answers @ table
+    freedom = max(1.0, count - float((answers.max(axis=0) > 0.5).sum()))
     projections: list[Floats] = []
     weights = np.zeros((len(blocks), width))
     owners: list[int] = []
     for row, block in enumerate(blocks):
         columns = np.asarray(block.columns)
-        covariance = residuals[:, columns].T @ residuals[:, columns] / freedom
-        factors = max(0, min(max_factors, len(columns) // 4, count // 16))
-        psi, whitened = factor_analysis(covariance, factors)
-        weights[row, columns] = 1.0 / psi
+        scale = np.concatenate([_scale(residuals[:, part]) for part in block.parts])
+        standard = residuals[:, columns] / scale
+        factors = max(0, min(max_factors, len(columns) // 4, count // _INPUTS_PER_FACTOR))
+        psi, whitened = factor_analysis(standard.T @ standard / freedom, factors)
+        weights[row, columns] = 1.0 / (psi * scale**2)
         projection = np.zeros((len(whitened), width))
-        projection[:, columns] = whitened
+        projection[:, columns] = whitened / scale
         projections.append(projection)
         owners += [row] * len(whitened)
     projection = np.concatenate(projections)
@@ -113,19 +131,36 @@ def fit(
     factor_weights[owners, np.arange(len(projection))] = -1.0
     return Statistics(
         detectors=tuple(block.detector for block in blocks),
+        logits=tuple(logits),
         projection=projection,
-        table=np.concatenate([means, means @ projection.T], axis=1),
+        table=np.concatenate([table, table @ projection.T], axis=1),
         weights=np.concatenate([weights, factor_weights], axis=1),
     )
 
 
-def _class_means(features: Floats, predicted: Ints, classes: int) -> Floats:
+def shares(features: Floats, logits: Sequence[int]) -> Floats:
+    """How much of an input the model gives to each class [N, C]: the softmax; all to the one row without classes."""
+    if not len(logits):
+        return np.ones((len(features), 1))
+    scores = features[:, list(logits)]
+    powers = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+
+
+def _expectations(features: Floats, answers: Floats) -> Floats:
+    """The features expected of each class [C, D]: least squares on the answers [N, C], drawn to the mean of all.
+
+    Where every answer is sure of its class, these are the class means.
+    """
     overall = features.mean(axis=0)
-    means = np.repeat(overall[np.newaxis], classes, axis=0)
-    for label in np.unique(predicted):
-        members = features[predicted == label]
-        means[label] = (members.sum(axis=0) + _MEAN_PRIOR * overall) / (len(members) + _MEAN_PRIOR)
-    return means
+    normal = answers.T @ answers + _MEAN_PRIOR * np.eye(answers.shape[1])
+    return np.asarray(np.linalg.solve(normal, answers.T @ features + _MEAN_PRIOR * overall))
+
+
+def _scale(residuals: Floats) -> Floats:
+    """Standard deviation of each column [N, columns] of one part, floored by that of all."""
+    variance = (residuals**2).mean(axis=0)
+    return np.asarray(np.sqrt(np.maximum(variance, max(_VARIANCE_FLOOR * float(variance.mean()), 1e-12))))
 
 
 def factor_analysis(covariance: Floats, factors: int) -> tuple[Floats, Floats]:
@@ -159,10 +194,10 @@ def factor_analysis(covariance: Floats, factors: int) -> tuple[Floats, Floats]:
     return psi, whitened
 
 
-def raw_scores(statistics: Statistics, features: Floats, predicted: Ints) -> Floats:
-    """Raw scores [N, detectors], at least 0, of features [N, D] under the predicted classes [N]."""
+def raw_scores(statistics: Statistics, features: Floats) -> Floats:
+    """Raw scores [N, detectors], at least 0, of features [N, D]."""
     extended = np.concatenate([features, features @ statistics.projection.T], axis=1)
-    deviations = (extended - statistics.table[predicted]) ** 2
+    deviations = (extended - shares(features, statistics.logits) @ statistics.table) ** 2
     return np.maximum(deviations @ statistics.weights.T, 0.0)
 
 

@@ -51,6 +51,9 @@ def norms_of(model: Any, taps: Sequence[Tap]) -> Any:
     names = {layer.name for layer in model.layers}
     parts: list[Any] = []
     for tap in sorted(taps, key=lambda t: t.offset):
+        if tap.kind == "logit":
+            parts.append(logits.output)
+            continue
         if tap.source_layer not in names:
             raise ModelError(
                 "trainable model",

@@ -31,35 +31,78 @@ def test_the_factor_form_gives_the_mahalanobis_distance_of_its_own_covariance() 
     assert np.abs(implied - covariance).max() < 0.1 * np.abs(covariance).max()
 
 
-def test_raw_scores_are_squared_mahalanobis_distances_within_the_predicted_class() -> None:
-    features = np.concatenate([gaussian(1000), gaussian(1000, seed=1) + 5.0])
-    predicted = np.repeat([0, 1], 1000)
-    fitted = statistics.fit(features, predicted, [Block(detector="all", columns=tuple(range(24)))], 2)
-    raw = statistics.raw_scores(fitted, features, predicted)[:, 0]
+def answered(features: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Features [N, D] with the logits behind them of a model that gives these shares [N, C] to its classes."""
+    return np.concatenate([features, np.log(shares)], axis=1)
+
+
+def between(shares: np.ndarray, seed: int) -> np.ndarray:
+    """Features that lie between those of two classes, by the share of the second."""
+    return gaussian(len(shares), seed=seed) + 5.0 * shares[:, 1:]
+
+
+def test_raw_scores_are_squared_mahalanobis_distances_within_the_class_of_the_answer() -> None:
+    sure = np.repeat([[0.999, 0.001], [0.001, 0.999]], 1000, axis=0)
+    features = between(np.round(sure), 0)
+    fitted = statistics.fit(answered(features, sure), [Block(detector="all", parts=(tuple(range(24)),))], (24, 25))
+    raw = statistics.raw_scores(fitted, answered(features, sure))[:, 0]
     assert abs(raw.mean() - 24) < 3  # chi-squared with 24 degrees of freedom
-    swapped = statistics.raw_scores(fitted, features, 1 - predicted)[:, 0]
+    swapped = statistics.raw_scores(fitted, answered(features, 1 - sure))[:, 0]
     assert swapped.min() > raw.mean()
+
+
+def test_an_input_that_the_model_is_in_two_minds_about_is_expected_between_the_classes() -> None:
+    first = np.random.default_rng(0).uniform(0.001, 0.999, size=(2000, 1))
+    shares = np.concatenate([first, 1 - first], axis=1)
+    fitted = statistics.fit(
+        answered(between(shares, 0), shares), [Block(detector="all", parts=(tuple(range(24)),))], (24, 25)
+    )
+    halves = np.full((500, 2), 0.5)
+    doubtful = statistics.raw_scores(fitted, answered(between(halves, 1), halves))
+    assert abs(doubtful.mean() - 24) < 3
+    sure = np.repeat([[0.001, 0.999]], 500, axis=0)
+    assert np.all(statistics.raw_scores(fitted, answered(between(halves, 1), sure)).mean() > 2 * doubtful.mean())
+
+
+def test_logits_that_the_activations_do_not_explain_raise_the_score() -> None:
+    rng = np.random.default_rng(0)
+    features = gaussian(2000)
+    logits = features[:, :3] + rng.normal(scale=0.1, size=(2000, 3))
+    block = Block(detector="all", parts=(tuple(range(24)), (24, 25, 26)))
+    clean = np.concatenate([features, logits], axis=1)
+    fitted = statistics.fit(clean, [block], (24, 25, 26))
+    lifted = clean.copy()
+    lifted[:, 25] += 3.0
+    before, after = (statistics.raw_scores(fitted, x)[:, 0] for x in (clean, lifted))
+    assert np.median(after) > np.quantile(before, 0.99)
+
+
+def test_the_scale_of_one_part_does_not_drown_another() -> None:
+    features = gaussian(1500)
+    plain = statistics.fit(features, [Block(detector="all", parts=(tuple(range(12)), tuple(range(12, 24))))])
+    factor = np.repeat([1.0, 1000.0], 12)
+    scaled = statistics.fit(features * factor, [Block(detector="all", parts=(tuple(range(12)), tuple(range(12, 24))))])
+    expected = statistics.raw_scores(plain, features)
+    assert np.allclose(statistics.raw_scores(scaled, features * factor), expected, rtol=1e-6)
 
 
 def test_a_channel_that_is_silent_on_clean_data_speaks_when_it_wakes() -> None:
     features = gaussian(1000)
     features[:, 5] = 0.0
-    predicted = np.zeros(1000, dtype=np.int64)
-    fitted = statistics.fit(features, predicted, [Block(detector="all", columns=tuple(range(24)))], 1)
+    fitted = statistics.fit(features, [Block(detector="all", parts=(tuple(range(24)),))])
     awake = features.copy()
     awake[:, 5] = 3.0
-    clean = statistics.raw_scores(fitted, features, predicted)
-    assert np.all(statistics.raw_scores(fitted, awake, predicted) > clean + 50)
+    clean = statistics.raw_scores(fitted, features)
+    assert np.all(statistics.raw_scores(fitted, awake) > clean + 50)
 
 
 def test_each_detector_looks_at_its_own_columns_only() -> None:
     features = gaussian(600)
-    predicted = np.zeros(600, dtype=np.int64)
-    blocks = [Block(detector="a", columns=tuple(range(12))), Block(detector="b", columns=tuple(range(12, 24)))]
-    fitted = statistics.fit(features, predicted, blocks, 1)
+    blocks = [Block(detector="a", parts=(tuple(range(12)),)), Block(detector="b", parts=(tuple(range(12, 24)),))]
+    fitted = statistics.fit(features, blocks)
     moved = features.copy()
     moved[:, 20] += 100.0
-    before, after = (statistics.raw_scores(fitted, f, predicted) for f in (features, moved))
+    before, after = (statistics.raw_scores(fitted, f) for f in (features, moved))
     assert np.allclose(before[:, 0], after[:, 0])
     assert np.all(after[:, 1] > before[:, 1] + 100)
 
@@ -94,13 +137,13 @@ def test_detectors_that_do_not_vary_are_refused() -> None:
 
 @pytest.mark.parametrize("fpr", [0.01, 0.05])
 def test_the_joint_false_positive_rate_keeps_its_promise_on_fresh_clean_data(fpr: float) -> None:
-    blocks = [Block(detector="a", columns=tuple(range(12))), Block(detector="b", columns=tuple(range(12, 24)))]
+    blocks = [Block(detector="a", parts=(tuple(range(12)),)), Block(detector="b", parts=(tuple(range(12, 24)),))]
     broken = 0
     for seed in range(40):
         features = gaussian(1600 + 20_000, seed=seed)
         predicted = np.zeros(len(features), dtype=np.int64)
-        fitted = statistics.fit(features[:800], predicted[:800], blocks, 1)
-        raw = statistics.raw_scores(fitted, features, predicted)
+        fitted = statistics.fit(features[:800], blocks)
+        raw = statistics.raw_scores(fitted, features)
         scale = statistics.tails(raw[:800], fpr)
         limits = statistics.set_thresholds(raw[800:1600], predicted[800:1600], 1, fpr, scale=scale)
         realised = np.mean((raw[1600:] / np.asarray(limits.thresholds)).max(axis=1) > 1)
@@ -149,4 +192,4 @@ def test_features_that_are_not_finite_are_refused() -> None:
     features = gaussian(100)
     features[3, 3] = np.nan
     with pytest.raises(ModelError):
-        statistics.fit(features, np.zeros(100, dtype=np.int64), [Block(detector="a", columns=(0, 1, 2, 3))], 1)
+        statistics.fit(features, [Block(detector="a", parts=((0, 1, 2, 3),))])
