@@ -99,7 +99,8 @@ class PlannedTap:
 class TapPlan:
     """What to listen to, and which output holds the classes (None for a model without).
 
-    ``logits`` are the classes' scores before the softmax, where the guard can use them. ``dynamic_batch`` is true where a tapped tensor's batch is open: it is 1 in the file, any size at run time.
+    ``logits`` are the classes' scores before the softmax, where the guard can use them. ``dynamic_batch`` is true where
+    a tapped tensor's batch is open: it is 1 in the file, any size at run time.
     """
 
     taps: tuple[PlannedTap, ...]
