@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from converters import flatbuffer, guard, taps
 from edgeguard.contract.guard import Calibration, Detector, Environment, GuardMetadata, ModelInput
+from edgeguard.detection import cascade
 from edgeguard.detection import metadata as metadata_reader
 from edgeguard.detection import sidecar as sidecars
 from edgeguard.detection.guarded import TfliteModel
@@ -38,6 +39,7 @@ from edgeguard.detection.statistics import (
     inputs_needed,
     raw_scores,
     set_thresholds,
+    shares,
     tails,
 )
 from edgeguard.errors import ConfigError, ModelError
@@ -263,7 +265,8 @@ def guard_model(
     check_fit(inputs, model.input_shape, model.input_dtype, model.input_quantization)
     names = _class_names(classes, plan)
     split = halves(len(inputs), seed)
-    measured = measure(guard.bake_features(bare, plan), plan, inputs, progress)
+    probe = guard.bake_features(bare, plan)
+    measured = measure(probe, plan, inputs, progress)
     if not synthetic:
         check_classes(measured.predicted[split.fit], plan.classes)
     order = np.concatenate([split.fit, split.threshold])
@@ -276,7 +279,10 @@ def guard_model(
     factors = MAX_FACTORS
     while True:
         statistics, limits = _fit(measured, split, plan, fpr, factors)
-        companion = _sidecar(inputs, measured, split, plan, statistics, limits) if sidecar else None
+        companion = None
+        if sidecar:
+            stages = {} if synthetic else _stages(probe, inputs, measured, split, statistics, limits, fpr, progress)
+            companion = _sidecar(inputs, measured, split, plan, statistics, limits, stages)
         metadata = GuardMetadata(
             model_digest=_NO_DIGEST,
             guard_digest=_NO_DIGEST,
@@ -382,8 +388,46 @@ def _fit(
     )
 
 
+def _stages(
+    probe: bytes,
+    inputs: Array,
+    measured: Measured,
+    split: Halves,
+    statistics: Statistics,
+    limits: Thresholds,
+    fpr: float,
+    progress: Progress | None,
+) -> dict[str, tuple[float, ...]]:
+    """What the dearer stages are calibrated to; nothing for a model without classes, or with too few inputs."""
+    if not statistics.logits:
+        return {}
+    model = TfliteModel(probe)
+
+    def answer(x: Array) -> Floats:
+        return np.asarray(shares(model.invoke(model.quantise(x))[-1].astype(np.float64), statistics.logits)[0])
+
+    scores = (raw_scores(statistics, measured.features) / np.asarray(limits.thresholds)).max(axis=1)
+    found = cascade.calibrate(
+        inputs[split.fit],
+        scores[split.fit],
+        inputs[split.threshold],
+        scores[split.threshold],
+        fpr=fpr,
+        answer=answer,
+        overlays=inputs[split.fit[:OVERLAYS]],
+        progress=progress,
+    )
+    return {} if found is None else found.stages()
+
+
 def _sidecar(
-    inputs: Array, measured: Measured, split: Halves, plan: taps.TapPlan, statistics: Statistics, limits: Thresholds
+    inputs: Array,
+    measured: Measured,
+    split: Halves,
+    plan: taps.TapPlan,
+    statistics: Statistics,
+    limits: Thresholds,
+    stages: dict[str, tuple[float, ...]],
 ) -> bytes:
     room = (sidecars.MAX_SIDECAR - _SIDECAR_OVERHEAD) // inputs[0].nbytes
     share = min(1.0, room / (OVERLAYS + SELF_TEST_INPUTS))
@@ -396,7 +440,7 @@ def _sidecar(
             self_test=inputs[chosen],
             predicted=unknown if plan.class_output is None else measured.predicted[chosen],
             scores=(raw / np.asarray(limits.thresholds)).astype(np.float32),
-            stages={},
+            stages=stages,
         )
     )
 

@@ -45,7 +45,7 @@ def register(app: typer.Typer) -> None:
                 do="fetch or convert it again",
             )
         inputs = datasets.pool(data, "test").x_test[:limit]
-        counts = {"clean": 0, "flagged": 0, "not checked": 0}
+        counts = {"clean": 0, "flagged": 0, "not checked": 0, "not audited": 0}
         for index, one in enumerate(inputs):
             verdict = guarded.infer(one).verdict
             counts[verdict.status] += 1
@@ -59,7 +59,7 @@ def register(app: typer.Typer) -> None:
             typer.echo(", ".join(f"{count} {name}" for name, count in counts.items()))
         if counts["flagged"]:
             raise typer.Exit(EXIT_FINDINGS)
-        if counts["not checked"] or not counts["clean"]:
+        if counts["not checked"] or counts["not audited"] or not counts["clean"]:
             raise typer.Exit(EXIT_NOT_CHECKED)
 
 
@@ -73,5 +73,7 @@ def as_dict(index: int, verdict: Verdict) -> dict[str, Any]:
         "scores": {name: None if math.isnan(s) else s for name, s in verdict.scores.items()},
         "p_value": verdict.p_value,
         "stages": list(verdict.stages),
+        "evidence": dict(verdict.evidence),
+        "audit": verdict.audit,
         "reason": verdict.reason,
     }

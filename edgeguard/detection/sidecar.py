@@ -50,7 +50,13 @@ _MAX_DIRECTORY = 1024
 
 # NumPy documents these functions but gives them no types.
 _npy: Any = np.lib.format
-_Stages = Annotated[dict[Annotated[str, Meta(min_length=1, max_length=64)], float], Meta(max_length=16)]
+_Stages = Annotated[
+    dict[
+        Annotated[str, Meta(min_length=1, max_length=64)],
+        Annotated[tuple[float, ...], Meta(min_length=1, max_length=256)],
+    ],
+    Meta(max_length=16),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +65,15 @@ class Sidecar:
 
     ``overlays`` ``[n, *input shape]`` are superimposed on inputs by STRIP. With ``self_test`` ``[m, *input shape]`` go
     ``predicted`` ``[m]`` (class indices, -1 for a model without classes) and ``scores`` ``[m, detectors]`` (each over
-    its threshold, in the order of the metadata's detectors). ``stages`` maps a dearer stage to its threshold; it is
-    empty where none was calibrated.
+    its threshold, in the order of the metadata's detectors). ``stages`` are the numbers that the dearer stages were
+    calibrated to, as :mod:`edgeguard.detection.cascade` names them; empty where none was calibrated.
     """
 
     overlays: Array
     self_test: Array
     predicted: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float32]
-    stages: Mapping[str, float]
+    stages: Mapping[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ def encode(sidecar: Sidecar) -> bytes:
     Raises:
         ModelError: the parts do not fit each other, or are larger than ``MAX_SIDECAR`` bytes together.
     """
-    stages = {name: float(sidecar.stages[name]) for name in sorted(sidecar.stages)}
+    stages = {name: tuple(float(n) for n in sidecar.stages[name]) for name in sorted(sidecar.stages)}
     _check_parts(replace(sidecar, stages=stages), "sidecar")
     arrays = (sidecar.overlays, sidecar.self_test, sidecar.predicted, sidecar.scores)
     members = (*(_npy_bytes(array) for array in arrays), msgspec.json.encode(stages))
@@ -290,9 +296,9 @@ def _check_parts(sidecar: Sidecar, name: str) -> None:
     try:
         stages = msgspec.convert(dict(sidecar.stages), type=_Stages)
     except msgspec.ValidationError as error:
-        raise _unfit(name, f"stages: {error}", "names with their thresholds") from error
-    if not all(math.isfinite(threshold) for threshold in stages.values()):
-        raise _unfit(name, "a stage's threshold that is NaN or infinite", "a finite number")
+        raise _unfit(name, f"stages: {error}", "names with their numbers") from error
+    if not all(math.isfinite(number) for numbers in stages.values() for number in numbers):
+        raise _unfit(name, "a stage's number that is NaN or infinite", "finite numbers")
 
 
 def _check_predicted(sidecar: Sidecar, metadata: GuardMetadata, name: str) -> None:

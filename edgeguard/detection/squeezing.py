@@ -76,13 +76,20 @@ SQUEEZERS: Mapping[str, Squeezer] = {
 """Those that need NumPy alone. Non-local means needs a library of its own and is left to benchmarks."""
 
 
-def distances(image: Pixels, answer: Callable[[Pixels], Floats], squeezers: Mapping[str, Squeezer]) -> dict[str, float]:
+def distances(
+    image: Pixels,
+    answer: Callable[[Pixels], Floats],
+    squeezers: Mapping[str, Squeezer],
+    *,
+    before: Floats | None = None,
+) -> dict[str, float]:
     """The l1 distance of the probabilities before and after each squeezer, 0 to 2.
 
     Args:
         image: uint8 [H, W, C].
         answer: probabilities [C] of an image.
         squeezers: by name.
+        before: the answer to the image as it is, where it is known.
 
     Raises:
         ModelError: not an image.
@@ -91,8 +98,8 @@ def distances(image: Pixels, answer: Callable[[Pixels], Floats], squeezers: Mapp
         raise ModelError(
             "feature squeezing", got=f"{image.dtype}{list(image.shape)}", expected="a uint8 image [H, W, C]"
         )
-    before = answer(image)
-    return {name: float(np.abs(before - answer(squeeze(image))).sum()) for name, squeeze in squeezers.items()}
+    known = answer(image) if before is None else before
+    return {name: float(np.abs(known - answer(squeeze(image))).sum()) for name, squeeze in squeezers.items()}
 
 
 def fit_limits(scores: Floats, fpr: float) -> SqueezeLimits:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from edgeguard.contract import scores as decision
 
-Status = Literal["clean", "flagged", "not checked"]
+Status = Literal["clean", "flagged", "not checked", "not audited"]
+Audit = Literal["not available", "not needed", "done", "no budget"]
 
 ONE_PASS = "one-pass"
 
@@ -21,7 +22,9 @@ class Verdict:
 
     ``predicted`` is the class index, None for a model without classes. ``score`` is the largest of ``scores``, each
     divided by its threshold; NaN means not checked. ``p_value`` is the share of clean calibration inputs that score
-    at least as high, None where it is unknown. ``stages`` lists the checks that ran.
+    at least as high, None where it is unknown. ``stages`` lists the checks that ran, ``evidence`` what the dearer ones
+    measured. ``audit`` says how the dearer checks stand: there are none, the score was far from doubtful, they ran, or
+    they should have run but the budget was spent.
     """
 
     predicted: int | None
@@ -30,13 +33,17 @@ class Verdict:
     p_value: float | None
     stages: tuple[str, ...]
     reason: str
+    evidence: Mapping[str, float] = field(default_factory=dict)
+    audit: Audit = "not available"
 
     @property
     def status(self) -> Status:
-        """``not checked`` is never ``clean``."""
+        """``not checked`` is never ``clean``, and neither is a doubtful input that the budget did not reach."""
         if math.isnan(self.score):
             return "not checked"
-        return "flagged" if decision.is_flagged(self.score) else "clean"
+        if decision.is_flagged(self.score):
+            return "flagged"
+        return "not audited" if self.audit == "no budget" else "clean"
 
     @property
     def flagged(self) -> bool:
