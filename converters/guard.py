@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -37,7 +37,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from converters import flatbuffer
 from converters.flatbuffer import Model, text
-from converters.taps import PlannedTap, TapPlan
+from converters.taps import NORMS, Norm, PlannedTap, TapPlan
 from edgeguard.contract import guard as contract
 from edgeguard.contract.guard import GuardMetadata, Tap
 from edgeguard.detection.statistics import Block, Statistics
@@ -46,7 +46,6 @@ from edgeguard.errors import ModelError, TrustError
 Op = schema.BuiltinOperator
 Kind = schema.TensorType
 
-NORMS: tuple[Literal["linf", "l1"], ...] = ("linf", "l1")
 SIGNATURE = "serving_default"
 _MIN_VERSIONS = {Op.REDUCE_MAX: 2, Op.MEAN: 2, Op.ABS: 2, Op.DEQUANTIZE: 2}
 _NO_DIGEST = "0" * 64
@@ -66,7 +65,7 @@ def layout(plan: TapPlan) -> tuple[Tap, ...]:
     taps: list[Tap] = []
     offset = 0
     for tap in plan.taps:
-        for norm in NORMS:
+        for norm in tap.norms:
             taps.append(
                 Tap(
                     tensor=tap.name[:512],
@@ -180,8 +179,8 @@ def check_digests(model: Model, described: GuardMetadata) -> None:
             )
 
 
-def tapped(model: Model, described: GuardMetadata) -> tuple[int, ...]:
-    """Indices of the activations that a guarded model's guard listens to, in the order that its metadata has.
+def tapped(model: Model, described: GuardMetadata) -> dict[int, tuple[Norm, ...]]:
+    """Indices of the activations that a guarded model's guard listens to, in its metadata's order, with their norms.
 
     Raises:
         ModelError: they are not those that the metadata names.
@@ -200,8 +199,12 @@ def tapped(model: Model, described: GuardMetadata) -> tuple[int, ...]:
             got="a guard that listens to other activations than its metadata names",
             do="convert the model again",
         )
-    norms = dict.fromkeys(tap.tensor for tap in described.taps if tap.kind != "logit")
-    return tuple(by_name[name] for name in norms)
+    norms: dict[int, tuple[Norm, ...]] = {}
+    for tap in described.taps:
+        if tap.kind != "logit":
+            index = by_name[tap.tensor]
+            norms[index] = (*norms.get(index, ()), tap.kind)
+    return norms
 
 
 def _trim(model: Model) -> None:
@@ -439,13 +442,12 @@ class _Writer:
         """The norms of a tap in real numbers, l-infinity first as in :func:`layout`; a tensor each, or one of both."""
         source = self.absolute(tap, number) if tap.signed else tap.tensor
         if tap.dtype == "float32":
-            return [self.reduce(source, tap, norm, number, keep=False) for norm in NORMS]
-        both = self.concatenate(
-            [self.reduce(source, tap, n, number, keep=True) for n in NORMS], f"edgeguard_norms{number}"
-        )
+            return [self.reduce(source, tap, norm, number, keep=False) for norm in tap.norms]
+        parts = [self.reduce(source, tap, norm, number, keep=True) for norm in tap.norms]
+        both = self.concatenate(parts, f"edgeguard_norms{number}") if len(parts) > 1 else parts[0]
         return [self.real(both, f"edgeguard_norms{number}_real")]
 
-    def reduce(self, source: int, tap: PlannedTap, norm: str, number: int, *, keep: bool) -> int:
+    def reduce(self, source: int, tap: PlannedTap, norm: Norm, number: int, *, keep: bool) -> int:
         """One norm over the spatial axes of a tap's non-negative activation."""
         if not tap.axes:
             return source

@@ -13,6 +13,8 @@ Rules enforced here:
   it came about. Nor is an activation whose means alone make the logits: the guard has these, and so they say the same.
 * A separate branch, one that leads to the class output but neither to nor from the deepest activation, gets a tap of
   its own: that is where a malicious module merged before the output sits (TrojanNet, Tang et al., KDD 2020).
+* Both norms of the deepest activation, of branches and of those that were named; of others the l1 norm alone: the
+  l-infinity norms of a second activation found nothing more, and take time and bytes.
 * All norms together stay within ``MAX_FEATURES``. Branches go first, with at most a quarter of it each, for what hides
   there is small; then the deepest activation that fits.
 """
@@ -32,7 +34,9 @@ from converters.flatbuffer import Model, builtin_code, constant, text
 from edgeguard.contract.messages import MAX_FEATURES
 from edgeguard.errors import ConfigError, ModelError
 
-NORMS_PER_CHANNEL = 2
+Norm = Literal["linf", "l1"]
+NORMS: tuple[Norm, ...] = ("linf", "l1")
+NORMS_PER_CHANNEL = len(NORMS)
 MAX_BRANCHES = 2
 MAX_LOGITS = 256
 MAX_NAME = 512
@@ -82,7 +86,10 @@ _TAIL = (
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedTap:
-    """One activation: its tensor, its channels (last axis), the axes to reduce, and how its numbers are stored."""
+    """One activation: its tensor, its channels (last axis), the axes to reduce, and how its numbers are stored.
+
+    ``norms`` are what the guard takes of it.
+    """
 
     tensor: int
     name: str
@@ -93,6 +100,7 @@ class PlannedTap:
     dtype: Literal["int8", "float32"]
     scale: float
     zero_point: int
+    norms: tuple[Norm, ...] = NORMS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,12 +148,12 @@ def plan_taps(model: Model, *, count: int = 2, names: Sequence[str] = (), layers
     return _plan(graph, ordered, class_output, classes, lambda name: source_layer(name, layers))
 
 
-def plan_tensors(model: Model, tensors: Sequence[int], source_layers: Mapping[str, str]) -> TapPlan:
+def plan_tensors(model: Model, tensors: Mapping[int, tuple[Norm, ...]], source_layers: Mapping[str, str]) -> TapPlan:
     """The plan that listens to given activations of a checked, unguarded model, in their order: to calibrate anew.
 
     Args:
         model: as ``flatbuffer.parse`` gives it.
-        tensors: indices of the activations.
+        tensors: indices of the activations, and the norms of each.
         source_layers: the source layer of each, by the tensor's name as the guard's metadata has it.
 
     Raises:
@@ -156,11 +164,12 @@ def plan_tensors(model: Model, tensors: Sequence[int], source_layers: Mapping[st
     signs = _non_negative(graph)
     made = {o for node in graph.nodes for o in node.outputs}
     taps: list[PlannedTap] = []
-    for tensor in tensors:
+    for tensor, norms in tensors.items():
         if tensor not in made or not _is_tappable(graph, tensor):
             raise ModelError(f"tensor {tensor}", got="nothing that can be tapped", expected="an activation")
         name = text(graph.tensors[tensor].name)[:MAX_NAME]
-        taps.append(_describe(graph, tensor, signed=tensor not in signs, layer=source_layers.get(name, "")))
+        tap = _describe(graph, tensor, signed=tensor not in signs, layer=source_layers.get(name, ""))
+        taps.append(replace(tap, norms=norms))
     return _plan(graph, taps, *_classes(graph), lambda name: source_layers.get(name[:MAX_NAME], ""))
 
 
@@ -171,7 +180,7 @@ def _plan(
     classes: int,
     layer_of: Callable[[str], str],
 ) -> TapPlan:
-    room = MAX_FEATURES - sum(NORMS_PER_CHANNEL * tap.channels for tap in taps)
+    room = MAX_FEATURES - sum(len(tap.norms) * tap.channels for tap in taps)
     return TapPlan(
         taps=tuple(taps),
         class_output=class_output,
@@ -486,7 +495,8 @@ def _chosen(
     narrowest = min(_features([c]) for c in path)
     while branches and narrowest + _features(branches) > MAX_FEATURES:
         branches.pop()
-    return branches + _main(graph, path, count, MAX_FEATURES - _features(branches))
+    first, *others = _main(graph, path, count, MAX_FEATURES - _features(branches))
+    return [*branches, first, *(replace(c, tap=replace(c.tap, norms=("l1",))) for c in others)]
 
 
 def _is_summed_up(graph: _Graph, tensor: int) -> bool:

@@ -14,7 +14,8 @@ Rules enforced here:
 
 * an input is flagged where F exceeds a threshold of its own, set on the threshold half by the same order statistic as
   the one-pass threshold, so that the cascade as a whole keeps the false-positive rate;
-* extra inferences come out of a budget per second; where it is spent, a doubtful input is "not audited", never clean;
+* extra inferences come out of a budget per second; where it is spent, the one-pass threshold alone flags, and an input
+  that is doubtful but below it is "not audited", never clean;
 * without a sidecar, or for a model without classes, the one pass decides, and the verdict says that no audit is there;
 * which inputs are audited at random cannot be told from the input: the generator is the caller's.
 """
@@ -35,8 +36,7 @@ from edgeguard.detection.guarded import GuardedModel, Inference
 from edgeguard.detection.sidecar import Sidecar
 from edgeguard.detection.squeezing import SQUEEZERS, distances
 from edgeguard.detection.statistics import allowed_exceedances, shares
-from edgeguard.detection.strip import Answer, StripLimits, fit_limits, strip, superimpose
-from edgeguard.detection.strip import entropy as entropy_of
+from edgeguard.detection.strip import Answer, StripLimits, entropy, fit_limits, stopped, strip, superimpose
 from edgeguard.detection.verdict import ONE_PASS, Audit, Verdict, p_value
 from edgeguard.errors import ConfigError
 
@@ -189,16 +189,20 @@ def calibrate(
     if allowed is None or len(chosen) < MIN_REFERENCE or len(overlays) < 2:
         return None
     squeeze = fit_inputs.dtype == np.uint8 and fit_inputs.ndim == 4 and min(fit_inputs.shape[1:3]) >= 4
-    every = np.asarray([[entropy_of(answer(superimpose(fit_inputs[i], o))) for o in overlays[:MAX_OVERLAYS]]
-                        for i in chosen])  # fmt: skip
+    if progress:
+        progress("calibrating the dearer checks", 0, 1)
+    every = np.asarray(
+        [[entropy(answer(superimpose(fit_inputs[i], o))) for o in overlays[:MAX_OVERLAYS]] for i in chosen]
+    )
     sequential = fit_limits(every, SEQUENTIAL_AT)
-    seen = [check(fit_inputs[i], answer, overlays, sequential, squeeze=squeeze).values for i in _told(chosen, progress)]
+    squeezers = {name: SQUEEZERS[name] for name in SQUEEZED_BY}
+    moved = [distances(fit_inputs[i], answer, squeezers) for i in chosen] if squeeze else []
     limits = Limits(
         grey=float(np.quantile(fit_scores, 1.0 - GREY)),
         threshold=1.0,
         strip=sequential,
-        entropies=_thinned([values[STRIP] for values in seen]),
-        distances=_thinned([values[SQUEEZING] for values in seen]) if squeeze else (),
+        entropies=_thinned([stopped(row, sequential) for row in every]),
+        distances=_thinned([sum(m.values()) / len(m) for m in moved]),
         score_to_p=(),
     )
     joint = threshold_scores.copy()
@@ -213,16 +217,10 @@ def calibrate(
     return replace(limits, threshold=level, score_to_p=table)
 
 
-def _told(indices: npt.NDArray[np.intp], progress: Callable[[str, int, int], None] | None) -> list[int]:
-    if progress:
-        progress("calibrating the dearer checks", 0, 1)
-    return [int(i) for i in indices]
-
-
 def _thinned(values: list[float]) -> tuple[float, ...]:
     """At most ``MAX_REFERENCE`` of them that stand for all, ascending."""
     if len(values) <= MAX_REFERENCE:
-        return tuple(sorted(values))
+        return tuple(sorted(float(v) for v in values))
     return tuple(float(v) for v in np.quantile(values, np.linspace(0.0, 1.0, MAX_REFERENCE)))
 
 
@@ -280,12 +278,15 @@ class Cascade:
         verdict, limits = first.verdict, self.limits
         if limits is None or verdict.status == "not checked" or self._overlays is None:
             return first, 1
-        doubtful = verdict.score >= limits.grey
-        if not doubtful and self._rng.random() >= self._audit_share:
+        # From the cascade's own threshold on, the dearer stages could change nothing: they only ever add.
+        doubtful = limits.grey <= verdict.score <= limits.threshold
+        if verdict.score > limits.threshold or (not doubtful and self._rng.random() >= self._audit_share):
             return replace(first, verdict=_decided(verdict, {}, limits, "not needed")), 1
         if not self._affords(worst_cost(limits)):
-            audit: Audit = "no budget" if doubtful else "not needed"
-            return replace(first, verdict=_decided(verdict, {}, limits, audit)), 1
+            if not doubtful:
+                return replace(first, verdict=_decided(verdict, {}, limits, "not needed")), 1
+            reason = f"{verdict.reason}; doubtful, but the budget for audits is spent"
+            return replace(first, verdict=replace(verdict, audit="no budget", reason=reason)), 1
         before = self._shares(first.features)
         found = check(x, self._answer, self._overlays, limits.strip, squeeze=bool(limits.distances), before=before)
         self._tokens -= found.forwards
@@ -321,8 +322,6 @@ def _decided(verdict: Verdict, values: Mapping[str, float], limits: Limits, audi
         for name, reference in ((STRIP, limits.entropies), (SQUEEZING, limits.distances))
         if name in values
     ]
-    if audit == "no budget":
-        steady.append("doubtful, but the budget for audits is spent")
     steady.append(f"together {score:.2f}, {'above' if score > 1.0 else 'within'} the threshold of 1")
     return replace(
         verdict,

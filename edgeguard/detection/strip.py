@@ -84,21 +84,28 @@ def strip(x: Array, overlays: Array, answer: Answer, limits: StripLimits | None 
         raise ModelError(
             "STRIP overlays", got=f"shape {list(overlays.shape)}", expected=f"[N, *{list(x.shape)}], N > 0"
         )
-    total = 0.0
-    for count, overlay in enumerate(overlays, start=1):
-        total += entropy(answer(superimpose(x, overlay)))
-        if (
-            limits is not None
-            and count >= MIN_OVERLAYS
-            and count < len(overlays)
-            and _clear(total / count, count, limits)
-        ):
+    found: list[float] = []
+    for overlay in overlays:
+        found.append(entropy(answer(superimpose(x, overlay))))
+        if limits is not None and _clear(sum(found) / len(found), len(found), limits):
             break
-    mean = total / count
-    return StripResult(entropy=mean, forwards=count, flagged=limits is not None and mean <= limits.threshold)
+    mean = sum(found) / len(found)
+    return StripResult(entropy=mean, forwards=len(found), flagged=limits is not None and mean <= limits.threshold)
+
+
+def stopped(entropies: Floats, limits: StripLimits) -> float:
+    """The mean entropy that :func:`strip` would return, from the entropies under all overlays in their order [N]."""
+    total = 0.0
+    for count, value in enumerate(entropies, start=1):
+        total += float(value)
+        if _clear(total / count, count, limits):
+            break
+    return total / count
 
 
 def _clear(mean: float, count: int, limits: StripLimits) -> bool:
+    if count < MIN_OVERLAYS:
+        return False
     margin = NormalDist().inv_cdf(CERTAINTY) * limits.spread / math.sqrt(count)
     return abs(mean - limits.threshold) > margin
 
