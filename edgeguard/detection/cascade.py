@@ -44,7 +44,7 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 Clock = Callable[[], float]
 
-GREY = 0.05
+GREY = 0.04
 REFERENCE = 0.2
 WEIGHT = 0.25
 CAP = 2.0
