@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint conversion conformance fuzz wheel clean
+.PHONY: help demo test test-all lint conversion zoo bench-detection conformance fuzz wheel clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,6 +49,13 @@ lint: $(STAMP) ## ruff and mypy
 
 conversion: $(STAMP) ## what a guard costs: latency, size and time, side by side; writes benchmarks/results
 	$(BIN)/python -m benchmarks.conversion --json benchmarks/results/conversion.json $(ARGS)
+
+zoo: $(STAMP) ## train the attack zoo; resumes (ARGS="--data digits")
+	$(BIN)/python -m benchmarks.zoo --json benchmarks/results/zoo.json $(ARGS)
+
+bench-detection: $(STAMP) ## our detector beside published ones on the zoo; resumes; writes docs/detection.md
+	$(BIN)/python -m benchmarks.detection $(ARGS)
+	$(BIN)/python -m benchmarks.detection --report
 
 conformance: $(STAMP) ## ONNX import against the onnx package's own tests; writes benchmarks/results
 	$(BIN)/python -m benchmarks.onnx_conformance --json benchmarks/results/onnx_conformance.json

@@ -16,7 +16,8 @@ Rules enforced here:
   the one-pass threshold, so that the cascade as a whole keeps the false-positive rate;
 * extra inferences come out of a budget per second; where it is spent, the one-pass threshold alone flags, and an input
   that is doubtful but below it is "not audited", never clean;
-* without a sidecar, or for a model without classes, the one pass decides, and the verdict says that no audit is there;
+* without a sidecar, with one of too few overlays, or for a model without classes, the one pass decides, and the verdict
+  says that no audit is there;
 * which inputs are audited at random cannot be told from the input: the generator is the caller's.
 """
 
@@ -91,7 +92,9 @@ def limits_of(stages: Mapping[str, tuple[float, ...]]) -> Limits | None:
     if not set(_KEYS) - {"distances"} <= set(stages) or len(stages["cascade"]) != 4:
         return None
     grey, threshold, entropy, spread = stages["cascade"]
-    if len(stages["scores"]) != len(stages["p_values"]) or grey <= 0 or threshold <= 0:
+    if not (grey > 0 and threshold > 0 and spread >= 0 and stages["entropies"]):
+        return None
+    if len(stages["scores"]) != len(stages["p_values"]):
         return None
     return Limits(
         grey=grey,
@@ -181,12 +184,12 @@ def calibrate(
         threshold_inputs, threshold_scores: the threshold half, likewise.
         fpr: the false-positive rate asked of the cascade.
         answer: the model.
-        overlays: clean inputs [N, ...] of the fit half.
+        overlays: clean inputs [N, ...] of the fit half; ``MAX_OVERLAYS`` are used, fewer are too few.
         progress: called with a text, the steps done and the steps in total.
     """
     allowed = allowed_exceedances(len(threshold_scores), fpr)
     chosen = np.argsort(-fit_scores)[: max(MIN_REFERENCE, round(REFERENCE * len(fit_scores)))]
-    if allowed is None or len(chosen) < MIN_REFERENCE or len(overlays) < 2:
+    if allowed is None or len(chosen) < MIN_REFERENCE or len(overlays) < MAX_OVERLAYS:
         return None
     squeeze = fit_inputs.dtype == np.uint8 and fit_inputs.ndim == 4 and min(fit_inputs.shape[1:3]) >= 4
     if progress:
@@ -226,17 +229,24 @@ def _thinned(values: list[float]) -> tuple[float, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Extra inferences: ``per_second`` on average, at most ``burst`` at once."""
+    """Extra inferences: ``per_second`` on average, at most ``burst`` at once; an infinite ``burst`` is no limit.
 
-    per_second: float = 10.0
-    burst: float = 60.0
+    One input is audited only when all that it can take is there (:func:`worst_cost`): a smaller burst audits nothing.
+    """
+
+    per_second: float = 8.0
+    burst: float = 30.0
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for numbers that are negative or no numbers."""
-        if not (self.per_second >= 0 and self.burst >= 0 and math.isfinite(self.per_second + self.burst)):
+        """Raise ConfigError for numbers that are negative or no numbers, and for an infinite rate."""
+        if not (0 <= self.per_second < math.inf and self.burst >= 0):
             raise ConfigError(
-                "audit budget", got=f"{self.per_second} a second, {self.burst} at once", expected="0 or more"
+                "audit budget", got=f"{self.per_second:g} a second, {self.burst:g} at once", expected="0 or more"
             )
+
+
+UNLIMITED = Budget(per_second=0.0, burst=math.inf)
+"""Every doubtful input is audited: for inputs that wait, as in a file."""
 
 
 class Cascade:
@@ -262,7 +272,10 @@ class Cascade:
         self._model = model
         self._logits = _logits(model.metadata)
         self._overlays = None if sidecar is None else sidecar.overlays
-        usable = sidecar is not None and self._logits and not model.metadata.calibration.synthetic
+        usable = bool(self._logits) and not model.metadata.calibration.synthetic
+        # Entropies under fewer overlays than the limits were calibrated with are not comparable to them.
+        if sidecar is None or len(sidecar.overlays) < MAX_OVERLAYS:
+            usable = False
         self.limits = limits_of(sidecar.stages) if sidecar is not None and usable else None
         self._budget = budget or Budget()
         self._clock, self._rng, self._audit_share = clock, rng, audit_share

@@ -79,9 +79,10 @@ def test_a_model_that_was_changed_under_its_guard_is_not_calibrated_anew(attacke
 def test_calibrating_anew_keeps_the_order_of_taps_whatever_the_order_of_the_guards_ops(attacked: Attacked) -> None:
     model = flatbuffer.parse(attacked.conversion.guarded)
     described = attacked.conversion.metadata
-    turned = msgspec.structs.replace(described, taps=described.taps[2:] + described.taps[:2])
-    assert guard.tapped(model, turned) == guard.tapped(model, described)[::-1]
-    lying = msgspec.structs.replace(described, taps=described.taps[:2])
+    shallow, deep, logits = described.taps[:1], described.taps[1:3], described.taps[3:]
+    turned = msgspec.structs.replace(described, taps=deep + shallow + logits)
+    assert list(guard.tapped(model, turned).items()) == list(guard.tapped(model, described).items())[::-1]
+    lying = msgspec.structs.replace(described, taps=shallow + logits)
     with pytest.raises(ModelError, match="other activations"):
         guard.tapped(model, lying)
 

@@ -1,0 +1,170 @@
+"""Writes docs/detection.md from measured rows: tables, means, and what the targets say. Pure but for :func:`write`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from converters import files
+
+Row = Mapping[str, Any]
+
+OURS = ("one-pass", "cascade")
+ADAPTIVE, CLEAN = "adaptive", "clean"
+DEVELOPED_ON = ("badnets", "blended", "sig", "refool")
+FINAL_SEED = 2
+
+_INTRODUCTION = f"""\
+Made by `python -m benchmarks.detection --report` from `benchmarks/results/detection`; do not edit. Each row is one
+model of the attack zoo (`python -m benchmarks.zoo`), scored as int8 TFLite. Cells: AUROC / TPR at 1% FPR with its 95%
+bootstrap interval. Thresholds at work, and so the last column, come from the owner's clean inputs alone. The detector
+was developed on {", ".join(DEVELOPED_ON)}, with the owner's inputs and never the test set; other attacks, and seed
+{FINAL_SEED}, were first seen here. Microseconds (us) are medians on one busy machine, interleaved: compare them within
+a column. `linf`, `strip-100`, `squeezing`, `scale-up`, `beatrix` and `ibd-psc` are published detectors;
+`benchmarks/baselines.py` says where they deviate. Beatrix's standardisation was chosen with a look at these attacks,
+in its favour."""
+
+
+def line(row: Row) -> str:
+    """One row for a person who watches."""
+    parts = []
+    for name, found in row["detectors"].items():
+        if "all" in found:
+            best = found.get("successful", found["all"])
+            parts.append(f"{name} {best['auroc'][0]:.4f}/{best['tpr_0.01'][0]:.3f}")
+        elif "fpr" in found:
+            parts.append(f"{name} flags {found['fpr']:.2%}")
+    cascade = row["detectors"].get("cascade", {})
+    return f"{', '.join(parts)}; FPR {cascade.get('fpr', float('nan')):.2%}, {cascade.get('forwards_clean')} forwards"
+
+
+def rows_of(folder: Path) -> list[Row]:
+    """The rows in a folder, in the order of their names."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def table(rows: Sequence[Row], which: str) -> list[str]:
+    """A Markdown table of one data set and network; ``which`` is ``all`` or ``successful``."""
+    names = [*OURS, *sorted({n for row in rows for n in row["detectors"]} - set(OURS))]
+    lines = [
+        "| attack (seed) | accuracy | ASR | n | " + " | ".join(names) + " | FPR one-pass, cascade |",
+        "|---" * (5 + len(names)) + "|",
+    ]
+    for row in rows:
+        if row["attack"] == CLEAN:
+            continue
+        cells = [_cell(row["detectors"].get(name, {}).get(which), bold=name == "cascade") for name in names]
+        mark = "" if row["attacked"] else " (below 90%: not counted)"
+        lines.append(
+            f"| {row['attack']} ({row['seed']}) | {row['accuracy_int8']:.1%} | {row['asr_int8']:.1%}{mark} "
+            f"| {row['inputs']['clean']} + {row['inputs']['successful' if which == 'successful' else 'triggered']} | "
+            + " | ".join(cells)
+            + f" | {_fpr(row)} |"
+        )
+    return lines
+
+
+def _cell(found: Mapping[str, Any] | None, *, bold: bool) -> str:
+    if found is None:
+        return "-"
+    tpr = found["tpr_0.01"]
+    text = f"{found['auroc'][0]:.4f} / {tpr[0]:.3f} [{tpr[1]:.2f}, {tpr[2]:.2f}]"
+    return f"**{text}**" if bold else text
+
+
+def _fpr(row: Row) -> str:
+    return ", ".join(f"{row['detectors'][name]['fpr']:.2%}" for name in OURS)
+
+
+def clean_table(rows: Sequence[Row]) -> list[str]:
+    """What clean models flag."""
+    lines = [
+        "| model (seed) | clean test inputs | one-pass flags | cascade flags (lower 95% bound) | forwards |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["attack"] == CLEAN:
+            one, both = (row["detectors"][name] for name in OURS)
+            lines.append(
+                f"| {row['data']} {row['network']} ({row['seed']}) | {row['inputs']['clean']} | {one['fpr']:.2%} "
+                f"| {both['fpr']:.2%} ({both['fpr_lower']:.2%}) | {both['forwards_clean']:.2f} |"
+            )
+    return lines
+
+
+def counted(rows: Sequence[Row]) -> list[Row]:
+    """The rows that the means are taken over: models that are attacked, but for the adaptive attack."""
+    return [row for row in rows if row["attack"] not in {CLEAN, ADAPTIVE} and row["attacked"]]
+
+
+def means(rows: Sequence[Row], which: str) -> list[str]:
+    """Mean and worst AUROC, mean TPR and forwards of each detector over :func:`counted`."""
+    lines = [
+        "| detector | cells | mean AUROC | worst cell | mean TPR at 1, 5, 10% | forwards, clean | 99:1 | 50:50 | us |",
+        "|---" * 9 + "|",
+    ]
+    names = [*OURS, *sorted({n for row in rows for n in row["detectors"]} - set(OURS))]
+    for name in names:
+        found = [row["detectors"][name] for row in counted(rows) if which in row["detectors"].get(name, {})]
+        if not found:
+            continue
+        aurocs = [f[which]["auroc"][0] for f in found]
+        each = (_mean([f[which][f"tpr_{rate}"][0] for f in found]) for rate in ("0.01", "0.05", "0.1"))
+        tprs = ", ".join(f"{value:.3f}" for value in each)
+        clean = _mean([f["forwards_clean"] for f in found])
+        triggered = _mean([f["forwards_triggered"] for f in found])
+        lines.append(
+            f"| {name} | {len(found)} | {_mean(aurocs):.4f} | {min(aurocs):.4f} | {tprs} | {clean:.2f} "
+            f"| {0.99 * clean + 0.01 * triggered:.2f} | {(clean + triggered) / 2:.2f} "
+            f"| {_mean([f['microseconds'] for f in found]):.0f} |"
+        )
+    return lines
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def text(rows: Sequence[Row]) -> str:
+    """The whole page."""
+    missing = [row for row in rows if row["attack"] not in {CLEAN} and not row["attacked"]]
+    held = [row for row in rows if row["attack"] not in DEVELOPED_ON or row["seed"] == FINAL_SEED]
+    parts = [
+        "# Detection, measured",
+        "",
+        _INTRODUCTION,
+        "",
+        "## All cells",
+        "",
+        "Over attacked models but the adaptive one, triggered inputs that the model does call the target:",
+        "",
+        *means(rows, "successful"),
+        "",
+        "The same over all triggered inputs, also those that the trigger does not turn:",
+        "",
+        *means(rows, "all"),
+        "",
+        "Of these, attacks and seeds that the detector was not developed on (successful inputs):",
+        "",
+        *means(held, "successful"),
+        "",
+        "## Clean models",
+        "",
+        *clean_table(rows),
+    ]
+    for data, network in sorted({(row["data"], row["network"]) for row in rows}):
+        own = [row for row in rows if (row["data"], row["network"]) == (data, network)]
+        if any(row["attack"] != CLEAN for row in own):
+            parts += ["", f"## {data}, {network}", "", "Triggered inputs that succeed:", "", *table(own, "successful")]
+            parts += ["", "All triggered inputs:", "", *table(own, "all")]
+    if missing:
+        names = ", ".join(f"{r['data']} {r['attack']} ({r['seed']}) {r['asr_int8']:.0%}" for r in missing)
+        parts += ["", "## Not counted as attacked", "", f"ASR too low: {names}."]
+    return "\n".join(parts) + "\n"
+
+
+def write(folder: Path, page: Path) -> None:
+    """Write the page from the rows in a folder."""
+    files.write(text(rows_of(folder)).encode(), page)
