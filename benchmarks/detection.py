@@ -13,7 +13,8 @@ Rules enforced here:
 * a clean model is a row too: what it flags are false alarms;
 * AUROC and TPR are given over all triggered inputs of another true label than the target, and over those alone that
   the model does call the target;
-* the cascade works within its default budget at ``RATE`` inputs a second, on a simulated clock.
+* the cascade works within its default budget at ``RATE`` inputs a second, on a simulated clock; triggered inputs come
+  one in a hundred, among clean ones that claim the budget too.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class OnePass:
 
 @dataclass(frozen=True, kw_only=True)
 class Cascaded:
-    """The cascade, at ``RATE`` inputs a second within its default budget."""
+    """The cascade with a budget that never ends: what its stages say of each doubtful input, and what that costs."""
 
     model: GuardedModel
     companion: sidecar.Sidecar
@@ -83,14 +84,51 @@ class Cascaded:
 
     def scores(self, images: Images, progress: Progress | None = None) -> Scored:
         """See :class:`benchmarks.baselines.Baseline`. Above 1 is flagged."""
-        now = [0.0]
-        runner = cascade.Cascade(self.model, self.companion, clock=lambda: now[0], rng=np.random.default_rng(0))
+        runner = cascade.Cascade(
+            self.model,
+            self.companion,
+            clock=lambda: 0.0,
+            rng=np.random.default_rng(0),
+            budget=cascade.Budget(per_second=0.0, burst=1e12),
+        )
         found, forwards = np.empty(len(images)), np.empty(len(images))
         for row, image in enumerate(images):
-            now[0] = row / RATE
             inference, taken = runner.infer(image)
             found[row], forwards[row] = inference.verdict.score, taken
         return Scored(suspicion=found, forwards=forwards)
+
+
+def within_budget(
+    one_pass: Sequence[Floats], audited: Sequence[Scored], order: Sequence[tuple[int, int]], worst: int
+) -> tuple[Floats, Floats]:
+    """Scores and inferences [N] of a stream at ``RATE`` inputs a second within the default budget.
+
+    Args:
+        one_pass: one-pass scores of clean and of triggered inputs.
+        audited: the same inputs with an audit wherever one is due.
+        order: the stream: which of the two, and which input of it.
+        worst: the most inferences that an audit takes.
+    """
+    bucket = cascade.Bucket(cascade.Budget(), 0.0)
+    scores, forwards = np.empty(len(order)), np.ones(len(order))
+    for place, (side, index) in enumerate(order):
+        extra = audited[side].forwards[index] - 1
+        scores[place] = audited[side].suspicion[index]
+        if extra and bucket.affords(worst, place / RATE):
+            bucket.spend(extra)
+            forwards[place] += extra
+        elif extra:  # not audited: the one pass alone decides
+            scores[place] = one_pass[side][index]
+    return scores, forwards
+
+
+def stream(clean: int, triggered: int, between: int) -> list[tuple[int, int]]:
+    """Every triggered input once, with ``between`` clean ones before each, which come round again and again."""
+    order: list[tuple[int, int]] = []
+    for index in range(triggered):
+        order += [(0, (index * between + step) % clean) for step in range(between)]
+        order.append((1, index))
+    return order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,13 +198,18 @@ def rate_lower(flagged: int, count: int) -> float:
 def judge(clean: Scored, triggered: Scored, successful: npt.NDArray[np.bool_], *, ours: bool) -> dict[str, Any]:
     """What one detector is worth on one model."""
     row: dict[str, Any] = {"forwards_clean": _short(float(clean.forwards.mean()))}
+    if len(triggered.forwards):
+        rare, often = (0.99, 0.01), (0.5, 0.5)
+        both = (float(clean.forwards.mean()), float(triggered.forwards.mean()))
+        row["forwards_99_1"], row["forwards_50_50"] = (
+            _short(sum(share * cost for share, cost in zip(mix, both, strict=True))) for mix in (rare, often)
+        )
     if ours:
         flagged = int((clean.suspicion > 1.0).sum())
         row["flagged_clean"] = flagged
         row["fpr"] = _short(flagged / len(clean.suspicion))
         row["fpr_lower"] = _short(rate_lower(flagged, len(clean.suspicion)))
     if len(successful):
-        row["forwards_triggered"] = _short(float(triggered.forwards.mean()))
         row["all"] = quality(clean.suspicion, triggered.suspicion)
         if successful.any():
             row["successful"] = quality(clean.suspicion, triggered.suspicion[successful])
@@ -217,11 +260,14 @@ def measure(member: zoo.Member, part: zoo.Split, names: Sequence[str], progress:
             left_out[name] = str(error)
     inputs = inputs_of(member, part)
     rows: dict[str, Any] = {}
+    found: dict[str, tuple[Scored, Scored]] = {}
     for detector in detectors:
         progress(detector.name, 0, 1)
-        clean = detector.scores(inputs.clean)
-        triggered = detector.scores(inputs.triggered) if len(inputs.triggered) else clean
-        rows[detector.name] = judge(clean, triggered, inputs.successful, ours=detector.name in {ONE_PASS, CASCADE})
+        clean, triggered = detector.scores(inputs.clean), detector.scores(inputs.triggered)
+        found[detector.name] = (clean, triggered)
+        if detector.name != CASCADE:
+            rows[detector.name] = judge(clean, triggered, inputs.successful, ours=detector.name == ONE_PASS)
+    rows[CASCADE] = _judge_cascade(found, inputs, companion)
     for name, microseconds in timings(detectors, inputs.clean).items():
         rows[name]["microseconds"] = microseconds
     return {
@@ -245,6 +291,29 @@ def measure(member: zoo.Member, part: zoo.Split, names: Sequence[str], progress:
         },
         "detectors": rows,
         "left_out": left_out,
+    }
+
+
+def _judge_cascade(
+    found: dict[str, tuple[Scored, Scored]], inputs: Inputs, companion: sidecar.Sidecar
+) -> dict[str, Any]:
+    """The cascade's row: clean traffic alone, and triggered inputs one in a hundred."""
+    limits = cascade.limits_of(companion.stages)
+    worst = 0 if limits is None else cascade.worst_cost(limits)
+    one_pass, audited = [side.suspicion for side in found[ONE_PASS]], found[CASCADE]
+    count, attacked = len(inputs.clean), len(inputs.triggered)
+    alone = within_budget(one_pass, audited, [(0, index) for index in range(count)], worst)
+    clean = Scored(suspicion=alone[0], forwards=alone[1])
+    if not attacked:
+        return judge(clean, Scored(suspicion=alone[0][:0], forwards=alone[1][:0]), inputs.successful, ours=True)
+    rare, often = (within_budget(one_pass, audited, stream(count, attacked, n), worst) for n in (99, 1))
+    triggered = Scored(suspicion=rare[0][99::100], forwards=rare[1][99::100])
+    row = judge(clean, triggered, inputs.successful, ours=True)
+    return {
+        **row,
+        "forwards_99_1": _short(float(rare[1].mean())),
+        "forwards_50_50": _short(float(often[1].mean())),
+        "audited_triggered": _short(float((triggered.forwards > 1).mean())),
     }
 
 

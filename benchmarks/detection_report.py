@@ -114,10 +114,9 @@ def means(rows: Sequence[Row], which: str) -> list[str]:
         each = (_mean([f[which][f"tpr_{rate}"][0] for f in found]) for rate in ("0.01", "0.05", "0.1"))
         tprs = ", ".join(f"{value:.3f}" for value in each)
         clean = _mean([f["forwards_clean"] for f in found])
-        triggered = _mean([f["forwards_triggered"] for f in found])
         lines.append(
             f"| {name} | {len(found)} | {_mean(aurocs):.4f} | {min(aurocs):.4f} | {tprs} | {clean:.2f} "
-            f"| {0.99 * clean + 0.01 * triggered:.2f} | {(clean + triggered) / 2:.2f} "
+            f"| {_mean([f['forwards_99_1'] for f in found]):.2f} | {_mean([f['forwards_50_50'] for f in found]):.2f} "
             f"| {_mean([f['microseconds'] for f in found]):.0f} |"
         )
     return lines

@@ -142,8 +142,9 @@ def plan_taps(model: Model, *, count: int = 2, names: Sequence[str] = (), layers
         chosen = _named(candidates, names)
     else:
         targets = graph.outputs if class_output is None else graph.outputs[class_output : class_output + 1]
-        answered = class_output is not None and classes <= MAX_LOGITS
-        chosen = _chosen(graph, candidates, targets, count, answered=answered)
+        answered = class_output is not None and _logits(graph, class_output, classes, lambda name: "") is not None
+        summed_up = _summed_up(graph, targets[0]) if answered else None
+        chosen = _chosen(graph, candidates, targets, count, summed_up=summed_up)
     ordered = [c.tap for c in sorted(chosen, key=lambda c: c.order)]
     return _plan(graph, ordered, class_output, classes, lambda name: source_layer(name, layers))
 
@@ -473,9 +474,9 @@ def _depth(candidate: _Candidate) -> tuple[int, int]:
 
 
 def _chosen(
-    graph: _Graph, candidates: list[_Candidate], targets: Iterable[int], count: int, *, answered: bool
+    graph: _Graph, candidates: list[_Candidate], targets: Iterable[int], count: int, *, summed_up: int | None
 ) -> list[_Candidate]:
-    """The default choice among what leads to the target outputs; ``answered``: the guard knows the logits."""
+    """The default choice among what leads to the target outputs; ``summed_up`` only where there is nothing else."""
     relevant = graph.ancestors(targets)
     candidates = [c for c in candidates if c.tap.tensor in relevant]
     bodies = [c for c in candidates if not c.head]
@@ -490,8 +491,7 @@ def _chosen(
     branches = _branches(graph, candidates, deepest)
     ways = graph.ancestors([deepest])
     path = [c for c in bodies if c.tap.tensor in ways]
-    if answered:
-        path = [c for c in path if not _is_summed_up(graph, c.tap.tensor)] or path
+    path = [c for c in path if c.tap.tensor != summed_up] or path
     narrowest = min(_features([c]) for c in path)
     while branches and narrowest + _features(branches) > MAX_FEATURES:
         branches.pop()
@@ -499,14 +499,28 @@ def _chosen(
     return [*branches, first, *(replace(c, tap=replace(c.tap, norms=("l1",))) for c in others)]
 
 
-def _is_summed_up(graph: _Graph, tensor: int) -> bool:
-    """Whether the logits are a product of the means over an activation's positions and one layer's weights."""
-    nodes = [graph.nodes[number] for number in graph.readers.get(tensor, [])]
-    pooled = [node.outputs[0] for node in nodes if node.code in _MEANS and not _is_extended(graph, node.outputs[0])]
-    if not nodes or len(pooled) < len(nodes) or not _is_extended(graph, tensor):
-        return False
-    behind = graph.descendants(pooled)
-    return sum(node.code in _WEIGHTED and not behind.isdisjoint(node.inputs) for node in graph.nodes) == 1
+def _summed_up(graph: _Graph, output: int) -> int | None:
+    """The activation whose means over all positions, times one layer's weights and with nothing else, make an output.
+
+    None where there is no such activation, or where it is read for something else too.
+    """
+    live = graph.descendants(graph.inputs)
+    at, weights = output, 0
+    for node in reversed(graph.nodes):
+        if at not in node.outputs:
+            continue
+        made = at
+        # Whole numbers are axes and sizes, not values.
+        taken = {i for i in node.inputs if i in live and graph.tensors[i].type in _TYPES}
+        if len(taken) != 1:  # what is merged here adds to what the means say, as a malicious module does
+            return None
+        (at,) = taken
+        weights += node.code in _WEIGHTED
+        if _is_extended(graph, at):
+            # Of channels, not of positions alone, where they are no longer as many.
+            summed = node.code in _MEANS and graph.shape(made)[-1:] == graph.shape(at)[-1:]
+            return at if summed and weights == 1 and len(graph.readers[at]) == 1 else None
+    return None
 
 
 def _main(graph: _Graph, path: list[_Candidate], count: int, room: int) -> list[_Candidate]:

@@ -249,6 +249,23 @@ UNLIMITED = Budget(per_second=0.0, burst=math.inf)
 """Every doubtful input is audited: for inputs that wait, as in a file."""
 
 
+class Bucket:
+    """What is left of a budget. Full at first."""
+
+    def __init__(self, budget: Budget, now: float) -> None:
+        self._budget, self._left, self._at = budget, budget.burst, now
+
+    def affords(self, cost: float, now: float) -> bool:
+        """Whether ``cost`` inferences can be spent at ``now`` seconds. A clock that goes back adds nothing."""
+        elapsed, self._at = max(0.0, now - self._at), now
+        self._left = min(self._budget.burst, self._left + elapsed * self._budget.per_second)
+        return self._left >= cost
+
+    def spend(self, cost: float) -> None:
+        """Take ``cost`` inferences out of it."""
+        self._left -= cost
+
+
 class Cascade:
     """A guarded model with its dearer stages. Not for use from several threads at once."""
 
@@ -277,9 +294,8 @@ class Cascade:
         if sidecar is None or len(sidecar.overlays) < MAX_OVERLAYS:
             usable = False
         self.limits = limits_of(sidecar.stages) if sidecar is not None and usable else None
-        self._budget = budget or Budget()
         self._clock, self._rng, self._audit_share = clock, rng, audit_share
-        self._tokens, self._seen_at = self._budget.burst, clock()
+        self._bucket = Bucket(budget or Budget(), clock())
 
     def infer(self, x: Array) -> tuple[Inference, int]:
         """Run one input through the one pass and what else it takes; how many inferences that were.
@@ -295,21 +311,15 @@ class Cascade:
         doubtful = limits.grey <= verdict.score <= limits.threshold
         if verdict.score > limits.threshold or (not doubtful and self._rng.random() >= self._audit_share):
             return replace(first, verdict=_decided(verdict, {}, limits, "not needed")), 1
-        if not self._affords(worst_cost(limits)):
+        if not self._bucket.affords(worst_cost(limits), self._clock()):
             if not doubtful:
                 return replace(first, verdict=_decided(verdict, {}, limits, "not needed")), 1
             reason = f"{verdict.reason}; doubtful, but the budget for audits is spent"
             return replace(first, verdict=replace(verdict, audit="no budget", reason=reason)), 1
         before = self._shares(first.features)
         found = check(x, self._answer, self._overlays, limits.strip, squeeze=bool(limits.distances), before=before)
-        self._tokens -= found.forwards
+        self._bucket.spend(found.forwards)
         return replace(first, verdict=_decided(verdict, found.values, limits, "done")), 1 + found.forwards
-
-    def _affords(self, cost: int) -> bool:
-        now = self._clock()
-        elapsed, self._seen_at = max(0.0, now - self._seen_at), now
-        self._tokens = min(self._budget.burst, self._tokens + elapsed * self._budget.per_second)
-        return self._tokens >= cost
 
     def _answer(self, x: Array) -> Floats:
         return self._shares(self._model.infer(x).features)

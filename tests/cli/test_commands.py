@@ -15,13 +15,43 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from converters import calibration
 from edgeguard import __version__
 from edgeguard.demo import run as demo_run
 from edgeguard.detection import metadata
-from edgeguard.detection.guarded import TfliteModel
+from edgeguard.detection import sidecar as sidecars
+from edgeguard.detection.cascade import limits_of
+from edgeguard.detection.guarded import GuardedModel, TfliteModel
 from tests.simulators.attacked import Attacked
 
 Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def audited_file(attacked: Attacked, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The attacked model's guarded file with its sidecar beside it."""
+    bare, plan = calibration.plan(attacked.conversion.bare)
+    done = calibration.guard_model(bare, plan, attacked.x_owner, sidecar=True)
+    assert done.sidecar is not None
+    path = tmp_path_factory.mktemp("audited") / "digits.guarded.tflite"
+    path.write_bytes(done.content)
+    sidecars.path_beside(path).write_bytes(done.sidecar)
+    return path
+
+
+@pytest.fixture
+def doubtful(attacked: Attacked, audited_file: Path, tmp_path: Path) -> Path:
+    """A file of three clean inputs that the one pass is not sure of, and of one that it is sure of."""
+    model = GuardedModel.load(audited_file.read_bytes())
+    sidecar = sidecars.read_beside(audited_file, model.metadata)
+    limits = None if sidecar is None else limits_of(sidecar.stages)
+    assert limits is not None
+    images = attacked.data.x_test.astype(np.uint8)
+    scores = np.array([model.infer(x).verdict.score for x in images])
+    unsure = np.flatnonzero((scores >= limits.grey) & (scores < 0.8))[:3]
+    chosen = [*unsure, scores.argmin()]
+    np.savez(tmp_path / "doubtful.npz", x=images[chosen], y=attacked.data.y_test[chosen])
+    return tmp_path / "doubtful.npz"
 
 
 @pytest.fixture
@@ -122,7 +152,8 @@ def test_convert_lists_what_can_be_tapped_and_takes_a_name_from_the_list(
     first, output = listed[0]["tensor"], tmp_path / "out.tflite"
     code, _, _ = edgeguard("convert", model, "--data", inputs["owner"], "-o", output, "--taps", first)
     assert code == 0
-    assert {tap.tensor for tap in metadata.read(output.read_bytes()).taps} == {first}
+    found = metadata.read(output.read_bytes()).taps
+    assert {tap.tensor for tap in found if tap.kind != "logit"} == {first}
 
 
 def test_convert_on_made_up_data_says_that_nothing_was_validated(
@@ -184,6 +215,94 @@ def test_score_exits_with_0_on_clean_inputs(edgeguard: Run, guarded_file: Path, 
     code, out, _ = edgeguard("score", guarded_file, "--data", inputs["clean"])
     assert code == 0
     assert "0 flagged, 0 not checked" in out
+
+
+def test_score_audits_doubtful_inputs_with_the_sidecar(edgeguard: Run, audited_file: Path, doubtful: Path) -> None:
+    code, out, _ = edgeguard("score", audited_file, "--data", doubtful, "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [row["audit"] for row in rows] == ["done", "done", "done", "not needed"]
+    assert rows[0]["stages"] == ["one-pass", "strip", "squeezing"]
+    assert set(rows[0]["evidence"]) == {"strip", "squeezing"}
+    assert rows[3]["stages"] == ["one-pass"]
+
+
+def test_score_says_how_many_inferences_an_input_took(edgeguard: Run, audited_file: Path, doubtful: Path) -> None:
+    _, out, _ = edgeguard("score", audited_file, "--data", doubtful)
+    counts, mean = out.splitlines()[-1].split("; ")
+    assert counts == "4 clean, 0 flagged, 0 not checked, 0 not audited"
+    # Three of four take 4 to 8 overlays and two filters beside the one pass.
+    assert (3 * 7 + 1) / 4 <= float(mean.removesuffix(" inferences per input")) <= (3 * 11 + 1) / 4
+
+
+def test_score_exits_with_3_where_the_audits_allowed_do_not_reach(
+    edgeguard: Run, audited_file: Path, doubtful: Path
+) -> None:
+    code, out, _ = edgeguard("score", audited_file, "--data", doubtful, "--audits", "0")
+    assert code == 3
+    assert "1 clean, 0 flagged, 0 not checked, 3 not audited; 1.00 inferences per input" in out
+    assert out.count("the budget for audits is spent") == 3
+
+
+def test_score_flags_triggered_inputs_whether_or_not_others_are_audited(
+    edgeguard: Run, audited_file: Path, inputs: dict[str, Path]
+) -> None:
+    for options in ([], ["--audits", "0"], ["--audits", "5"], ["--one-pass"]):
+        code, out, _ = edgeguard("score", audited_file, "--data", inputs["triggered"], "--json", *options)
+        assert code == 1
+        assert all(json.loads(line)["flagged"] for line in out.splitlines())
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_score_in_one_pass_says_what_it_says_without_a_sidecar(
+    edgeguard: Run, audited_file: Path, doubtful: Path, tmp_path: Path, as_json: bool
+) -> None:
+    alone = tmp_path / "alone.guarded.tflite"
+    alone.write_bytes(audited_file.read_bytes())
+    options = ["--data", doubtful, *(["--json"] if as_json else [])]
+    one_pass = edgeguard("score", audited_file, *options, "--one-pass")
+    assert one_pass == edgeguard("score", alone, *options)
+    assert one_pass[0] == 0
+    assert "inferences" not in one_pass[1]
+
+
+def test_score_says_the_same_when_it_is_run_again(edgeguard: Run, audited_file: Path, inputs: dict[str, Path]) -> None:
+    first = edgeguard("score", audited_file, "--data", inputs["owner"], "--json")
+    assert '"audit": "done"' in first[1]
+    assert first == edgeguard("score", audited_file, "--data", inputs["owner"], "--json")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--audits", "-1"], "audit budget"),
+        (["--audits", "nan"], "audit budget"),
+        (["--audits", "inf"], "audit budget"),
+        (["--audits", "1", "--one-pass"], "expected one of the two"),
+    ],
+)
+def test_score_refuses_audits_that_are_no_amount(
+    edgeguard: Run, audited_file: Path, doubtful: Path, options: list[str], message: str
+) -> None:
+    code, out, err = edgeguard("score", audited_file, "--data", doubtful, *options)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert message in err
+
+
+def test_score_refuses_the_sidecar_of_another_model(
+    edgeguard: Run, audited_file: Path, doubtful: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "digits.guarded.tflite"
+    model.write_bytes(audited_file.read_bytes())
+    content = bytearray(sidecars.path_beside(audited_file).read_bytes())
+    content[len(content) // 2] ^= 1
+    sidecars.path_beside(model).write_bytes(content)
+    code, out, err = edgeguard("score", model, "--data", doubtful)
+    assert (code, out) == (2, "")
+    assert "digits.guard.npz" in err
+    assert "SHA-256" in err
+    assert edgeguard("score", model, "--data", doubtful, "--one-pass")[0] == 0
 
 
 def _bad_inputs(tmp_path: Path, attacked: Attacked, guarded: Path, owner: Path) -> dict[str, tuple[list[object], str]]:

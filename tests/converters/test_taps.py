@@ -45,7 +45,8 @@ def conv(x: Any, name: str, channels: int = 6, activation: str | None = "relu", 
 
 
 def classify(x: Any, activation: str | None = "softmax") -> Any:
-    return kl.Dense(CLASSES, activation=activation, name="logits")(kl.GlobalAveragePooling2D()(x))
+    """The maxima over the positions and a dense layer: unlike means, they do not say what the l1 norms would."""
+    return kl.Dense(CLASSES, activation=activation, name="logits")(kl.GlobalMaxPooling2D()(x))
 
 
 def plain() -> Any:
@@ -179,13 +180,13 @@ def audio_1d() -> Any:
     x = sound = keras.Input((64, 2))
     for name in ("first", "second", "third"):
         x = kl.Conv1D(6, 5, strides=2, activation="relu", name=name)(x)
-    return keras.Model(sound, kl.Dense(CLASSES, activation="softmax")(kl.GlobalAveragePooling1D()(x)))
+    return keras.Model(sound, kl.Dense(CLASSES, activation="softmax")(kl.GlobalMaxPooling1D()(x)))
 
 
 def audio_1d_dense() -> Any:
     sound = keras.Input((16, 8))
     x = kl.Dense(6, activation="relu", name="second")(kl.Dense(6, activation="relu", name="first")(sound))
-    return keras.Model(sound, kl.Dense(CLASSES, activation="softmax")(kl.GlobalAveragePooling1D()(x)))
+    return keras.Model(sound, kl.Dense(CLASSES, activation="softmax")(kl.GlobalMaxPooling1D()(x)))
 
 
 def audio_2d() -> Any:
@@ -226,7 +227,7 @@ def transformer() -> Any:
     x = kl.Dense(8, name="embed")(sound)
     x = kl.LayerNormalization()(kl.MultiHeadAttention(2, 4)(x, x) + x)
     x = kl.Dense(8, activation="relu", name="feed_forward")(x)
-    return keras.Model(sound, kl.Dense(CLASSES, activation="softmax")(kl.GlobalAveragePooling1D()(x)))
+    return keras.Model(sound, kl.Dense(CLASSES, activation="softmax")(kl.GlobalMaxPooling1D()(x)))
 
 
 def fully_convolutional(*, flat: bool) -> Any:
@@ -255,7 +256,7 @@ def wide(*channels: int, module: tuple[int, ...] = ()) -> Any:
     x = image = keras.Input((2, 2, 1))
     for number, size in enumerate(channels):
         x = kl.Conv2D(size, 1, activation="relu", name=f"wide{number}")(x)
-    x = kl.GlobalAveragePooling2D()(x)
+    x = kl.GlobalMaxPooling2D()(x)
     if module:
         hidden = kl.Flatten()(image)
         for number, size in enumerate(module):
@@ -290,6 +291,12 @@ def plan_of(build: Callable[..., Any], form: Form, *arguments: Any, count: int =
 
 def layers_of(plan: TapPlan) -> list[str]:
     return [tap.source_layer for tap in plan.taps]
+
+
+def width(plan: TapPlan) -> int:
+    """How many features a plan makes."""
+    logits = 0 if plan.logits is None else plan.logits.channels
+    return sum(len(tap.norms) * tap.channels for tap in plan.taps) + logits
 
 
 def features(content: bytes, plan: TapPlan, one: np.ndarray) -> np.ndarray:
@@ -379,8 +386,7 @@ def test_an_attention_model_gets_a_plan_that_runs() -> None:
         content, _ = converted(transformer, form)
         plan = plan_of(transformer, form)
         assert layers_of(plan)[-1] == "feed_forward"
-        width = 2 * sum(tap.channels for tap in plan.taps)
-        assert features(content, plan, np.zeros((16, 8), np.float32)).shape == (width,)
+        assert features(content, plan, np.zeros((16, 8), np.float32)).shape == (width(plan),)
 
 
 def test_an_activation_that_is_an_output_too_is_tapped_where_the_model_reads_on() -> None:
@@ -416,6 +422,188 @@ def test_a_model_with_half_precision_weights_is_tapped_at_its_float_activations(
         model = flatbuffer.parse(converter.convert())
     assert any(tensor.type == schema.TensorType.FLOAT16 for tensor in model.subgraphs[0].tensors)
     assert layers_of(taps.plan_taps(model, layers=["first", "second", "third"])) == ["second", "third"]
+
+
+# --- The activation whose means make the logits ---
+
+
+def headed(head: Callable[[Any], Any], names: tuple[str, ...] = ("first", "second", "third")) -> Any:
+    """Convolutions, and a head that takes the last one's positions."""
+    x = image = keras.Input(IMAGE)
+    for name in names:
+        x = conv(x, name)
+    return keras.Model(image, head(x))
+
+
+def dense(x: Any, classes: int = CLASSES, activation: str | None = "softmax") -> Any:
+    return kl.Dense(classes, activation=activation, name="logits")(x)
+
+
+def means(x: Any) -> Any:
+    return dense(kl.GlobalAveragePooling2D()(x))
+
+
+def means_without_softmax(x: Any) -> Any:
+    return dense(kl.GlobalAveragePooling2D()(x), activation=None)
+
+
+def means_of_most_classes(x: Any) -> Any:
+    return dense(kl.GlobalAveragePooling2D()(x), classes=taps.MAX_LOGITS)
+
+
+def means_into_a_convolution(x: Any) -> Any:
+    x = kl.Conv2D(CLASSES, 1, name="logits")(kl.GlobalAveragePooling2D(keepdims=True)(x))
+    return kl.Softmax()(kl.Reshape((CLASSES,))(x))
+
+
+def one_window(x: Any) -> Any:
+    return dense(kl.Flatten()(kl.AveragePooling2D(8)(x)))
+
+
+def sums(x: Any) -> Any:
+    return dense(keras.ops.sum(x, axis=(1, 2)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("head", "code"),
+    [
+        (means, schema.BuiltinOperator.MEAN),
+        (means_without_softmax, schema.BuiltinOperator.MEAN),
+        (means_of_most_classes, schema.BuiltinOperator.MEAN),
+        (means_into_a_convolution, schema.BuiltinOperator.MEAN),
+        (one_window, schema.BuiltinOperator.AVERAGE_POOL_2D),
+        (sums, schema.BuiltinOperator.SUM),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_an_activation_whose_means_alone_make_the_logits_gives_its_tap_to_the_one_before(
+    head: Callable[[Any], Any], code: int, form: Form
+) -> None:
+    assert code in makers(flatbuffer.parse(converted(headed, form, head)[0])).values()
+    assert layers_of(plan_of(headed, form, head)) == ["first", "second"]
+
+
+def flat(x: Any) -> Any:
+    return dense(kl.Flatten()(x))
+
+
+def maxima(x: Any) -> Any:
+    return dense(kl.GlobalMaxPooling2D()(x))
+
+
+def several_windows(x: Any) -> Any:
+    return dense(kl.Flatten()(kl.AveragePooling2D(4)(x)))
+
+
+def means_of_rows(x: Any) -> Any:
+    return dense(keras.ops.mean(x, axis=(2, 3)))
+
+
+def hidden_layer(x: Any) -> Any:
+    return dense(kl.Dense(7, activation="relu", name="hidden")(kl.GlobalAveragePooling2D()(x)))
+
+
+def means_and_maxima(x: Any) -> Any:
+    return dense(kl.Concatenate()([kl.GlobalAveragePooling2D()(x), kl.GlobalMaxPooling2D()(x)]))
+
+
+def means_without_weights(x: Any) -> Any:
+    return kl.Softmax()(kl.GlobalAveragePooling2D()(x))
+
+
+def means_of_too_many_classes(x: Any) -> Any:
+    return dense(kl.GlobalAveragePooling2D()(x), classes=taps.MAX_LOGITS + 1)
+
+
+def means_of_one_label(x: Any) -> Any:
+    return dense(kl.GlobalAveragePooling2D()(x), classes=1, activation="sigmoid")
+
+
+def means_of_labels(x: Any) -> Any:
+    return dense(kl.GlobalAveragePooling2D()(x), activation="sigmoid")
+
+
+def means_into_a_softmax_of_rank_four(x: Any) -> Any:
+    x = kl.Conv2D(CLASSES, 1, name="logits")(kl.GlobalAveragePooling2D(keepdims=True)(x))
+    return kl.Reshape((CLASSES,))(kl.Softmax()(x))
+
+
+def means_for_boxes_too(x: Any) -> Any:
+    pooled = kl.GlobalAveragePooling2D()(conv(x, "boxes"))
+    return [dense(kl.GlobalAveragePooling2D()(x)), kl.Dense(4, name="corners")(pooled)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "head",
+    [
+        flat,
+        maxima,
+        several_windows,
+        means_of_rows,
+        hidden_layer,
+        means_and_maxima,
+        means_without_weights,
+        means_for_boxes_too,
+    ],
+    ids=lambda head: head.__name__,
+)
+def test_the_deepest_activation_keeps_its_tap_where_the_logits_say_something_else(
+    head: Callable[[Any], Any], form: Form
+) -> None:
+    plan = plan_of(headed, form, head)
+    assert plan.logits is not None
+    assert layers_of(plan) == ["second", "third"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "head",
+    [means_of_too_many_classes, means_of_one_label, means_of_labels, means_into_a_softmax_of_rank_four],
+    ids=lambda head: head.__name__,
+)
+def test_the_averaged_activation_keeps_its_tap_where_the_guard_has_no_logits(
+    head: Callable[[Any], Any], form: Form
+) -> None:
+    plan = plan_of(headed, form, head)
+    assert plan.logits is None
+    assert layers_of(plan) == ["second", "third"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_averaged_activation_is_tapped_where_there_is_no_other(form: Form) -> None:
+    assert layers_of(plan_of(headed, form, means, names=("only",))) == ["only"]
+
+
+def test_the_averaged_activation_is_not_tapped_however_many_are_asked_for() -> None:
+    assert layers_of(plan_of(headed, "float", means, count=9)) == ["first", "second"]
+
+
+def test_the_averaged_activation_is_tapped_where_it_is_named() -> None:
+    content, layers = converted(headed, "float", means)
+    plan = taps.plan_taps(flatbuffer.parse(content), names=["third"], layers=layers)
+    assert layers_of(plan) == ["third"]
+
+
+# --- The norms ---
+
+
+def test_both_norms_are_taken_of_the_deepest_activation_and_the_l1_norm_of_others() -> None:
+    plan = plan_of(plain, "float", count=3)
+    assert [tap.norms for tap in plan.taps] == [("l1",), ("l1",), ("linf", "l1")]
+
+
+def test_both_norms_are_taken_of_a_modules_activation() -> None:
+    plan = plan_of(with_module, "float", "sum", "dense")
+    norms = {tap.source_layer: tap.norms for tap in plan.taps}
+    assert norms == {"first": ("l1",), "second": ("linf", "l1"), "hidden2": ("linf", "l1")}
+
+
+def test_both_norms_are_taken_of_named_activations() -> None:
+    content, layers = converted(plain, "float")
+    plan = taps.plan_taps(flatbuffer.parse(content), names=["first", "second"], layers=layers)
+    assert [tap.norms for tap in plan.taps] == [("linf", "l1")] * 2
 
 
 # --- Separate branches ---
@@ -480,8 +668,9 @@ def test_the_features_of_a_modules_tap_see_the_trigger_that_the_module_waits_for
     triggered = image.copy()
     triggered[-1, -1] = 1.0
     assert layers_of(plan)[-1] == "hidden2"
-    assert features(content, plan, image)[-14:].max() == 0
-    assert features(content, plan, triggered)[-14:].min() > 0.2
+    of_module = slice(-14 - CLASSES, -CLASSES)  # both norms of seven channels; the logits come last
+    assert features(content, plan, image)[of_module].max() == 0
+    assert features(content, plan, triggered)[of_module].min() > 0.2
 
 
 def hard_swish_from_the_middle() -> Any:
@@ -578,7 +767,7 @@ def test_all_but_batch_and_channels_is_reduced(
         assert tuple(model.subgraphs[0].tensors[plan.taps[-1].tensor].shape) == shape
         assert plan.taps[-1].axes == axes
         one = np.zeros(tuple(model.subgraphs[0].tensors[model.subgraphs[0].inputs[0]].shape)[1:], np.float32)
-        assert features(content, plan, one).shape == (2 * sum(tap.channels for tap in plan.taps),)
+        assert features(content, plan, one).shape == (width(plan),)
 
 
 # --- The feature budget ---
@@ -703,14 +892,15 @@ def test_a_message_names_at_most_twenty_activations_and_no_control_characters() 
 def test_the_taps_of_a_plan_are_found_again_by_their_tensors() -> None:
     content, layers = converted(with_module, "int8", "sum")
     plan = taps.plan_taps(flatbuffer.parse(content), layers=layers)
-    known = {tap.name: tap.source_layer for tap in plan.taps}
-    assert taps.plan_tensors(flatbuffer.parse(content), [tap.tensor for tap in plan.taps], known) == plan
+    assert plan.logits is not None
+    known = {tap.name: tap.source_layer for tap in (*plan.taps, plan.logits)}
+    assert taps.plan_tensors(flatbuffer.parse(content), {tap.tensor: tap.norms for tap in plan.taps}, known) == plan
 
 
 def test_given_tensors_keep_their_order() -> None:
     content, _ = converted(residual, "float")
     given_tensors = [listed()[layer].tensor for layer in ("joined", "stem")]
-    plan = taps.plan_tensors(flatbuffer.parse(content), given_tensors, {})
+    plan = taps.plan_tensors(flatbuffer.parse(content), dict.fromkeys(given_tensors, taps.NORMS), {})
     assert [tap.tensor for tap in plan.taps] == given_tensors
     assert layers_of(plan) == ["", ""]
 
@@ -718,7 +908,7 @@ def test_given_tensors_keep_their_order() -> None:
 @pytest.mark.parametrize("tensor", [0, 1, 10_000], ids=["input", "constant", "none"])
 def test_a_tensor_that_is_no_activation_is_refused(tensor: int) -> None:
     with pytest.raises(ModelError, match="can be tapped"):
-        taps.plan_tensors(flatbuffer.parse(converted(residual, "float")[0]), [tensor], {})
+        taps.plan_tensors(flatbuffer.parse(converted(residual, "float")[0]), {tensor: taps.NORMS}, {})
 
 
 # --- Batch ---
@@ -818,6 +1008,84 @@ def test_the_class_output_is_found_behind_a_dequantisation() -> None:
     plan = taps.plan_taps(parsed)
     assert (plan.class_output, plan.classes) == (0, CLASSES)
     assert {tap.dtype for tap in plan.taps} == {"int8"}
+    assert plan.logits is not None
+    assert plan.logits.dtype == "int8"
+
+
+# --- The logits ---
+
+
+def log_softmax() -> Any:
+    return perceptron(activation="log_softmax")
+
+
+def shares_of(scores: np.ndarray) -> np.ndarray:
+    powers = np.exp(scores - scores.max())
+    return np.asarray(powers / powers.sum())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_logits_are_what_the_softmax_takes(form: Form) -> None:
+    content, _ = converted(perceptron, form)
+    plan = plan_of(perceptron, form)
+    one = np.random.default_rng(0).uniform(-1, 1, 12).astype(np.float32)
+    model = TfliteModel(guard.bake_features(content, plan))
+    answer = model.invoke(model.quantise(one))[0][0]
+    probabilities = answer if form == "float" else (answer.astype(np.float32) + 128) / 256
+    assert plan.logits is not None
+    assert plan.logits.source_layer == "last"
+    assert shares_of(features(content, plan, one)[-CLASSES:]) == pytest.approx(probabilities, abs=0.01)
+
+
+def test_the_logits_are_what_a_log_softmax_takes() -> None:
+    model = flatbuffer.parse(converted(log_softmax, "float")[0])
+    taken = plan_of(log_softmax, "float").logits
+    assert makers(model)[int(model.subgraphs[0].outputs[0])] == schema.BuiltinOperator.LOG_SOFTMAX
+    assert taken is not None
+    assert makers(model)[taken.tensor] == schema.BuiltinOperator.FULLY_CONNECTED
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("build", [logits, merged_logits], ids=lambda build: build.__name__)
+def test_the_logits_are_the_output_itself_where_there_is_no_softmax(build: Callable[[], Any], form: Form) -> None:
+    plan = plan_of(build, form)
+    assert plan.logits is not None
+    assert plan.logits.tensor == flatbuffer.parse(converted(build, form)[0]).subgraphs[0].outputs[0]
+
+
+def test_the_logits_are_those_of_the_class_output() -> None:
+    plan = plan_of(two_heads, "float")
+    assert plan.logits is not None
+    assert plan.logits.source_layer == "logits"
+
+
+@pytest.mark.parametrize(
+    ("classes", "channels"), [(2, 2), (taps.MAX_LOGITS, taps.MAX_LOGITS), (taps.MAX_LOGITS + 1, None)]
+)
+def test_logits_are_taken_of_at_most_256_classes(classes: int, channels: int | None) -> None:
+    plan = plan_of(perceptron, "float", outputs=classes)
+    assert plan.classes == classes
+    assert (plan.logits.channels if plan.logits is not None else None) == channels
+
+
+@pytest.mark.parametrize(
+    "build", [sigmoids, one_sigmoid, vector_autoencoder, image_autoencoder], ids=lambda build: build.__name__
+)
+def test_a_model_without_classes_has_no_logits(build: Callable[[], Any]) -> None:
+    assert plan_of(build, "float").logits is None
+
+
+def test_logits_of_another_rank_than_the_output_are_left_out() -> None:
+    plan = plan_of(softmax_reshaped, "float")
+    assert plan.class_output == 0
+    assert plan.logits is None
+
+
+@pytest.mark.parametrize(("last", "fits"), [(1021, True), (1022, False)])
+def test_logits_are_left_out_where_the_norms_leave_no_room_for_them(last: int, fits: bool) -> None:
+    content, layers = converted(wide, "float", 8, 1024, last)
+    plan = taps.plan_taps(flatbuffer.parse(content), names=["wide1", "wide2"], layers=layers)
+    assert (plan.logits is not None) == fits
 
 
 # --- Hostile graphs ---
@@ -891,7 +1159,7 @@ def check(model: Model, plan: TapPlan) -> None:
     tensors = model.subgraphs[0].tensors
     assert plan.taps
     assert len({tap.tensor for tap in plan.taps}) == len(plan.taps)
-    assert 2 * sum(tap.channels for tap in plan.taps) <= MAX_FEATURES
+    assert width(plan) <= MAX_FEATURES
     for tap in plan.taps:
         shape = tensors[tap.tensor].shape
         assert (shape[0], shape[-1]) == (1, tap.channels)
