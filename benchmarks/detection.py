@@ -20,6 +20,7 @@ Rules enforced here:
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import sys
@@ -230,8 +231,9 @@ def timings(detectors: Sequence[Any], images: Images) -> dict[str, float]:
     return {name: _short(float(np.median(values))) for name, values in taken.items()}
 
 
+@functools.cache
 def code_digest() -> str:
-    """Digest of the code that a row depends on."""
+    """Digest of the code that a row depends on, as it was first asked for."""
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for name in _OWN:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -279,10 +280,6 @@ def guard_model(
     factors = MAX_FACTORS
     while True:
         statistics, limits = _fit(measured, split, plan, fpr, factors)
-        companion = None
-        if sidecar:
-            stages = {} if synthetic else _stages(probe, inputs, measured, split, statistics, limits, fpr, progress)
-            companion = _sidecar(inputs, measured, split, plan, statistics, limits, stages)
         metadata = GuardMetadata(
             model_digest=_NO_DIGEST,
             guard_digest=_NO_DIGEST,
@@ -298,16 +295,21 @@ def guard_model(
             score_to_p=tuple((_round(score), _round(p)) for score, p in limits.score_to_p),
             calibration=calibration,
             environment=measured.environment,
-            sidecar_digest=None if companion is None else sidecars.digest(companion),
+            sidecar_digest=_NO_DIGEST if sidecar else None,
         )
         compiled = guard.Compiled(statistics, limits.thresholds)
         content, described = guard.bake(bare, plan, compiled, metadata)
         excess = len(content) - len(bare) - allowed_growth(len(bare))
         if excess <= 0 or factors <= MIN_FACTORS:
-            return Guarded(
-                bare=bare, content=content, plan=plan, compiled=compiled, metadata=described, sidecar=companion
-            )
+            break
         factors = _fewer_factors(factors, excess, statistics)
+    companion = None
+    if sidecar:
+        stages = {} if synthetic else _stages(probe, inputs, measured, split, statistics, limits, fpr, progress)
+        companion = _sidecar(inputs, measured, split, plan, statistics, limits, stages)
+        metadata = msgspec.structs.replace(metadata, sidecar_digest=sidecars.digest(companion))
+        content, described = guard.bake(bare, plan, compiled, metadata)
+    return Guarded(bare=bare, content=content, plan=plan, compiled=compiled, metadata=described, sidecar=companion)
 
 
 def recalibrate(

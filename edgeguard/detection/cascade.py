@@ -257,7 +257,7 @@ class Bucket:
 
     def affords(self, cost: float, now: float) -> bool:
         """Whether ``cost`` inferences can be spent at ``now`` seconds. A clock that goes back adds nothing."""
-        elapsed, self._at = max(0.0, now - self._at), now
+        elapsed, self._at = max(0.0, now - self._at), max(now, self._at)
         self._left = min(self._budget.burst, self._left + elapsed * self._budget.per_second)
         return self._left >= cost
 

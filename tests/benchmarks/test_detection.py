@@ -1,0 +1,104 @@
+"""What the detection benchmark computes from scores, and the page that it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from benchmarks import detection, detection_report
+from benchmarks.baselines import Scored
+from edgeguard.detection import cascade
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_auroc_is_that_of_scikit_learn(ties: bool) -> None:
+    rng = np.random.default_rng(0)
+    clean, triggered = rng.normal(size=400), rng.normal(1.0, size=300)
+    if ties:
+        clean, triggered = np.round(clean), np.round(triggered)
+    expected = roc_auc_score(np.repeat([0, 1], [400, 300]), np.concatenate([clean, triggered]))
+    assert detection.auroc(clean, triggered) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("fpr", "expected"), [(0.01, 0.01), (0.05, 0.05), (0.1, 0.1)])
+def test_the_tpr_of_clean_inputs_against_themselves_is_the_fpr(fpr: float, expected: float) -> None:
+    scores = np.random.default_rng(0).permutation(1000.0 + np.arange(1000))
+    assert detection.tpr_at(scores, scores, fpr) == pytest.approx(expected)
+
+
+def test_a_score_that_ties_with_the_threshold_is_not_found() -> None:
+    assert detection.tpr_at(np.ones(100), np.ones(50), 0.01) == 0.0
+
+
+def test_the_interval_holds_the_value() -> None:
+    rng = np.random.default_rng(0)
+    for value, low, high in detection.quality(rng.normal(size=500), rng.normal(2.0, size=500)).values():
+        assert low <= value <= high
+        assert high - low < 0.3
+
+
+def test_a_triggered_input_comes_once_in_a_hundred() -> None:
+    order = detection.stream(clean=250, triggered=7, between=99)
+    assert len(order) == 700
+    assert [index for side, index in order if side == 1] == list(range(7))
+    assert {index for side, index in order if side == 0} == set(range(250))
+
+
+def test_what_the_budget_does_not_reach_is_judged_by_the_one_pass() -> None:
+    count = 400
+    one_pass, audited = np.full(count, 0.5), np.full(count, 2.0)
+    sides = [Scored(suspicion=audited, forwards=np.full(count, 11.0))] * 2
+    scores, forwards = detection.within_budget(
+        [one_pass, one_pass], sides, [(0, index) for index in range(count)], worst=10
+    )
+    extra = float((forwards - 1).sum())
+    default = cascade.Budget()
+    assert extra <= default.burst + default.per_second * count / detection.RATE
+    assert extra > default.per_second * count / detection.RATE - 10
+    assert set(np.unique(scores)) == {0.5, 2.0}
+    assert np.array_equal(scores == 2.0, forwards > 1)
+
+
+def row(attack: str, **changes: Any) -> dict[str, Any]:
+    """One measured cell, as it stands in a file."""
+    quality = {"auroc": [0.99, 0.98, 1.0], **{f"tpr_{rate}": [0.9, 0.85, 0.95] for rate in ("0.01", "0.05", "0.1")}}
+    found: dict[str, Any] = {"forwards_clean": 1.0, "fpr": 0.01, "fpr_lower": 0.005, "microseconds": 50.0}
+    if attack != "clean":
+        found |= {"all": quality, "successful": quality, "forwards_99_1": 1.1, "forwards_50_50": 1.2}
+    return {
+        "data": "digits",
+        "network": "small-cnn-1",
+        "attack": attack,
+        "seed": 0,
+        "accuracy_int8": 0.98,
+        "asr_int8": 0.95,
+        "attacked": True,
+        "inputs": {"clean": 100, "triggered": 90, "successful": 80},
+        "detectors": {"one-pass": found, "cascade": found},
+        **changes,
+    }
+
+
+def test_the_page_counts_neither_the_adaptive_attack_nor_models_that_are_not_attacked() -> None:
+    rows = [row("clean"), row("badnets"), row("wanet"), row("adaptive"), row("robnet", attacked=False)]
+    assert [r["attack"] for r in detection_report.counted(rows)] == ["badnets", "wanet"]
+    page = detection_report.text(rows)
+    assert "| one-pass | 2 | 0.9900 |" in page
+    assert "digits robnet (0) 95%" in page.split("## Not counted as attacked")[1]
+
+
+def test_the_page_says_what_clean_models_flag() -> None:
+    page = detection_report.text([row("clean"), row("badnets")])
+    assert "| digits small-cnn-1 (0) | 100 | 1.00% | 1.00% (0.50%) | 1.00 |" in page
+
+
+def test_the_page_is_written_from_the_rows_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(row("badnets")))
+    (tmp_path / "b.json").write_text(json.dumps(row("clean")))
+    detection_report.write(tmp_path, tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text() == detection_report.text([row("badnets"), row("clean")])
