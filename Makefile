@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint conversion zoo bench-detection conformance fuzz wheel clean
+.PHONY: help demo test test-all lint conversion zoo bench-detection art-strip conformance fuzz wheel clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -56,6 +56,9 @@ zoo: $(STAMP) ## train the attack zoo; resumes (ARGS="--data digits")
 bench-detection: $(STAMP) ## our detector beside published ones on the zoo; resumes; writes docs/detection.md
 	$(BIN)/python -m benchmarks.detection $(ARGS)
 	$(BIN)/python -m benchmarks.detection --report
+
+art-strip: $(STAMP) ## our STRIP and cascade beside the Adversarial Robustness Toolbox's; writes benchmarks/results
+	$(BIN)/python -m benchmarks.art_strip --json benchmarks/results/art_strip.json $(ARGS)
 
 conformance: $(STAMP) ## ONNX import against the onnx package's own tests; writes benchmarks/results
 	$(BIN)/python -m benchmarks.onnx_conformance --json benchmarks/results/onnx_conformance.json
