@@ -101,7 +101,7 @@ def train(
     data = tf.data.Dataset.from_tensor_slices((images[order], labels[order]))
     data = data.shuffle(len(images), seed=seed).batch(batch)
     data = data.map(_augmentation(seed) if augment else lambda x, y: (tf.cast(x, tf.float32), y))
-    model.fit(data.prefetch(4), epochs=epochs, verbose=0, callbacks=[Report()])
+    model.fit(data.prefetch(4), epochs=epochs, shuffle=False, verbose=0, callbacks=[Report()])
 
 
 def _augmentation(seed: int) -> Any:
