@@ -24,7 +24,9 @@ was developed on {", ".join(DEVELOPED_ON)}, with the owner's inputs and never th
 {FINAL_SEED}, were first seen here. Microseconds (us) are medians on one busy machine, interleaved: compare them within
 a column. `linf`, `strip-100`, `squeezing`, `scale-up`, `beatrix` and `ibd-psc` are published detectors;
 `benchmarks/baselines.py` says where they deviate. Beatrix's standardisation was chosen with a look at these attacks,
-in its favour."""
+in its favour. One thing was mended after the first full run on digits: the variance floor of dormant channels, found by
+what the pruning-aware network's *clean* inputs scored (TPR 0.13 to 0.21 before), with the new floor chosen on the four
+attacks above."""
 
 
 def line(row: Row) -> str:
@@ -145,7 +147,8 @@ def text(rows: Sequence[Row]) -> str:
         "",
         *means(rows, "all"),
         "",
-        "Of these, attacks and seeds that the detector was not developed on (successful inputs):",
+        *_shared(rows),
+        "Of the first table, attacks and seeds that the detector was not developed on (successful inputs):",
         "",
         *means(held, "successful"),
         "",
@@ -162,6 +165,15 @@ def text(rows: Sequence[Row]) -> str:
         names = ", ".join(f"{r['data']} {r['attack']} ({r['seed']}) {r['asr_int8']:.0%}" for r in missing)
         parts += ["", "## Not counted as attacked", "", f"ASR too low: {names}."]
     return "\n".join(parts) + "\n"
+
+
+def _shared(rows: Sequence[Row]) -> list[str]:
+    """The means over the cells that every detector was measured on, where these are not all."""
+    names = {name for row in rows for name in row["detectors"]}
+    both = [row for row in counted(rows) if set(row["detectors"]) == names]
+    if not both or len(both) == len(counted(rows)):
+        return []
+    return ["Side by side, on the cells that every detector was measured on:", "", *means(both, "successful"), ""]
 
 
 def write(folder: Path, page: Path) -> None:
