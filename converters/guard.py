@@ -2,7 +2,7 @@
 
 What is appended, with built-in ops only (so that LiteRT, tflite-runtime and TFLite Micro run it):
 
-    per tap     [ABS] -> REDUCE_MAX (l-infinity norms) and MEAN (l1 norms) over space;
+    per tap     [ABS] -> REDUCE_MAX (l-infinity norms), MEAN (l1 norms) or both over space;
                 int8: CONCATENATION of both, DEQUANTIZE
     features    CONCATENATION of all and of the logits (int8: DEQUANTIZE)             = edgeguard_features [1, D]
     scores      FULLY_CONNECTED to K factors, CONCATENATION with the features; SOFTMAX of the logits,

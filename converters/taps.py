@@ -619,7 +619,7 @@ def _classes(graph: _Graph) -> tuple[int | None, int]:
     It is the first ``[1, C]`` output, C > 1, that ends in a softmax; without such, the first that ends in a dense
     layer, but for a reconstruction: as many numbers as the model takes. Quantisation, reshapes and arithmetic may
     follow. A single sigmoid, several ones (labels that do not exclude each other) and an image have no classes, nor has
-    an output of rank 4, because the guard takes its argmax over axis 1.
+    an output of rank 4, because the guard takes its softmax over the last axis.
     """
     sizes = {math.prod(graph.shape(i)) for i in graph.inputs}
     logits: tuple[int | None, int] = (None, 1)

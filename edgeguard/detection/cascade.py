@@ -1,8 +1,9 @@
 """The cascade: one pass for every input; STRIP and squeezing for the doubtful ones and a random few, within a budget.
 
-The one-pass score s costs next to nothing. From the level on that a share ``GREY`` of clean inputs reaches, an input is
-doubtful: clean inputs there are the ambiguous ones, whose answer wavers when the input is disturbed, while a trigger's
-does not. So two dearer checks run, and what they find counts towards the flag:
+The one-pass score s costs next to nothing. From the level on that a share ``GREY`` of the fit half reaches (of fresh
+clean inputs up to twice as many where the fit half is small), an input is doubtful: clean inputs there are the
+ambiguous ones, whose answer wavers when the input is disturbed, while a trigger's does not. So two dearer checks run,
+and what they find counts towards the flag:
 
     F(x) = s exp(WEIGHT sum_k max(0, min(CAP, -log10 p_k) - log10 e))
 
@@ -13,7 +14,8 @@ inputs. Steadiness only ever adds: a trigger that a check does not see is no mor
 Rules enforced here:
 
 * an input is flagged where F exceeds a threshold of its own, set on the threshold half by the same order statistic as
-  the one-pass threshold, so that the cascade as a whole keeps the false-positive rate;
+  the one-pass threshold, so that the cascade as a whole keeps the false-positive rate. Audits at random are not part of
+  that promise: they can raise a score by a factor of 2.2, so the share is to stay small;
 * extra inferences come out of a budget per second; where it is spent, the one-pass threshold alone flags, and an input
   that is doubtful but below it is "not audited", never clean;
 * without a sidecar, with one of too few overlays, or for a model without classes, the one pass decides, and the verdict
@@ -36,7 +38,7 @@ from edgeguard.contract.guard import GuardMetadata
 from edgeguard.detection.guarded import GuardedModel, Inference
 from edgeguard.detection.sidecar import Sidecar
 from edgeguard.detection.squeezing import SQUEEZERS, distances
-from edgeguard.detection.statistics import allowed_exceedances, shares
+from edgeguard.detection.statistics import allowed_exceedances, p_table, shares, threshold_of
 from edgeguard.detection.strip import Answer, StripLimits, entropy, fit_limits, stopped, strip, superimpose
 from edgeguard.detection.verdict import ONE_PASS, Audit, Verdict, p_value
 from edgeguard.errors import ConfigError
@@ -54,7 +56,6 @@ SEQUENTIAL_AT = 0.1
 SQUEEZED_BY = ("median 2x2", "median 3x3")
 MAX_REFERENCE = 200
 MIN_REFERENCE = 20
-_P_POINTS = 32
 
 STRIP, SQUEEZING = "strip", "squeezing"
 _KEYS = ("cascade", "entropies", "distances", "scores", "p_values")
@@ -212,12 +213,8 @@ def calibrate(
     for i in np.flatnonzero(threshold_scores >= limits.grey):
         values = check(threshold_inputs[i], answer, overlays, sequential, squeeze=squeeze).values
         joint[i] = combined(float(threshold_scores[i]), values, limits)
-    level = max(float(-np.sort(-joint)[allowed]), 1e-6) * (1.0 + 1e-5)
-    joint = joint / level
-    count = len(joint)
-    points = np.unique(np.quantile(joint, 1.0 - np.geomspace(1.0, 1.0 / count, _P_POINTS)))
-    table = tuple((float(p), float((np.sum(joint >= p) + 1) / (count + 1))) for p in points)
-    return replace(limits, threshold=level, score_to_p=table)
+    level = threshold_of(joint, allowed)
+    return replace(limits, threshold=level, score_to_p=p_table(joint / level))
 
 
 def _thinned(values: list[float]) -> tuple[float, ...]:

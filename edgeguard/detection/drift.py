@@ -78,7 +78,10 @@ _THIRD, _HALF = 3, 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Observation:
-    """One checked input: p-value (None where unknown), predicted class (None without classes), and if it is flagged."""
+    """One checked input: p-value (None where unknown), predicted class (None without classes), and if it is flagged.
+
+    The p-value is that of the one pass: a cascade's comes from another table than the levels of :class:`Promise`.
+    """
 
     p_value: float | None
     predicted: int | None

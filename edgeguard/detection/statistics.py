@@ -1,7 +1,8 @@
 """Clean statistics of the feature norms, and the scores and thresholds that follow from them. NumPy only.
 
-Each detector looks at its own block of features x: one norm over all taps, and the model's logits. Clean features are
-modelled as a Gaussian around what the model's answer lets expect, with a covariance in factor-analysis form:
+Each detector looks at its own block of features x: one norm of the taps that have it, and the model's logits. Clean
+features are modelled as a Gaussian around what the model's answer lets expect, with a covariance in factor-analysis
+form:
 
     m(x) = sum_c p_c(x) m_c,  p = softmax(logits)            diag(psi) + L L^T, k factors
 
@@ -44,9 +45,8 @@ MAX_FACTORS = 12
 _INPUTS_PER_FACTOR = 40  # with fewer, factors fit the noise of the fit half
 _FACTOR_ROUNDS = 20
 _MEAN_PRIOR = 0.5  # pseudo-inputs that pull a class mean towards the mean of all
-# Of a part's mean variance. A channel that was silent in the fit half speaks up on a few clean inputs: with 0.02, these
-# few scored up to a hundred times the median on a network with dormant channels, and the threshold had to follow.
-_VARIANCE_FLOOR = 0.2
+_VARIANCE_FLOOR = 0.05  # of a part's mean variance: a channel that is silent on clean data must not divide by zero
+_UNIQUE_FLOOR = 0.02  # of the mean variance: what factors do not explain of a column
 _P_POINTS = 32
 
 
@@ -122,7 +122,11 @@ def fit(
         scale = np.concatenate([_scale(residuals[:, part]) for part in block.parts])
         standard = residuals[:, columns] / scale
         factors = max(0, min(max_factors, len(columns) // 4, count // _INPUTS_PER_FACTOR))
-        psi, whitened = factor_analysis(standard.T @ standard / freedom, factors)
+        covariance = standard.T @ standard / freedom
+        # A channel below the floor counts as if its variance were the floor's: else the few clean inputs that wake a
+        # dormant channel score a hundred times the median, and the threshold has to follow.
+        covariance += np.diag(np.maximum(1.0 - np.diag(covariance), 0.0))
+        psi, whitened = factor_analysis(covariance, factors)
         weights[row, columns] = 1.0 / (psi * scale**2)
         projection = np.zeros((len(whitened), width))
         projection[:, columns] = whitened / scale
@@ -172,11 +176,11 @@ def factor_analysis(covariance: Floats, factors: int) -> tuple[Floats, Floats]:
         psi [D], and M [k, D] with M^T M = psi^-1 L (I + L^T psi^-1 L)^-1 L^T psi^-1.
     """
     variance = np.diag(covariance).copy()
-    floor = max(_VARIANCE_FLOOR * float(variance.mean()), 1e-12)
-    psi = np.maximum(variance, floor)
+    least = max(_UNIQUE_FLOOR * float(variance.mean()), 1e-12)
+    psi = np.maximum(variance, least)
     if factors == 0:
         return psi, np.zeros((0, len(psi)))
-    padded = covariance + np.diag(np.maximum(floor - variance, 0.0))
+    padded = covariance + np.diag(np.maximum(least - variance, 0.0))
     vectors = np.zeros((len(psi), factors))
     excess = np.zeros(factors)
     for _ in range(_FACTOR_ROUNDS):
@@ -185,7 +189,7 @@ def factor_analysis(covariance: Floats, factors: int) -> tuple[Floats, Floats]:
         vectors = all_vectors[:, ::-1][:, :factors]
         excess = np.maximum(values[::-1][:factors] - 1.0, 0.0)
         loadings = scale[:, np.newaxis] * vectors * np.sqrt(excess)
-        psi = np.maximum(np.diag(padded) - (loadings**2).sum(axis=1), floor)
+        psi = np.maximum(np.diag(padded) - (loadings**2).sum(axis=1), least)
     # One more decomposition, so that factors and psi belong together: in whitened space L = U sqrt(e) with
     # orthonormal U, hence L (I + L^T L)^-1 L^T = U diag(e / (1 + e)) U^T.
     scale = np.sqrt(psi)
@@ -243,16 +247,28 @@ def set_thresholds(raw: Floats, predicted: Ints, classes: int, fpr: float, *, sc
             do=f"bring at least {2 * inputs_needed(fpr)} clean inputs or raise --fpr",
         )
     joint = (raw / scale).max(axis=1)
-    # The smallest step up makes "exceeds 1" exclude the order statistic itself, also after rounding to float32.
-    level = max(float(-np.sort(-joint)[allowed]), 1e-6) * (1.0 + 1e-5)
+    level = threshold_of(joint, allowed)
     joint = joint / level
     flagged = joint > 1.0
     uppers = [
         rate_upper(int(flagged[predicted == label].sum()), int((predicted == label).sum())) for label in range(classes)
     ]
+    return Thresholds(
+        thresholds=tuple(float(t) for t in scale * level), fpr_upper=tuple(uppers), score_to_p=p_table(joint)
+    )
+
+
+def threshold_of(joint: Floats, allowed: int) -> float:
+    """The level that ``allowed`` of the joint scores [N] exceed, always above 0."""
+    # The smallest step up makes "exceeds 1" exclude the order statistic itself, also after rounding to float32.
+    return max(float(-np.sort(-joint)[allowed]), 1e-6) * (1.0 + 1e-5)
+
+
+def p_table(joint: Floats) -> tuple[tuple[float, float], ...]:
+    """Pairs (score, share of the joint scores [N] at or above it), ascending in score, denser in the tail."""
+    count = len(joint)
     points = np.unique(np.quantile(joint, 1.0 - np.geomspace(1.0, 1.0 / count, _P_POINTS)))
-    table = tuple((float(p), float((np.sum(joint >= p) + 1) / (count + 1))) for p in points)
-    return Thresholds(thresholds=tuple(float(t) for t in scale * level), fpr_upper=tuple(uppers), score_to_p=table)
+    return tuple((float(p), float((np.sum(joint >= p) + 1) / (count + 1))) for p in points)
 
 
 def allowed_exceedances(count: int, fpr: float) -> int | None:

@@ -21,10 +21,10 @@ class Verdict:
     """What the guard thinks of one input.
 
     ``predicted`` is the class index, None for a model without classes. ``score`` is the largest of ``scores``, each
-    divided by its threshold; NaN means not checked. ``p_value`` is the share of clean calibration inputs that score
-    at least as high, None where it is unknown. ``stages`` lists the checks that ran, ``evidence`` what the dearer ones
-    measured. ``audit`` says how the dearer checks stand: there are none, the score was far from doubtful, they ran, or
-    they should have run but the budget was spent.
+    divided by its threshold, or what the cascade made of it over its own; NaN means not checked. ``p_value`` is the
+    share of clean calibration inputs that score at least as high, None where it is unknown. ``stages`` lists the
+    checks that ran, ``evidence`` what the dearer ones measured. ``audit`` says how the dearer checks stand: there
+    are none, the score was far from doubtful, they ran, or they should have run but the budget was spent.
     """
 
     predicted: int | None

@@ -140,7 +140,7 @@ def _shifts(item: LabelEvidence, taps: Sequence[Tap], count: int) -> tuple[Chann
     for position in np.argsort(-shift, kind="stable"):
         index = int(position)
         tap = next((t for t in taps if t.offset <= index < t.offset + t.channels), None)
-        if tap is not None:
+        if tap is not None and tap.kind != "logit":  # a logit is no channel: it moves whatever the trigger is
             shifts.append(
                 ChannelShift(
                     tensor=tap.tensor,

@@ -40,7 +40,7 @@ def logits_of(model: Any) -> Any:
 
 
 def norms_of(model: Any, taps: Sequence[Tap]) -> Any:
-    """A Keras model from inputs to ``[logits, features]``: features [N, D] in the order of ``edgeguard_features``.
+    """A Keras model from inputs to ``[logits, norms]``: norms [N, D] in the order of ``edgeguard_features``.
 
     Raises:
         ModelError: a tap names no layer of this model.
@@ -51,8 +51,7 @@ def norms_of(model: Any, taps: Sequence[Tap]) -> Any:
     names = {layer.name for layer in model.layers}
     parts: list[Any] = []
     for tap in sorted(taps, key=lambda t: t.offset):
-        if tap.kind == "logit":
-            parts.append(logits.output)
+        if tap.kind == "logit":  # the logits are an output of their own
             continue
         if tap.source_layer not in names:
             raise ModelError(

@@ -92,6 +92,9 @@ class _Case:
         self.content = _read(Path(job.guarded))
         self.guarded = GuardedModel.load(self.content)
         self.metadata: GuardMetadata = self.guarded.metadata
+        # Any trigger that works moves the logits alike: they say nothing about which channels carry it.
+        ranges = [range(t.offset, t.offset + t.channels) for t in self.metadata.taps if t.kind != "logit"]
+        self._norms = np.asarray([column for columns in ranges for column in columns])
         self.flagged_mean = self._vector("flagged_mean", job.flagged_mean)
         if not 0 <= job.label < len(self.metadata.classes):
             raise ModelError("job", got=f"label {job.label}", expected=f"0 to {len(self.metadata.classes) - 1}")
@@ -120,7 +123,7 @@ class _Case:
         self.x_gate: npt.NDArray[np.uint8] = clean.x_train[order[cut:]].astype(np.uint8)
         self.y_gate = clean.y_train[order[cut:]]
         own = [self.guarded.infer(x) for x in self.x_repair[:FEATURE_INPUTS]]
-        features = np.asarray([i.features for i in own], dtype=np.float64)
+        features = np.asarray([i.features[self._norms] for i in own], dtype=np.float64)
         self.clean_mean = features.mean(axis=0)
         spread = features.std(axis=0)
         self.std = np.maximum(spread, max(0.05 * float(spread.mean()), 1e-6))
@@ -128,7 +131,7 @@ class _Case:
         if job.unflagged_mean:
             self.usual = self._vector("unflagged_mean", job.unflagged_mean)
         else:
-            same = [i.features for i in own if i.verdict.predicted == job.label]
+            same = [i.features[self._norms] for i in own if i.verdict.predicted == job.label]
             self.usual = np.mean(same, axis=0) if same else self.clean_mean
 
     def _vector(self, name: str, values: tuple[float, ...]) -> npt.NDArray[np.float64]:
@@ -139,7 +142,7 @@ class _Case:
                 got=f"{vector.shape} values",
                 expected=f"{self.metadata.feature_count} finite ones",
             )
-        return vector
+        return vector[self._norms]
 
 
 def run(job: Job, say: Say) -> Result:
@@ -300,7 +303,7 @@ def _attempt(
         case.y_gate,
         classes=case.metadata.classes,
         fpr=case.metadata.fpr,
-        taps=tuple(dict.fromkeys(tap.source_layer for tap in case.metadata.taps)),
+        taps=tuple(dict.fromkeys(tap.source_layer for tap in case.metadata.taps if tap.kind != "logit")),
     )
     decision = gate.decide(before, _measure(case, conversion.guarded, triggers, kept), residual_success=residual)
     for check in decision.checks:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 from scipy.stats import binom
 
+from edgeguard.contract.guard import Tap
 from edgeguard.hub.config import PolicyConfig
 from edgeguard.hub.evidence import DeviceEvidence, pool
 from edgeguard.hub.policy import Suspicion, assess, binomial_tail
@@ -22,6 +24,7 @@ def judge(
     devices: int | None = None,
     policy: PolicyConfig = POLICY,
     fpr_upper: tuple[float, ...] | None = None,
+    taps: tuple[Tap, ...] = GUARD.taps,
 ) -> list[Suspicion]:
     rows = []
     for device, labels in counts.items():
@@ -32,7 +35,7 @@ def judge(
     pooled = pool(rows, model_digest=fleet.MODEL, width=fleet.WIDTH, share=policy.device_share)
     known = len(counts) if devices is None else devices
     upper = GUARD.fpr_upper if fpr_upper is None else fpr_upper
-    return assess(pooled, policy, fpr_upper=upper, fpr=GUARD.fpr, taps=GUARD.taps, devices=known)
+    return assess(pooled, policy, fpr_upper=upper, fpr=GUARD.fpr, taps=taps, devices=known)
 
 
 def simulate(seed: int, *, rate: float, attacked: float = 0.0, windows: int = 40) -> tuple[list[Suspicion], ...]:
@@ -121,6 +124,13 @@ def test_channels_are_named_by_layer_and_ranked_by_shift() -> None:
     assert (first.source_layer, first.kind, first.channel, first.index) == ("relu2", "l1", 1, 3)
     assert first.shift_in_std == pytest.approx(6.0)
     assert [c.shift_in_std for c in found.channels[1:]] == [0, 0, 0]
+
+
+def test_a_logit_is_not_named_as_a_channel() -> None:
+    taps = tuple(msgspec.structs.replace(tap, kind="logit") if tap.kind == "l1" else tap for tap in GUARD.taps)
+    (found,) = judge({"a": {1: (200, 40)}, "b": {1: (200, 40)}}, taps=taps)
+    assert found.channels
+    assert {channel.kind for channel in found.channels} == {"linf"}
 
 
 def test_no_more_channels_than_asked_for() -> None:
