@@ -30,7 +30,7 @@ def digit_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     digits = data.load("digits")
     paths = []
     for seed in (1, 2):
-        model, _ = victims.trained(cast(Any, digits.x_train), digits.y_train, 10, epochs=3, seed=seed, cache=None)
+        model, _ = victims.trained(cast(Any, digits.x_train), digits.y_train, 10, epochs=20, seed=seed, cache=None)
         converted = pipeline.convert(
             sources.of_keras(model), digits.x_train, digits.y_train, classes=digits.classes, fpr=0.05
         )
