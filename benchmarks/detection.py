@@ -38,7 +38,6 @@ from benchmarks import detection_report, zoo
 from benchmarks.baselines import Scored
 from converters import calibration, files
 from edgeguard.attacks.base import Images, Progress
-from edgeguard.data import Labels
 from edgeguard.detection import cascade, sidecar
 from edgeguard.detection.guarded import GuardedModel
 from edgeguard.detection.statistics import rate_upper
@@ -90,7 +89,7 @@ class Cascaded:
             self.companion,
             clock=lambda: 0.0,
             rng=np.random.default_rng(0),
-            budget=cascade.Budget(per_second=0.0, burst=1e12),
+            budget=cascade.UNLIMITED,
         )
         found, forwards = np.empty(len(images)), np.empty(len(images))
         for row, image in enumerate(images):
@@ -137,7 +136,6 @@ class Inputs:
     """Clean test inputs, and triggered ones [M] with whether the model calls each the target."""
 
     clean: Images
-    clean_classes: Labels
     triggered: Images
     successful: npt.NDArray[np.bool_]
 
@@ -148,15 +146,14 @@ def inputs_of(member: zoo.Member, part: zoo.Split) -> Inputs:
     rng = np.random.default_rng(0)
     chosen = np.sort(rng.permutation(len(images))[:MAX_INPUTS])
     clean = images[chosen]
-    seen = zoo.classes(member.int8, clean)
     if member.attack is None:
         empty = clean[:0]
-        return Inputs(clean=clean, clean_classes=seen, triggered=empty, successful=np.zeros(0, dtype=bool))
+        return Inputs(clean=clean, triggered=empty, successful=np.zeros(0, dtype=bool))
     eligible = np.flatnonzero(member.attack.eligible(labels))
     eligible = np.sort(rng.permutation(eligible)[:MAX_INPUTS])
     triggered = member.attack.stamp(images[eligible], member.state)
     successful = zoo.classes(member.int8, triggered) == member.attack.target
-    return Inputs(clean=clean, clean_classes=seen, triggered=triggered, successful=successful)
+    return Inputs(clean=clean, triggered=triggered, successful=successful)
 
 
 def auroc(clean: Floats, triggered: Floats) -> float:

@@ -27,8 +27,8 @@ busy machine, single calls, those of published detectors partly from an earlier 
 each. `linf`, `strip-100`, `squeezing`, `scale-up`, `beatrix` and `ibd-psc` are published detectors;
 `benchmarks/baselines.py` says where they deviate. Beatrix's standardisation was chosen with a look at these attacks,
 in its favour; `linf` sees the logits beside the norms. One thing was mended after the first full run on digits:
-dormant channels had their variance floored twice, found by what the pruning-aware network's *clean* inputs scored
-(TPR 0.13 to 0.21 before)."""
+dormant channels had their variance floored twice, found by what the pruning-aware network's *clean* inputs scored.
+The first figures are in the history."""
 
 
 def line(row: Row) -> str:

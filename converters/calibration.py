@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from converters import flatbuffer, guard, taps
-from edgeguard.contract.guard import Calibration, Detector, Environment, GuardMetadata, ModelInput
+from edgeguard.contract.guard import Calibration, Detector, Environment, GuardMetadata, ModelInput, logit_columns
 from edgeguard.detection import cascade
 from edgeguard.detection import metadata as metadata_reader
 from edgeguard.detection import sidecar as sidecars
@@ -383,7 +383,7 @@ def _fit(
 ) -> tuple[Statistics, Thresholds]:
     layout = guard.layout(plan)
     features, predicted = measured.features, measured.predicted[split.threshold]
-    statistics = fit(features[split.fit], guard.blocks(layout), guard.logits(layout), max_factors=factors)
+    statistics = fit(features[split.fit], guard.blocks(layout), logit_columns(layout), max_factors=factors)
     scale = tails(raw_scores(statistics, features[split.fit]), fpr)
     return statistics, set_thresholds(
         raw_scores(statistics, features[split.threshold]), predicted, plan.classes, fpr, scale=scale

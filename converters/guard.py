@@ -93,18 +93,9 @@ def layout(plan: TapPlan) -> tuple[Tap, ...]:
 def blocks(taps: Sequence[Tap]) -> tuple[Block, ...]:
     """One detector per norm, over all taps and the logits."""
     return tuple(
-        Block(detector=norm, parts=tuple(_columns(tap) for tap in taps if tap.kind in {norm, "logit"}))
+        Block(detector=norm, parts=tuple(tuple(tap.columns) for tap in taps if tap.kind in {norm, "logit"}))
         for norm in NORMS
     )
-
-
-def logits(taps: Sequence[Tap]) -> tuple[int, ...]:
-    """Which features are the classes' logits; none for a model without."""
-    return tuple(column for tap in taps if tap.kind == "logit" for column in _columns(tap))
-
-
-def _columns(tap: Tap) -> tuple[int, ...]:
-    return tuple(range(tap.offset, tap.offset + tap.channels))
 
 
 def normalise(model: Model) -> None:
@@ -254,7 +245,7 @@ def bake_features(content: bytes, plan: TapPlan) -> bytes:
     strip(model)
     normalise(model)
     writer = _Writer(model, open_batch=plan.dynamic_batch)
-    writer.publish(_features(writer, plan), contract.FEATURES)
+    writer.publish(_features(writer, plan)[0], contract.FEATURES)
     return flatbuffer.pack(model)
 
 
@@ -275,8 +266,8 @@ def bake(content: bytes, plan: TapPlan, compiled: Compiled, metadata: GuardMetad
     normalise(model)
     own = model_digest(model)
     writer = _Writer(model, open_batch=plan.dynamic_batch)
-    features = _features(writer, plan)
-    writer.publish(_scores(writer, plan, compiled, features), contract.SCORES)
+    features, logits = _features(writer, plan)
+    writer.publish(_scores(writer, compiled, features, logits), contract.SCORES)
     writer.publish(features, contract.FEATURES)
     described = msgspec.structs.replace(metadata, model_digest=own, guard_digest=_NO_DIGEST)
     contract.check_metadata(described)
@@ -286,13 +277,15 @@ def bake(content: bytes, plan: TapPlan, compiled: Compiled, metadata: GuardMetad
     return flatbuffer.attach(flatbuffer.pack(model), flatbuffer.associated(content)), described
 
 
-def _features(writer: _Writer, plan: TapPlan) -> int:
+def _features(writer: _Writer, plan: TapPlan) -> tuple[int, int | None]:
+    """The features, and the real logits among them where there are any."""
     parts = [writer.norms(tap, number) for number, tap in enumerate(plan.taps)]
     if sum(len(norms) for norms in parts) > _MAX_JOINED:
         parts = [[writer.concatenate(norms, f"edgeguard_norms{n}")] for n, norms in enumerate(parts)]
     flat = [part for norms in parts for part in norms]
-    logits = [] if plan.logits is None else [writer.real(plan.logits.tensor, "edgeguard_logits")]
-    if len({writer.rank(part) for part in (*flat, *logits)}) > 1:  # activations of one, two and no spatial axes
+    logits = None if plan.logits is None else writer.real(plan.logits.tensor, "edgeguard_logits")
+    answer = [] if logits is None else [logits]
+    if len({writer.rank(part) for part in (*flat, *answer)}) > 1:  # activations of one, two and no spatial axes
         same = len({writer.rank(part) for part in flat}) == 1
         if same and len(flat) > 1:
             flat = [writer.concatenate(flat, "edgeguard_joined")]
@@ -300,14 +293,14 @@ def _features(writer: _Writer, plan: TapPlan) -> int:
             part if writer.rank(part) == 2 else writer.reshape(part, f"edgeguard_flat{number}")
             for number, part in enumerate(flat)
         ]
-    flat += logits
+    flat += answer
     if len(flat) > 1 and writer.rank(flat[0]) == 2:
-        return writer.concatenate(flat, contract.FEATURES)
+        return writer.concatenate(flat, contract.FEATURES), logits
     joined = writer.concatenate(flat, "edgeguard_joined") if len(flat) > 1 else flat[0]
-    return writer.reshape(joined, contract.FEATURES)
+    return writer.reshape(joined, contract.FEATURES), logits
 
 
-def _scores(writer: _Writer, plan: TapPlan, compiled: Compiled, features: int) -> int:
+def _scores(writer: _Writer, compiled: Compiled, features: int, logits: int | None) -> int:
     statistics = compiled.statistics
     detectors = len(statistics.detectors)
     factors, width = statistics.projection.shape
@@ -315,10 +308,10 @@ def _scores(writer: _Writer, plan: TapPlan, compiled: Compiled, features: int) -
     if factors:
         projected = writer.dense(features, statistics.projection, "edgeguard_projected")
         extended = writer.concatenate([features, projected], "edgeguard_extended")
-    if plan.logits is None:
+    if logits is None:
         row = writer.constant("edgeguard_expected", statistics.table[:1].astype(np.float32))
     else:
-        answers = writer.softmax(writer.named("edgeguard_logits", plan.logits.tensor), "edgeguard_answers")
+        answers = writer.softmax(logits, "edgeguard_answers")
         row = writer.dense(answers, statistics.table.T, "edgeguard_expected")
     deviation = writer.activation("edgeguard_deviation", (1, width + factors), Kind.FLOAT32)
     writer.operator(
@@ -408,11 +401,6 @@ class _Writer:
                 builtinOptions=options,
             )
         )
-
-    def named(self, name: str, otherwise: int) -> int:
-        """The guard's tensor of a name, or another where there is none."""
-        own = (i for i in range(len(self.graph.tensors) - 1, -1, -1) if text(self.graph.tensors[i].name) == name)
-        return next(own, otherwise)
 
     def real(self, source: int, name: str) -> int:
         """A tensor in real numbers: itself where it is."""

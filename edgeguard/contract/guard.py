@@ -9,6 +9,7 @@ The metadata holds no wall-clock time: the same model, data and environment give
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import msgspec
@@ -49,6 +50,16 @@ class Tap(msgspec.Struct, frozen=True, kw_only=True):
     kind: Literal["linf", "l1", "logit"]
     offset: Annotated[int, Meta(ge=0, le=MAX_FEATURES)]
     channels: Annotated[int, Meta(ge=1, le=MAX_FEATURES)]
+
+    @property
+    def columns(self) -> range:
+        """Which features these are."""
+        return range(self.offset, self.offset + self.channels)
+
+
+def logit_columns(taps: Iterable[Tap]) -> tuple[int, ...]:
+    """Which features are the classes' logits; none for a model without."""
+    return tuple(column for tap in taps if tap.kind == "logit" for column in tap.columns)
 
 
 class ModelInput(msgspec.Struct, frozen=True, kw_only=True):

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgeguard.contract.guard import GuardMetadata
+from edgeguard.contract.guard import logit_columns
 from edgeguard.detection.guarded import GuardedModel, Inference
 from edgeguard.detection.sidecar import Sidecar
 from edgeguard.detection.squeezing import SQUEEZERS, distances
@@ -140,11 +140,15 @@ def check(
     found = strip(x, overlays[:MAX_OVERLAYS], answer, limits)
     values, forwards = {STRIP: found.entropy}, found.forwards
     if squeeze:
-        known = answer(x) if before is None else before
-        moved = distances(x, answer, {name: SQUEEZERS[name] for name in SQUEEZED_BY}, before=known)
-        values[SQUEEZING] = sum(moved.values()) / len(moved)
-        forwards += len(moved) + (before is None)
+        values[SQUEEZING] = _moved(x, answer, before)
+        forwards += len(SQUEEZED_BY) + (before is None)
     return Checked(values=values, forwards=forwards)
+
+
+def _moved(image: Array, answer: Answer, before: Floats | None = None) -> float:
+    """The mean l1 distance that squeezing moves the answer."""
+    moved = distances(image, answer, {name: SQUEEZERS[name] for name in SQUEEZED_BY}, before=before)
+    return sum(moved.values()) / len(moved)
 
 
 def worst_cost(limits: Limits) -> int:
@@ -199,14 +203,12 @@ def calibrate(
         [[entropy(answer(superimpose(fit_inputs[i], o))) for o in overlays[:MAX_OVERLAYS]] for i in chosen]
     )
     sequential = fit_limits(every, SEQUENTIAL_AT)
-    squeezers = {name: SQUEEZERS[name] for name in SQUEEZED_BY}
-    moved = [distances(fit_inputs[i], answer, squeezers) for i in chosen] if squeeze else []
     limits = Limits(
         grey=float(np.quantile(fit_scores, 1.0 - GREY)),
         threshold=1.0,
         strip=sequential,
         entropies=_thinned([stopped(row, sequential) for row in every]),
-        distances=_thinned([sum(m.values()) / len(m) for m in moved]),
+        distances=_thinned([_moved(fit_inputs[i], answer) for i in chosen] if squeeze else []),
         score_to_p=(),
     )
     joint = threshold_scores.copy()
@@ -284,7 +286,7 @@ class Cascade:
         if not 0.0 <= audit_share <= 1.0:
             raise ConfigError("audit share", got=audit_share, expected="0 to 1")
         self._model = model
-        self._logits = _logits(model.metadata)
+        self._logits = logit_columns(model.metadata.taps)
         self._overlays = None if sidecar is None else sidecar.overlays
         usable = bool(self._logits) and not model.metadata.calibration.synthetic
         # Entropies under fewer overlays than the limits were calibrated with are not comparable to them.
@@ -323,16 +325,6 @@ class Cascade:
 
     def _shares(self, features: npt.NDArray[np.float32]) -> Floats:
         return np.asarray(shares(features.astype(np.float64)[np.newaxis], self._logits)[0])
-
-
-def _logits(metadata: GuardMetadata) -> tuple[int, ...]:
-    """Which features are the classes' logits."""
-    return tuple(
-        column
-        for tap in metadata.taps
-        if tap.kind == "logit"
-        for column in range(tap.offset, tap.offset + tap.channels)
-    )
 
 
 def _decided(verdict: Verdict, values: Mapping[str, float], limits: Limits, audit: Audit) -> Verdict:

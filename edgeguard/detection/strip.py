@@ -14,7 +14,7 @@ further from the threshold than their spread allows for chance.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -84,23 +84,23 @@ def strip(x: Array, overlays: Array, answer: Answer, limits: StripLimits | None 
         raise ModelError(
             "STRIP overlays", got=f"shape {list(overlays.shape)}", expected=f"[N, *{list(x.shape)}], N > 0"
         )
-    found: list[float] = []
-    for overlay in overlays:
-        found.append(entropy(answer(superimpose(x, overlay))))
-        if limits is not None and _clear(sum(found) / len(found), len(found), limits):
-            break
-    mean = sum(found) / len(found)
-    return StripResult(entropy=mean, forwards=len(found), flagged=limits is not None and mean <= limits.threshold)
+    mean, count = _until_clear((entropy(answer(superimpose(x, overlay))) for overlay in overlays), limits)
+    return StripResult(entropy=mean, forwards=count, flagged=limits is not None and mean <= limits.threshold)
 
 
 def stopped(entropies: Floats, limits: StripLimits) -> float:
     """The mean entropy that :func:`strip` would return, from the entropies under all overlays in their order [N]."""
-    total = 0.0
+    return _until_clear(entropies.tolist(), limits)[0]
+
+
+def _until_clear(entropies: Iterable[float], limits: StripLimits | None) -> tuple[float, int]:
+    """Mean and number of the entropies up to where the decision is clear; of all of them without limits."""
+    total, count = 0.0, 0
     for count, value in enumerate(entropies, start=1):
-        total += float(value)
-        if _clear(total / count, count, limits):
+        total += value
+        if limits is not None and _clear(total / count, count, limits):
             break
-    return total / count
+    return total / count, count
 
 
 def _clear(mean: float, count: int, limits: StripLimits) -> bool:

@@ -93,8 +93,8 @@ class _Case:
         self.guarded = GuardedModel.load(self.content)
         self.metadata: GuardMetadata = self.guarded.metadata
         # Any trigger that works moves the logits alike: they say nothing about which channels carry it.
-        ranges = [range(t.offset, t.offset + t.channels) for t in self.metadata.taps if t.kind != "logit"]
-        self._norms = np.asarray([column for columns in ranges for column in columns])
+        norms = [tap.columns for tap in self.metadata.taps if tap.kind != "logit"]
+        self._norms = np.concatenate([np.asarray(columns) for columns in norms])
         self.flagged_mean = self._vector("flagged_mean", job.flagged_mean)
         if not 0 <= job.label < len(self.metadata.classes):
             raise ModelError("job", got=f"label {job.label}", expected=f"0 to {len(self.metadata.classes) - 1}")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from converters import calibration, flatbuffer, guard, micro, pipeline, sources, taps, verify
 from converters.guard import Compiled
-from edgeguard.contract.guard import FEATURES, SCORES
+from edgeguard.contract.guard import FEATURES, SCORES, logit_columns
 from edgeguard.detection import runtime
 from edgeguard.detection.guarded import TfliteModel
 from edgeguard.detection.statistics import fit, raw_scores, set_thresholds, tails
@@ -32,7 +32,7 @@ def rebuilt(attacked: Attacked) -> tuple[bytes, Compiled]:
     measured = calibration.measure(guard.bake_features(bare, plan), plan, owner)
     features, predicted = measured.features, measured.predicted
     layout = guard.layout(plan)
-    statistics = fit(features[:300], guard.blocks(layout), guard.logits(layout))
+    statistics = fit(features[:300], guard.blocks(layout), logit_columns(layout))
     scale = tails(raw_scores(statistics, features[:300]), 0.01)
     raw = raw_scores(statistics, features[300:])
     compiled = Compiled(statistics, set_thresholds(raw, predicted[300:], plan.classes, 0.01, scale=scale).thresholds)
