@@ -370,9 +370,9 @@ def allowed_growth(size: int) -> int:
 
 
 def _fewer_factors(factors: int, excess: int, statistics: Statistics) -> int:
-    """Factors per detector that save ``excess`` bytes: each is a row of the projection and a column of both tables."""
+    """Factors per detector that save ``excess`` bytes: each is a row of bytes, a bias and a weight per detector."""
     detectors = len(statistics.detectors)
-    each = 4 * detectors * (statistics.projection.shape[1] + len(statistics.table) + detectors)
+    each = detectors * (statistics.projection.shape[1] + 4 * (1 + detectors))
     # Features or inputs may allow fewer factors than asked for: what counts is what was fitted.
     fitted = min(factors, len(statistics.projection) // detectors)
     return max(MIN_FACTORS, fitted - math.ceil(excess / each))

@@ -5,9 +5,10 @@ What is appended, with built-in ops only (so that LiteRT, tflite-runtime and TFL
     per tap     [ABS] -> REDUCE_MAX (l-infinity norms), MEAN (l1 norms) or both over space;
                 int8: CONCATENATION of both, DEQUANTIZE
     features    CONCATENATION of all and of the logits (int8: DEQUANTIZE)             = edgeguard_features [1, D]
-    scores      FULLY_CONNECTED to K factors, CONCATENATION with the features; SOFTMAX of the logits,
-                FULLY_CONNECTED to the features and factors expected; SQUARED_DIFFERENCE of both;
-                FULLY_CONNECTED with ReLU, weights divided by the thresholds          = edgeguard_scores [1, detectors]
+    scores      SOFTMAX of the logits, FULLY_CONNECTED to the features expected; MUL of the features to the same
+                units, SUB of what was expected; FULLY_CONNECTED to K factors, CONCATENATION with the deviations;
+                MUL with itself; FULLY_CONNECTED with ReLU, weights divided by the thresholds
+                                                                                      = edgeguard_scores [1, detectors]
 
 A model without classes has one row of expected features, and one of too many classes is treated alike.
 
@@ -20,6 +21,9 @@ Rules enforced here:
 Every op costs 0.2 to 0.3 microseconds, most of it not for what it computes. Hence: float reductions drop their axes,
 which saves the RESHAPE; int8 reductions keep them, as the int8 MEAN of tflite-runtime 2.14 is fast for that alone; one
 CONCATENATION before one DEQUANTIZE is cheaper than two of these.
+
+Deviations go into the factors, not features: a float32 would lose what matters of the small difference between two
+large sums. The two large matrices are int8 with a DEQUANTIZE each, which runtimes do once.
 
 A batch axis that is open in the model stays open in the guard.
 """
@@ -40,9 +44,10 @@ from converters.flatbuffer import Model, text
 from converters.taps import NORMS, Norm, PlannedTap, TapPlan
 from edgeguard.contract import guard as contract
 from edgeguard.contract.guard import GuardMetadata, Tap
-from edgeguard.detection.statistics import Block, Statistics
+from edgeguard.detection.statistics import STEPS, Block, Statistics
 from edgeguard.errors import ModelError, TrustError
 
+Floats = npt.NDArray[np.float64]
 Op = schema.BuiltinOperator
 Kind = schema.TensorType
 
@@ -91,11 +96,13 @@ def layout(plan: TapPlan) -> tuple[Tap, ...]:
 
 
 def blocks(taps: Sequence[Tap]) -> tuple[Block, ...]:
-    """One detector per norm, over all taps and the logits."""
-    return tuple(
-        Block(detector=norm, parts=tuple(tuple(tap.columns) for tap in taps if tap.kind in {norm, "logit"}))
-        for norm in NORMS
-    )
+    """One detector per norm, over all taps and the logits; and one of the logits alone.
+
+    What a trigger does to ten logits is lost among two hundred norms that it leaves as they were.
+    """
+    parts = {kind: tuple(tuple(tap.columns) for tap in taps if tap.kind == kind) for kind in (*NORMS, "logit")}
+    found = [Block(detector=norm, parts=(*parts[norm], *parts["logit"])) for norm in NORMS]
+    return (*found, Block(detector="logit", parts=parts["logit"])) if parts["logit"] else tuple(found)
 
 
 def normalise(model: Model) -> None:
@@ -303,26 +310,24 @@ def _features(writer: _Writer, plan: TapPlan) -> tuple[int, int | None]:
 def _scores(writer: _Writer, compiled: Compiled, features: int, logits: int | None) -> int:
     statistics = compiled.statistics
     detectors = len(statistics.detectors)
-    factors, width = statistics.projection.shape
-    extended = features
-    if factors:
-        projected = writer.dense(features, statistics.projection, "edgeguard_projected")
-        extended = writer.concatenate([features, projected], "edgeguard_extended")
+    scaled = writer.multiply(features, 1.0 / statistics.unit, "edgeguard_scaled")
     if logits is None:
-        row = writer.constant("edgeguard_expected", statistics.table[:1].astype(np.float32))
+        expected = writer.constant("edgeguard_expected", (statistics.centre + statistics.table).astype(np.float32))
     else:
         answers = writer.softmax(logits, "edgeguard_answers")
-        row = writer.dense(answers, statistics.table.T, "edgeguard_expected")
-    deviation = writer.activation("edgeguard_deviation", (1, width + factors), Kind.FLOAT32)
-    writer.operator(
-        Op.SQUARED_DIFFERENCE,
-        [extended, row],
-        deviation,
-        schema.BuiltinOptions.SquaredDifferenceOptions,
-        schema.SquaredDifferenceOptionsT(),
-    )
+        expected = writer.dense(
+            answers, writer.bytewise("edgeguard_table", statistics.table.T), "edgeguard_expected", statistics.centre
+        )
+    deviation = extended = writer.subtract(scaled, expected, "edgeguard_deviation")
+    if len(statistics.projection):
+        projection = writer.bytewise("edgeguard_projection", statistics.projection)
+        projected = writer.dense(deviation, projection, "edgeguard_projected")
+        extended = writer.concatenate([deviation, projected], "edgeguard_extended")
+    squared = writer.multiply(extended, extended, "edgeguard_squared")
     weights = statistics.weights / np.asarray(compiled.thresholds).reshape(detectors, 1)
-    return writer.dense(deviation, weights, contract.SCORES, relu=True)
+    return writer.dense(
+        squared, writer.constant("edgeguard_weights", weights.astype(np.float32)), contract.SCORES, relu=True
+    )
 
 
 class _Writer:
@@ -335,18 +340,32 @@ class _Writer:
         self.graph.outputs = np.asarray(self.graph.outputs, dtype=np.int32)
         self._codes: dict[int, int] = {}
 
-    def constant(self, name: str, values: npt.NDArray[Any]) -> int:
+    def constant(self, name: str, values: npt.NDArray[Any], quantization: tuple[float, int] | None = None) -> int:
         self.model.buffers.append(
             schema.BufferT(data=np.frombuffer(np.ascontiguousarray(values).tobytes(), dtype=np.uint8))
         )
-        kind = Kind.INT32 if values.dtype == np.int32 else Kind.FLOAT32
-        return self._tensor(name, values.shape, kind, len(self.model.buffers) - 1, None)
+        kinds = {"int32": Kind.INT32, "float32": Kind.FLOAT32, "int8": Kind.INT8}
+        return self._tensor(name, values.shape, kinds[values.dtype.name], len(self.model.buffers) - 1, quantization)
+
+    def bytewise(self, name: str, values: Floats) -> int:
+        """A float constant whose values are whole multiples of 1 / STEPS, stored in a byte each."""
+        stored = self.constant(f"{name}_int8", np.round(values * STEPS).astype(np.int8), (1.0 / STEPS, 0))
+        out = self.activation(name, values.shape, Kind.FLOAT32, fixed=True)
+        options = schema.DequantizeOptionsT()
+        self.operator(Op.DEQUANTIZE, [stored], out, schema.BuiltinOptions.DequantizeOptions, options)
+        return out
 
     def activation(
-        self, name: str, shape: tuple[int, ...], kind: int, quantization: tuple[float, int] | None = None
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        kind: int,
+        quantization: tuple[float, int] | None = None,
+        *,
+        fixed: bool = False,
     ) -> int:
         # Buffer 0 is the empty one by the schema's convention.
-        return self._tensor(name, shape, kind, 0, quantization)
+        return self._tensor(name, shape, kind, 0, quantization, fixed=fixed)
 
     def _tensor(
         self,
@@ -355,6 +374,8 @@ class _Writer:
         kind: int,
         buffer: int,
         quantization: tuple[float, int] | None,
+        *,
+        fixed: bool = False,
     ) -> int:
         parameters = None
         if quantization is not None and quantization[0]:
@@ -363,7 +384,7 @@ class _Writer:
                 scale=np.asarray([scale], dtype=np.float32),
                 zeroPoint=np.asarray([zero_point], dtype=np.int64),
             )
-        open_batch = self._open_batch and buffer == 0
+        open_batch = self._open_batch and buffer == 0 and not fixed
         self.graph.tensors.append(
             schema.TensorT(
                 name=name.encode(),
@@ -467,16 +488,29 @@ class _Writer:
         self.operator(Op.RESHAPE, [source, shape], out, schema.BuiltinOptions.ReshapeOptions, options)
         return out
 
-    def dense(self, source: int, weights: npt.NDArray[np.float64], name: str, *, relu: bool = False) -> int:
-        rows = len(weights)
-        matrix = self.constant(f"{name}_weights", weights.astype(np.float32))
-        bias = self.constant(f"{name}_bias", np.zeros(rows, dtype=np.float32))
+    def multiply(self, source: int, by: int | Floats, name: str) -> int:
+        """A float tensor times another, or times a constant of its last axis."""
+        other = by if isinstance(by, int) else self.constant(f"{name}_by", by.astype(np.float32))
+        out = self.activation(name, self.shape(source), Kind.FLOAT32)
+        self.operator(Op.MUL, [source, other], out, schema.BuiltinOptions.MulOptions, schema.MulOptionsT())
+        return out
+
+    def subtract(self, source: int, other: int, name: str) -> int:
+        """A float tensor less another."""
+        out = self.activation(name, self.shape(source), Kind.FLOAT32)
+        self.operator(Op.SUB, [source, other], out, schema.BuiltinOptions.SubOptions, schema.SubOptionsT())
+        return out
+
+    def dense(self, source: int, matrix: int, name: str, bias: Floats | None = None, *, relu: bool = False) -> int:
+        """A float tensor times a matrix [rows, width], plus a bias."""
+        rows = self.shape(matrix)[0]
+        added = self.constant(f"{name}_bias", (np.zeros(rows) if bias is None else bias).astype(np.float32))
         out = self.activation(name, (1, rows), Kind.FLOAT32)
         activation = schema.ActivationFunctionType
         options = schema.FullyConnectedOptionsT(fusedActivationFunction=activation.RELU if relu else activation.NONE)
         self.operator(
             Op.FULLY_CONNECTED,
-            [source, matrix, bias],
+            [source, matrix, added],
             out,
             schema.BuiltinOptions.FullyConnectedOptions,
             options,

@@ -11,9 +11,11 @@ usual mean of the predicted class alone would call it odd. The logits are in the
 beyond what the activations before it explain. With M such that M^T M = psi^-1 L (I + L^T psi^-1 L)^-1 L^T psi^-1
 (Woodbury),
 
-    raw(x) = sum_d (x_d - m_d)^2 / psi_d  -  sum_j (M x - M m)_j^2        (squared Mahalanobis distance)
+    raw(x) = sum_d (x_d - m_d)^2 / psi_d  -  sum_j (M (x - m))_j^2        (squared Mahalanobis distance)
 
-so that a graph needs one product each for factors, expectation and weighted sum. A score is raw / threshold.
+so that a graph needs one product each for expectation, factors and weighted sum. A score is raw / threshold. The two
+large matrices, M and that of the classes' m_c, hold whole multiples of 1/127 in units of their own: a file can store
+them in a byte each. The covariance is that of what this rounding leaves.
 
 Rules enforced here:
 
@@ -42,6 +44,7 @@ Ints = npt.NDArray[np.int64]
 SLACK = 1.5
 CONFIDENCE = 0.95
 MAX_FACTORS = 12
+STEPS = 127  # of the two matrices that are stored in a byte an entry
 _INPUTS_PER_FACTOR = 40  # with fewer, factors fit the noise of the fit half
 _FACTOR_ROUNDS = 20
 _MEAN_PRIOR = 0.5  # pseudo-inputs that pull a class mean towards the mean of all
@@ -70,16 +73,22 @@ class Block:
 class Statistics:
     """What is compiled into the graph. K is the number of factors over all detectors, D the number of features.
 
-    ``logits``: the features that hold the classes' logits, C of them; none for a model without classes. ``projection``
-    [K, D]; ``table`` [C, D + K], the features and their projection expected of each class (one row without classes);
-    ``weights`` [detectors, D + K], so that
-    raw = ((features, projection @ features) - softmax(logits) @ table)^2 @ weights.T, kept at 0 or above.
+    ``logits``: the features that hold the classes' logits, C of them; none for a model without classes. ``unit`` [D]:
+    what features are divided by; ``centre`` [D], their mean, ``table`` [C, D], what is expected of each class beyond
+    it (one row without classes), and ``projection`` [K, D] are in these units; ``weights`` [detectors, D + K].
+
+        deviation = features / unit - centre - softmax(logits) @ table
+        raw = (deviation, projection @ deviation)^2 @ weights.T, kept at 0 or above
+
+    ``table`` and ``projection`` hold whole multiples of 1 / ``STEPS`` from -1 to 1.
     """
 
     detectors: tuple[str, ...]
     logits: tuple[int, ...]
-    projection: Floats
+    unit: Floats
+    centre: Floats
     table: Floats
+    projection: Floats
     weights: Floats
 
 
@@ -111,15 +120,19 @@ def fit(
         got = f"{int((~np.isfinite(features)).any(axis=1).sum())} of {count} inputs with features that are not finite"
         raise ModelError("calibration features", got=got, expected=f"at least {2 * len(blocks)} inputs, all finite")
     answers = shares(features, logits)
-    table = _expectations(features, answers)
-    residuals = features - answers @ table
+    expected = _expectations(features, answers)
+    overall = features.mean(axis=0)
+    deviation = _floored(features - answers @ expected, blocks)
+    unit = np.maximum(deviation, np.abs(expected - overall).max(axis=0))
+    centre, table = overall / unit, _rounded((expected - overall) / unit)
+    residuals = features / unit - centre - answers @ table
     freedom = max(1.0, count - float((answers.max(axis=0) > 0.5).sum()))
-    projections: list[Floats] = []
     weights = np.zeros((len(blocks), width))
-    owners: list[int] = []
+    projections: list[Floats] = []
+    factor_weights: list[Floats] = []
     for row, block in enumerate(blocks):
         columns = np.asarray(block.columns)
-        scale = np.concatenate([_scale(residuals[:, part]) for part in block.parts])
+        scale = (deviation / unit)[columns]
         standard = residuals[:, columns] / scale
         factors = max(0, min(max_factors, len(columns) // 4, count // _INPUTS_PER_FACTOR))
         covariance = standard.T @ standard / freedom
@@ -130,18 +143,24 @@ def fit(
         weights[row, columns] = 1.0 / (psi * scale**2)
         projection = np.zeros((len(whitened), width))
         projection[:, columns] = whitened / scale
-        projections.append(projection)
-        owners += [row] * len(whitened)
-    projection = np.concatenate(projections)
-    factor_weights = np.zeros((len(blocks), len(projection)))
-    factor_weights[owners, np.arange(len(projection))] = -1.0
+        largest = np.maximum(np.abs(projection).max(axis=1, initial=0.0), 1e-12)
+        projections.append(_rounded(projection / largest[:, np.newaxis]))
+        each = np.zeros((len(blocks), len(whitened)))
+        each[row] = -(largest**2)
+        factor_weights.append(each)
     return Statistics(
         detectors=tuple(block.detector for block in blocks),
         logits=tuple(logits),
-        projection=projection,
-        table=np.concatenate([table, table @ projection.T], axis=1),
-        weights=np.concatenate([weights, factor_weights], axis=1),
+        unit=unit,
+        centre=centre,
+        table=table,
+        projection=np.concatenate(projections),
+        weights=np.concatenate([weights, *factor_weights], axis=1),
     )
+
+
+def _rounded(values: Floats) -> Floats:
+    return np.asarray(np.round(values * STEPS) / STEPS)
 
 
 def shares(features: Floats, logits: Sequence[int]) -> Floats:
@@ -163,10 +182,15 @@ def _expectations(features: Floats, answers: Floats) -> Floats:
     return np.asarray(np.linalg.solve(normal, answers.T @ features + _MEAN_PRIOR * overall))
 
 
-def _scale(residuals: Floats) -> Floats:
-    """Standard deviation of each column [N, columns] of one part, floored by that of all."""
+def _floored(residuals: Floats, blocks: Sequence[Block]) -> Floats:
+    """Standard deviation of each column [N, D], floored by that of the part it belongs to."""
     variance = (residuals**2).mean(axis=0)
-    return np.asarray(np.sqrt(np.maximum(variance, max(_VARIANCE_FLOOR * float(variance.mean()), 1e-12))))
+    floored = variance.copy()
+    for part in {part for block in blocks for part in block.parts}:
+        columns = list(part)
+        least = max(_VARIANCE_FLOOR * float(variance[columns].mean()), 1e-12)
+        floored[columns] = np.maximum(variance[columns], least)
+    return np.asarray(np.sqrt(np.maximum(floored, 1e-12)))
 
 
 def factor_analysis(covariance: Floats, factors: int) -> tuple[Floats, Floats]:
@@ -202,9 +226,10 @@ def factor_analysis(covariance: Floats, factors: int) -> tuple[Floats, Floats]:
 
 def raw_scores(statistics: Statistics, features: Floats) -> Floats:
     """Raw scores [N, detectors], at least 0, of features [N, D]."""
-    extended = np.concatenate([features, features @ statistics.projection.T], axis=1)
-    deviations = (extended - shares(features, statistics.logits) @ statistics.table) ** 2
-    return np.maximum(deviations @ statistics.weights.T, 0.0)
+    expected = statistics.centre + shares(features, statistics.logits) @ statistics.table
+    deviations = features / statistics.unit - expected
+    extended = np.concatenate([deviations, deviations @ statistics.projection.T], axis=1)
+    return np.maximum(extended**2 @ statistics.weights.T, 0.0)
 
 
 def tails(raw: Floats, fpr: float) -> Floats:

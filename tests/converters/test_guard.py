@@ -92,7 +92,7 @@ def test_the_guard_digest_notices_a_changed(what: str, attacked: Attacked) -> No
     before = guard.guard_digest(model)
     assert before == attacked.conversion.metadata.guard_digest
     if what == "constant":
-        tensor = next(t for t in model.subgraphs[0].tensors if t.name == b"edgeguard_expected_weights")
+        tensor = next(t for t in model.subgraphs[0].tensors if t.name == b"edgeguard_table_int8")
         data = np.array(model.buffers[tensor.buffer].data)
         data[0] ^= 1
         model.buffers[tensor.buffer].data = data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -94,6 +95,30 @@ def test_a_channel_that_is_silent_on_clean_data_speaks_when_it_wakes() -> None:
     awake[:, 5] = 3.0
     clean = statistics.raw_scores(fitted, features)
     assert np.all(statistics.raw_scores(fitted, awake) > clean + 50)
+
+
+@pytest.mark.parametrize("classes", [1, 40])
+def test_the_two_large_matrices_hold_what_a_byte_can(classes: int) -> None:
+    shares = np.random.default_rng(0).dirichlet(np.full(classes + 1, 0.1), size=2000) + 1e-6
+    features = answered(gaussian(2000), shares / shares.sum(axis=1, keepdims=True))
+    logits = tuple(range(24, 25 + classes))
+    fitted = statistics.fit(features, [Block(detector="all", parts=(tuple(range(24)), logits))], logits)
+    for matrix in (fitted.table, fitted.projection):
+        steps = matrix * statistics.STEPS
+        assert np.allclose(steps, np.round(steps))
+        assert 100 <= np.abs(steps).max() <= statistics.STEPS
+
+
+def test_scores_survive_single_precision_where_one_factor_outweighs_all_else() -> None:
+    rng = np.random.default_rng(0)
+    features = 100.0 + 300.0 * rng.normal(size=(2000, 1)) * np.ones((1, 24)) + rng.normal(size=(2000, 24))
+    fitted = statistics.fit(features, [Block(detector="all", parts=(tuple(range(24)),))])
+    arrays = {
+        name: getattr(fitted, name).astype(np.float32) for name in ("unit", "centre", "table", "projection", "weights")
+    }
+    single = statistics.raw_scores(replace(fitted, **arrays), features.astype(np.float32))
+    exact = statistics.raw_scores(fitted, features.astype(np.float32).astype(np.float64))
+    assert np.allclose(single, exact, rtol=1e-3, atol=1e-2)
 
 
 def test_each_detector_looks_at_its_own_columns_only() -> None:
