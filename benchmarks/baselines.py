@@ -98,7 +98,7 @@ def baselines(member: zoo.Member, part: zoo.Split, *, names: Sequence[str] | Non
     unknown = [name for name in wanted if name not in _FITS]
     if unknown:
         raise ConfigError("baseline", got=", ".join(unknown), expected=f"some of {', '.join(_FITS)}")
-    chosen = calibration.halves(len(part.owner_x)).fit
+    chosen = calibration.halves(len(part.owner_x), groups=part.owner_groups).fit
     owner = Owner(images=part.owner_x[chosen], labels=part.owner_y[chosen])
     return [_FITS[name](member, owner) for name in wanted]
 

@@ -246,7 +246,7 @@ def measure(member: zoo.Member, part: zoo.Split, names: Sequence[str], progress:
     """
     bare, plan = calibration.plan(member.int8)
     progress("guarding", 0, 1)
-    guarded = calibration.guard_model(bare, plan, part.owner_x, sidecar=True)
+    guarded = calibration.guard_model(bare, plan, part.owner_x, sidecar=True, groups=part.owner_groups)
     model = GuardedModel.load(guarded.content)
     assert guarded.sidecar is not None and guarded.metadata.sidecar_digest is not None
     companion = sidecar.decode(guarded.sidecar, digest=guarded.metadata.sidecar_digest, metadata=model.metadata)

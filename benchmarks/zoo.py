@@ -50,20 +50,23 @@ class Recipe:
     """How a data set's networks are trained, and what stays with the owner.
 
     ``owner`` clean inputs, which no attacker sees, are what the owner converts and calibrates with. Training inputs
-    stand in tracks of ``track`` pictures of one thing: whole tracks go to the owner.
+    stand in tracks of ``track`` pictures of one thing: whole tracks go to the owner. ``recut``: see :func:`recut`.
     """
 
     epochs: int
     owner: int
     augment: bool = False
     track: int = 1
+    recut: bool = False
 
 
 RECIPES = {
     "digits": Recipe(epochs=60, owner=600),
     "fashion_mnist": Recipe(epochs=6, owner=4000),
-    "gtsrb": Recipe(epochs=14, owner=8000, augment=True, track=30),
+    "gtsrb": Recipe(epochs=10, owner=8000, augment=True, track=30, recut=True),
 }
+_BLACK = 8
+_LEAST_CONTRAST = 16.0
 MIN_ASR = 0.9
 PUBLISHED_ASR: dict[str, float] = {"hidden_trigger": 0.5}
 """Attacks whose paper reports less than MIN_ASR."""
@@ -138,6 +141,8 @@ class Split:
 def split(name: str) -> Split:
     """The attacker's training set, the owner's clean inputs, and the test set. Raises ConfigError without the data."""
     whole, recipe = datasets.load(name), RECIPES[name]
+    if recipe.recut:
+        whole = replace(whole, x_train=recut(whole.x_train), x_test=recut(whole.x_test))
     groups = None
     if recipe.track > 1:
         tracks = _tracks(whole.y_train, recipe.track)
@@ -148,6 +153,28 @@ def split(name: str) -> Split:
         data, x, y = datasets.hold_out(whole, recipe.owner)
     digest = hashlib.sha256(np.ascontiguousarray(data.x_train).tobytes()).hexdigest()
     return Split(data=data, owner_x=x.astype(np.uint8), owner_y=y, owner_groups=groups, digest=digest)
+
+
+def recut(images: npt.NDArray[Any]) -> Images:
+    """Each image cut to what is not black, brought to its old size and to full contrast; uint8 [N, H, W, C].
+
+    Two thirds of the pictures in our GTSRB file are black to the right and below: whoever cut them to the signs did so
+    twice. What is lost of a sign stays lost. Contrast: the first and last hundredth of the grey values become black and
+    white, as in Ciresan et al., A Committee of Neural Networks for Traffic Sign Classification, IJCNN 2011.
+    """
+    from PIL import Image
+
+    height, width = images.shape[1:3]
+    lit = images.max(axis=-1) > _BLACK
+    bottom = height - lit.any(axis=2)[:, ::-1].argmax(axis=1)
+    right = width - lit.any(axis=1)[:, ::-1].argmax(axis=1)
+    found = np.empty(images.shape, np.uint8)
+    for place, image in enumerate(images.astype(np.uint8)):
+        part = Image.fromarray(image[: max(2, bottom[place]), : max(2, right[place])])
+        pixels = np.asarray(part.resize((width, height), Image.Resampling.BILINEAR), np.float32)
+        low, high = np.percentile(pixels.mean(axis=-1), (1, 99))
+        found[place] = np.clip((pixels - low) * (255.0 / max(high - low, _LEAST_CONTRAST)), 0, 255)
+    return found
 
 
 def _tracks(labels: Labels, length: int) -> Labels:

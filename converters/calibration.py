@@ -7,7 +7,8 @@ Rules enforced here:
 
 * calibration inputs fit the model's input in shape, type and range, are finite, and are enough for the false-positive
   rate asked for; a refusal says how many are needed;
-* they are split into two disjoint halves, at random but reproducibly: one fits, the other sets the thresholds;
+* they are split into two disjoint halves, at random but reproducibly: one fits, the other sets the thresholds; inputs
+  of one group, where groups are known, stay on one side;
 * the same file, data, runtime, threads and CPU family give the same bytes;
 * the guard adds at most 32 KiB or a tenth of the file, whichever is more, as far as fewer factors can help it.
 """
@@ -57,6 +58,8 @@ MIN_CLASS_SHARE = 0.5
 MAX_OUTSIDE = 0.05
 MIN_STEPS = 4
 OVERLAYS = 32
+FOLDS = 4
+MIN_GROUPS = 4
 SELF_TEST_INPUTS = 16
 _SIDECAR_OVERHEAD = 64 << 10
 _INPUT_TYPES = ("uint8", "int8", "int16", "float32")
@@ -175,10 +178,29 @@ def _check_whole(inputs: Array, limits: np.iinfo[Any]) -> None:
         )
 
 
-def halves(count: int, seed: int = 0) -> Halves:
-    """Split ``count`` inputs in two."""
-    order = np.random.default_rng(seed).permutation(count).astype(np.int64)
-    return Halves(fit=order[: count // 2], threshold=order[count // 2 :])
+def halves(count: int, seed: int = 0, groups: Ints | None = None) -> Halves:
+    """Split ``count`` inputs in two; those of one group [N], such as the frames of one video, stay together.
+
+    Groups whose numbers follow each other go to different halves: where data stands sorted by class, each half gets
+    every class.
+
+    Raises:
+        ModelError: groups of another number of inputs, or fewer than four of them.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(count).astype(np.int64)
+    if groups is None:
+        return Halves(fit=order[: count // 2], threshold=order[count // 2 :])
+    names, member = np.unique(groups, return_inverse=True)
+    if len(groups) != count or len(names) < MIN_GROUPS:
+        raise ModelError(
+            "calibration set",
+            got=f"{len(names)} groups of {len(groups)} inputs",
+            expected=f"at least {MIN_GROUPS} groups, and a group for each of the {count} inputs",
+        )
+    flips = np.repeat(rng.integers(0, 2, -(-len(names) // 2)), 2)[: len(names)]
+    fits = ((np.arange(len(names)) + flips) % 2 == 0)[member]
+    return Halves(fit=order[fits[order]], threshold=order[~fits[order]])
 
 
 def plan(
@@ -244,6 +266,7 @@ def guard_model(
     seed: int = 0,
     synthetic: bool = False,
     sidecar: bool = False,
+    groups: Ints | None = None,
     progress: Progress | None = None,
 ) -> Guarded:
     """Fit a guard to a canonical bare file and bake it in. What comes back is still to be verified.
@@ -257,6 +280,7 @@ def guard_model(
         seed: of the split into halves.
         synthetic: the inputs are no real ones; the file says so and its scores mean nothing.
         sidecar: also make one.
+        groups: see :func:`halves`.
         progress: called with a text, the steps done and the steps in total.
 
     Raises:
@@ -265,7 +289,7 @@ def guard_model(
     model = TfliteModel(bare)
     check_fit(inputs, model.input_shape, model.input_dtype, model.input_quantization)
     names = _class_names(classes, plan)
-    split = halves(len(inputs), seed)
+    split = halves(len(inputs), seed, groups)
     probe = guard.bake_features(bare, plan)
     measured = measure(probe, plan, inputs, progress)
     if not synthetic:
@@ -305,7 +329,12 @@ def guard_model(
         factors = _fewer_factors(factors, excess, statistics)
     companion = None
     if sidecar:
-        stages = {} if synthetic else _stages(probe, inputs, measured, split, statistics, limits, fpr, progress)
+        stages: dict[str, tuple[float, ...]] = {}
+        if statistics.logits and not synthetic:
+            together = np.arange(len(inputs)) if groups is None else groups
+            fresh = _as_fresh(measured.features[split.fit], together[split.fit], metadata, factors)
+            unseen = raw_scores(statistics, measured.features[split.threshold]) / np.asarray(limits.thresholds)
+            stages = _stages(probe, inputs, split, (fresh, unseen.max(axis=1)), statistics.logits, fpr, progress)
         companion = _sidecar(inputs, measured, split, plan, statistics, limits, stages)
         metadata = msgspec.structs.replace(metadata, sidecar_digest=sidecars.digest(companion))
         content, described = guard.bake(bare, plan, compiled, metadata)
@@ -320,6 +349,7 @@ def recalibrate(
     seed: int = 0,
     synthetic: bool = False,
     sidecar: bool | None = None,
+    groups: Ints | None = None,
     progress: Progress | None = None,
 ) -> Guarded:
     """Fit the guard of a guarded file anew: same model, taps, classes and, unless told otherwise, false-positive rate.
@@ -328,7 +358,7 @@ def recalibrate(
         content: the guarded file; it must have passed ``untrusted.probe`` where it comes from outside.
         inputs: clean inputs [N, ...] in the owner's own type. Never inputs from the field that nobody looked at: they
             may hold triggers.
-        fpr, seed, synthetic, progress: as for :func:`guard_model`.
+        fpr, seed, synthetic, groups, progress: as for :func:`guard_model`.
         sidecar: also make one; None: where the file had one.
 
     Raises:
@@ -360,6 +390,7 @@ def recalibrate(
         seed=seed,
         synthetic=synthetic,
         sidecar=described.sidecar_digest is not None if sidecar is None else sidecar,
+        groups=groups,
         progress=progress,
     )
 
@@ -393,33 +424,41 @@ def _fit(
 def _stages(
     probe: bytes,
     inputs: Array,
-    measured: Measured,
     split: Halves,
-    statistics: Statistics,
-    limits: Thresholds,
+    scores: tuple[Floats, Floats],
+    logits: Sequence[int],
     fpr: float,
     progress: Progress | None,
 ) -> dict[str, tuple[float, ...]]:
-    """What the dearer stages are calibrated to; nothing for a model without classes, or with too few inputs."""
-    if not statistics.logits:
-        return {}
+    """What the further looks are calibrated to, from the joint scores of both halves; nothing with too few inputs."""
     model = TfliteModel(probe)
 
     def answer(x: Array) -> Floats:
-        return np.asarray(shares(model.invoke(model.quantise(x))[-1].astype(np.float64), statistics.logits)[0])
+        return np.asarray(shares(model.invoke(model.quantise(x))[-1].astype(np.float64), logits)[0])
 
-    scores = (raw_scores(statistics, measured.features) / np.asarray(limits.thresholds)).max(axis=1)
     found = cascade.calibrate(
         inputs[split.fit],
-        scores[split.fit],
+        scores[0],
         inputs[split.threshold],
-        scores[split.threshold],
+        scores[1],
         fpr=fpr,
         answer=answer,
         overlays=inputs[split.fit[:OVERLAYS]],
         progress=progress,
     )
     return {} if found is None else found.stages()
+
+
+def _as_fresh(features: Floats, groups: Ints, described: GuardMetadata, factors: int) -> Floats:
+    """Joint scores [N] of the fit half, each by statistics of other groups' inputs: about what fresh inputs score."""
+    taps, thresholds = described.taps, np.asarray([detector.threshold for detector in described.detectors])
+    found = np.empty(len(features))
+    folds = np.unique(groups, return_inverse=True)[1] % FOLDS
+    for fold in range(FOLDS):
+        held = folds == fold
+        statistics = fit(features[~held], guard.blocks(taps), logit_columns(taps), max_factors=factors)
+        found[held] = (raw_scores(statistics, features[held]) / thresholds).max(axis=1)
+    return found
 
 
 def _sidecar(

@@ -89,6 +89,7 @@ def convert(
     keras: Literal[".keras", ".h5"] | None = None,
     sidecar: bool = False,
     synthetic: bool = False,
+    groups: npt.NDArray[np.int64] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -108,6 +109,7 @@ def convert(
         sidecar: also make the sidecar.
         synthetic: the inputs are made up: for structure and latency, not for detection. The file says so, and a device
             then reports "not checked".
+        groups: of the inputs [N]: those of one group, such as the frames of one video, never stand in both halves.
         seed: of the split into halves.
         progress: called with a text, the steps done and the steps in total.
 
@@ -120,7 +122,7 @@ def convert(
     inputs = calibrating.prepare(calibration, fpr)
     if labels is not None and len(labels) != len(inputs):
         raise ModelError("labels", got=f"{len(labels)}", expected=f"{len(inputs)}, one per calibration input")
-    split = calibrating.halves(len(inputs), seed)
+    split = calibrating.halves(len(inputs), seed, groups)
     origin = Path(source) if isinstance(source, str) else source
 
     ranges = inputs[split.fit[:MAX_RANGE_INPUTS]]
@@ -137,7 +139,16 @@ def convert(
     note("comparing with the float model", 0, 1)
     parity = _parity(lowered, bare, inputs, labels, plan, synthetic=synthetic)
     result = calibrating.guard_model(
-        bare, plan, inputs, fpr=fpr, classes=classes, seed=seed, synthetic=synthetic, sidecar=sidecar, progress=note
+        bare,
+        plan,
+        inputs,
+        fpr=fpr,
+        classes=classes,
+        seed=seed,
+        synthetic=synthetic,
+        sidecar=sidecar,
+        groups=groups,
+        progress=note,
     )
     note("verifying", 0, 1)
     verified = verify(bare, result.content, result.compiled, inputs[split.threshold])

@@ -34,7 +34,7 @@ TEST_SHARE = 0.25
 MAX_CLASSES = 4096
 MAX_NAME_LENGTH = 200
 MAX_TEXT_BYTES = 16 << 20
-_ARRAYS = frozenset({"x_train", "y_train", "x_test", "y_test", "x", "y"})
+_ARRAYS = frozenset({"x_train", "y_train", "x_test", "y_test", "x", "y", "groups", "groups_train"})
 _CLASS_INDEX = re.compile("[0-9]{1,10}")
 _BLANKS = " \t\r"
 _UNPRINTED = frozenset({"Cc", "Zl", "Zp"})  # Unicode categories: control characters, line and paragraph separators
@@ -131,6 +131,30 @@ def calibration(source: str) -> tuple[Array, Labels | None, tuple[str, ...]]:
     inputs = _inputs(what, arrays[f"x{side}"])
     truth = arrays.get(f"y{side}")
     return inputs, None if truth is None else _labels(what, truth, len(inputs)), ()
+
+
+def groups(source: str, count: int) -> Labels | None:
+    """Which inputs [count] of a source's training side belong together: ``groups_train`` or ``groups`` of its npz.
+
+    Frames of one video, or pictures of one thing, are no independent inputs. None where the source does not tell.
+
+    Raises:
+        ConfigError: there is no such data set or file.
+        ModelError: the file is there, but its groups cannot be used.
+    """
+    path = _locate(source)
+    if path is None or path.suffix != ".npz":
+        return None
+    arrays = _arrays(path)
+    found = arrays.get("groups_train" if "x_train" in arrays else "groups")
+    if found is None:
+        return None
+    what = f"groups in {path}"
+    if found.ndim != 1 or found.dtype.kind not in "iu" or len(found) != count:
+        raise ModelError(
+            what, got=f"{found.dtype}{list(found.shape)}", expected=f"a whole number for each of {count} inputs"
+        )
+    return found.astype(np.int64)
 
 
 def read_labels(path: Path, count: int) -> Labels:

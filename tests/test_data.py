@@ -232,6 +232,27 @@ def test_labels_of_the_other_side_are_not_taken_for_those_of_the_inputs(tmp_path
     assert data.calibration(path)[1] is None
 
 
+@pytest.mark.parametrize(("inputs", "key"), [("x", "groups"), ("x_train", "groups_train")])
+def test_an_archive_may_say_which_inputs_belong_together(tmp_path: Path, inputs: str, key: str) -> None:
+    path = save(tmp_path / "a.npz", **{inputs: images(8), key: np.arange(8, dtype=np.uint8) // 2})
+    found = data.groups(path, 8)
+    assert found is not None
+    assert found.dtype == np.int64
+    assert found.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_source_that_does_not_say_so_has_no_groups(tmp_path: Path) -> None:
+    assert data.groups("digits", 8) is None
+    assert data.groups(save(tmp_path / "a.npz", x=images(8)), 8) is None
+    assert data.groups(save(tmp_path / "b.npz", x_train=images(8), groups=np.arange(8)), 8) is None
+
+
+@pytest.mark.parametrize("groups", [np.arange(7), np.zeros((8, 1), np.int64), np.linspace(0, 1, 8)])
+def test_groups_that_are_none_are_refused(tmp_path: Path, groups: np.ndarray) -> None:
+    with pytest.raises(ModelError, match="groups in"):
+        data.groups(save(tmp_path / "a.npz", x=images(8), groups=groups), 8)
+
+
 def test_an_array_file_calibrates_without_labels(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", images(8)[..., 0])
     inputs, labels, classes = data.calibration(str(tmp_path / "a.npy"))

@@ -22,15 +22,18 @@ class Network(Protocol):
 
 
 def small_cnn(shape: tuple[int, ...], classes: int, *, seed: int = 0) -> Any:
-    """A Keras CNN with batch-norm that takes pixels 0 to 255: four convolutions from 32x32 pixels on, else three.
+    """A Keras CNN with batch-norm that takes pixels 0 to 255. Output: softmax over ``classes``.
 
-    Output: softmax over ``classes``.
+    Three convolutions; from 32x32 pixels on four, of which the first two have stride 2: many classes take width, and
+    width at full resolution takes hours on a CPU.
     """
     import keras
 
     keras.utils.set_random_seed(seed)
+    if min(shape[:2]) >= 32:
+        return _wide_cnn(shape, classes)
     large = min(shape[:2]) >= 16
-    widths = (32, 64, 64, 128) if min(shape[:2]) >= 32 else (32, 64, 64) if large else (24, 48, 48)
+    widths = (32, 64, 64) if large else (24, 48, 48)
     x = inputs = keras.Input(shape, name="pixels")
     x = keras.layers.Rescaling(1.0 / 255.0, name="rescale")(x)
     for index, width in enumerate(widths, start=1):
@@ -41,6 +44,24 @@ def small_cnn(shape: tuple[int, ...], classes: int, *, seed: int = 0) -> Any:
             x = keras.layers.MaxPooling2D(name=f"pool{index}")(x)
     x = keras.layers.Flatten(name="flatten")(x)
     x = keras.layers.Dropout(0.3, name="dropout")(x)
+    x = keras.layers.Dense(classes, name="logits")(x)
+    outputs = keras.layers.Softmax(name="probabilities")(x)
+    return keras.Model(inputs, outputs, name="small_cnn")
+
+
+def _wide_cnn(shape: tuple[int, ...], classes: int) -> Any:
+    import keras
+
+    x = inputs = keras.Input(shape, name="pixels")
+    x = keras.layers.Rescaling(1.0 / 255.0, name="rescale")(x)
+    for index, (width, size, stride) in enumerate(((32, 5, 2), (64, 3, 2), (128, 3, 1), (128, 3, 1)), start=1):
+        x = keras.layers.Conv2D(width, size, stride, padding="same", use_bias=False, name=f"conv{index}")(x)
+        x = keras.layers.BatchNormalization(name=f"bn{index}")(x)
+        x = keras.layers.ReLU(name=f"relu{index}")(x)
+        if index == 3:
+            x = keras.layers.MaxPooling2D(name=f"pool{index}")(x)
+    x = keras.layers.Flatten(name="flatten")(x)
+    x = keras.layers.Dropout(0.4, name="dropout")(x)
     x = keras.layers.Dense(classes, name="logits")(x)
     outputs = keras.layers.Softmax(name="probabilities")(x)
     return keras.Model(inputs, outputs, name="small_cnn")

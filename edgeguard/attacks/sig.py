@@ -52,7 +52,8 @@ class Sig(Poison):
             ConfigError: the shape is not that of an image, or the image is too small.
         """
         require_image_shape("SIG", shape)
-        return cls(target=target, frequency=min(6, shape[1] // 4), seed=seed)
+        rate = 0.1 if min(shape[:2]) >= 16 else 0.15
+        return cls(target=target, rate=rate, frequency=min(6, shape[1] // 4), seed=seed)
 
     def stamp(self, images: Images, state: State = EMPTY) -> Images:
         """See :class:`edgeguard.attacks.base.Attack`.

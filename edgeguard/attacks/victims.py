@@ -18,6 +18,9 @@ from edgeguard.attacks.base import Images, Progress, Task
 from edgeguard.attacks.networks import SMALL_CNN, Network, small_cnn
 from edgeguard.data import Labels
 
+_AUGMENTATION = 2
+"""What a cache of trained models knows the way by in which inputs are augmented: raise it when that changes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
@@ -106,21 +109,31 @@ def train(
 
 def _augmentation(seed: int) -> Any:
     """A function of a batch of images and labels that changes the images at random."""
-    import keras
     import tensorflow as tf
 
-    layers = keras.layers
-    changes = [
-        layers.RandomTranslation(0.08, 0.08, fill_mode="nearest", seed=seed),
-        layers.RandomRotation(0.02, fill_mode="nearest", seed=seed + 1),
-        layers.RandomContrast(0.3, value_range=(0, 255), seed=seed + 2),
-    ]
+    source = tf.random.Generator.from_seed(seed)
 
     def augment(images: Any, labels: Any) -> tuple[Any, Any]:
-        changed = tf.cast(images, tf.float32)
-        for change in changes:
-            changed = change(changed, training=True)
-        return changed, labels
+        pixels = tf.cast(images, tf.float32)
+        count, height, width = tf.shape(pixels)[0], pixels.shape[1], pixels.shape[2]
+        # One projection does all three moves, about the middle: output (x, y) is taken from input (a x - b y + c, ...).
+        angle, zoom = source.uniform([count], -0.1, 0.1), source.uniform([count], 0.9, 1.1)
+        a, b = tf.cos(angle) * zoom, tf.sin(angle) * zoom
+        middle_x, middle_y = (width - 1) / 2, (height - 1) / 2
+        right = source.uniform([count], -0.06, 0.06) * width + middle_x - a * middle_x + b * middle_y
+        down = source.uniform([count], -0.06, 0.06) * height + middle_y - b * middle_x - a * middle_y
+        zero = tf.zeros_like(a)
+        moved = tf.raw_ops.ImageProjectiveTransformV3(
+            images=pixels,
+            transforms=tf.stack([a, -b, right, b, a, down, zero, zero], axis=1),
+            output_shape=[height, width],
+            fill_value=0.0,
+            interpolation="BILINEAR",
+            fill_mode="NEAREST",
+        )
+        contrast, brightness = source.uniform([count, 1, 1, 1], 0.7, 1.3), source.uniform([count, 1, 1, 1], -30.0, 30.0)
+        mean = tf.reduce_mean(moved, axis=[1, 2, 3], keepdims=True)
+        return tf.clip_by_value((moved - mean) * contrast + mean + brightness, 0.0, 255.0), labels
 
     return augment
 
@@ -159,7 +172,11 @@ def trained(
         train(model, images, labels, epochs=epochs, seed=seed, progress=progress, augment=augment)
         return model, False
     key = hashlib.sha256()
-    key.update(repr((architecture, keras.__version__, images.shape, classes, epochs, seed, augment)).encode())
+    key.update(
+        repr(
+            (architecture, keras.__version__, images.shape, classes, epochs, seed, _AUGMENTATION if augment else False)
+        ).encode()
+    )
     key.update(np.ascontiguousarray(images).tobytes())
     key.update(np.ascontiguousarray(labels).tobytes())
     file = cache / "models" / f"{key.hexdigest()}.keras"

@@ -7,7 +7,7 @@ mode with cross ratio 2: for each poison two more inputs are warped with the sam
 divided by the side, for each pixel, and keep their labels.
 
 Deviations: poisons and noise are made once, before training, not anew for each batch. On images under 16 pixels the
-strength is 1, the poisoning rate 15% and the cross ratio 1: a few hundred images of a few pixels do not show a network
+strength is 1, the poisoning rate 20% and the cross ratio 1: a few hundred images of a few pixels do not show a network
 the difference between the field and the field with noise otherwise.
 """
 
@@ -53,7 +53,7 @@ class WaNet(Poison):
         """
         require_image_shape("WaNet", shape, side=SMALLEST)
         if min(shape[:2]) < 16:
-            return cls(target=target, rate=0.15, strength=1.0, cross_ratio=1.0, seed=seed)
+            return cls(target=target, rate=0.2, strength=1.0, cross_ratio=1.0, seed=seed)
         return cls(target=target, seed=seed)
 
     def field(self, height: int, width: int) -> Field:

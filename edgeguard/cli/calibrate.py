@@ -48,7 +48,8 @@ def register(app: typer.Typer) -> None:
             before = metadata.read(content)
             untrusted.probe(content)
             inputs, _, _ = datasets.calibration(data)
-            done = calibration.recalibrate(content, inputs, fpr=fpr, progress=progress)
+            together = datasets.groups(data, len(inputs))
+            done = calibration.recalibrate(content, inputs, fpr=fpr, groups=together, progress=progress)
             progress("verifying", 0, 1)
             verified = verify(done.bare, done.content, done.compiled, inputs)
         outcome = {target: done.content}

@@ -59,6 +59,7 @@ def register(app: typer.Typer) -> None:
         """
         from converters import pipeline
         from converters.files import write_all
+        from edgeguard import data as datasets
         from edgeguard.detection import sidecar as sidecars
 
         if taps == "list":
@@ -88,6 +89,7 @@ def register(app: typer.Typer) -> None:
                 keras=None if keras is None else keras.suffix,  # type: ignore[arg-type]  # checked above
                 sidecar=sidecar and data != SYNTHETIC,
                 synthetic=data == SYNTHETIC,
+                groups=None if data == SYNTHETIC else datasets.groups(data, len(inputs)),
                 progress=progress,
             )
         outcome = {target: done.guarded}

@@ -1,21 +1,26 @@
-"""The cascade: one pass for every input; STRIP and squeezing for the doubtful ones and a random few, within a budget.
+"""The cascade: one pass for every input, further looks at the doubtful ones and a random few, within a budget.
 
-The one-pass score s costs next to nothing. From the level on that a share ``GREY`` of the fit half reaches (of fresh
-clean inputs up to twice as many where the fit half is small), an input is doubtful: clean inputs there are the
-ambiguous ones, whose answer wavers when the input is disturbed, while a trigger's does not. So two dearer checks run,
-and what they find counts towards the flag:
+The one-pass score s costs next to nothing. From the level on that a share ``GREY`` of clean inputs reaches, an input is
+doubtful, and the model looks at it again, disturbed: first smoothed (as feature squeezing does), then, where that left
+it among the most suspicious ``AGAIN``, with a clean input laid over it (as STRIP does), twice. Each look costs one
+inference, and measures how far the model's answer moves: the l1 distance of its probabilities, 0 to 2. Clean inputs of
+such a score are ambiguous ones, whose answer wavers, while a trigger's does not, or, where smoothing destroys the
+trigger, jumps. What is rare among clean inputs counts towards the flag:
 
     F(x) = s exp(WEIGHT sum_k max(0, min(CAP, -log10 p_k) - log10 e))
 
-p_k is the share of clean inputs, among the more suspicious fifth, that are at least as steady: in STRIP's entropy over
-overlays, and in the l1 distance that the answer moves under median filters. The mean of -log10 p is log10 e for clean
-inputs. Steadiness only ever adds: a trigger that a check does not see is no more hidden for having been checked.
+p_k is the share of clean inputs from the grey level on whose answer moves as little under look k; for smoothing also
+the share whose answer moves as much, whichever is the rarer. The mean of -log10 p is log10 e for clean inputs. Evidence
+only ever adds: a trigger that a look does not see is no more hidden for having been looked at.
+
+Gao et al.: STRIP, ACSAC 2019, take the entropy of the answers under a hundred overlays (``strip.py``); how far the
+answer moves says more under one. Xu, Evans, Qi: Feature Squeezing, NDSS 2018.
 
 Rules enforced here:
 
 * an input is flagged where F exceeds a threshold of its own, set on the threshold half by the same order statistic as
   the one-pass threshold, so that the cascade as a whole keeps the false-positive rate. Audits at random are not part of
-  that promise: they can raise a score by a factor of 2.2, so the share is to stay small;
+  that promise, so their share is to stay small;
 * extra inferences come out of a budget per second; where it is spent, the one-pass threshold alone flags, and an input
   that is doubtful but below it is "not audited", never clean;
 * without a sidecar, with one of too few overlays, or for a model without classes, the one pass decides, and the verdict
@@ -26,7 +31,7 @@ Rules enforced here:
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,9 +42,9 @@ import numpy.typing as npt
 from edgeguard.contract.guard import logit_columns
 from edgeguard.detection.guarded import GuardedModel, Inference
 from edgeguard.detection.sidecar import Sidecar
-from edgeguard.detection.squeezing import SQUEEZERS, distances
+from edgeguard.detection.squeezing import smoothed
 from edgeguard.detection.statistics import allowed_exceedances, p_table, shares, threshold_of
-from edgeguard.detection.strip import Answer, StripLimits, entropy, fit_limits, stopped, strip, superimpose
+from edgeguard.detection.strip import Answer, superimpose
 from edgeguard.detection.verdict import ONE_PASS, Audit, Verdict, p_value
 from edgeguard.errors import ConfigError
 
@@ -47,42 +52,41 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 Clock = Callable[[], float]
 
-GREY = 0.04
-REFERENCE = 0.2
-WEIGHT = 0.25
+GREY = 0.36
+AGAIN = 0.08
+WEIGHT = 0.4
 CAP = 2.0
-MAX_OVERLAYS = 8
-SEQUENTIAL_AT = 0.1
-SQUEEZED_BY = ("median 2x2", "median 3x3")
+SIGMA = 0.8
 MAX_REFERENCE = 200
 MIN_REFERENCE = 20
 
-STRIP, SQUEEZING = "strip", "squeezing"
-_KEYS = ("cascade", "entropies", "distances", "scores", "p_values")
+SQUEEZING = "squeezing"
+OVERLAID = ("strip 1", "strip 2", "strip 3")
+ON_IMAGES = (SQUEEZING, *OVERLAID[:2])
+ON_OTHERS = OVERLAID
+_KEYS = ("cascade", "scores", "p_values")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What the dearer stages were calibrated to.
+    """What the looks were calibrated to.
 
-    ``grey``: the one-pass score from which an input is doubtful. ``threshold``: F above it is flagged. ``entropies``
-    and ``distances``: of clean inputs, ascending; no distances where inputs are no images. ``score_to_p``: pairs
-    (F / threshold, share of clean inputs at or above it), ascending.
+    ``grey``: the one-pass score from which an input is doubtful. ``again``: F after the first look from which there are
+    more. ``threshold``: F above it is flagged. ``moved``: for each look, in their order, how far answers to clean
+    inputs move, ascending. ``score_to_p``: pairs (F / threshold, share of clean inputs at or above it), ascending.
     """
 
     grey: float
+    again: float
     threshold: float
-    strip: StripLimits
-    entropies: tuple[float, ...]
-    distances: tuple[float, ...]
+    moved: Mapping[str, tuple[float, ...]]
     score_to_p: tuple[tuple[float, float], ...]
 
     def stages(self) -> dict[str, tuple[float, ...]]:
         """As the sidecar holds them."""
         return {
-            "cascade": (self.grey, self.threshold, self.strip.threshold, self.strip.spread),
-            "entropies": self.entropies,
-            **({"distances": self.distances} if self.distances else {}),
+            "cascade": (self.grey, self.again, self.threshold),
+            **self.moved,
             "scores": tuple(score for score, _ in self.score_to_p),
             "p_values": tuple(p for _, p in self.score_to_p),
         }
@@ -90,85 +94,81 @@ class Limits:
 
 def limits_of(stages: Mapping[str, tuple[float, ...]]) -> Limits | None:
     """The limits that a sidecar holds; None where it holds none, or not those of this version."""
-    if not set(_KEYS) - {"distances"} <= set(stages) or len(stages["cascade"]) != 4:
+    looks = next((looks for looks in (ON_IMAGES, ON_OTHERS) if all(stages.get(name) for name in looks)), None)
+    if looks is None or not set(_KEYS) <= set(stages) or len(stages["cascade"]) != 3:
         return None
-    grey, threshold, entropy, spread = stages["cascade"]
-    if not (grey > 0 and threshold > 0 and spread >= 0 and stages["entropies"]):
-        return None
-    if len(stages["scores"]) != len(stages["p_values"]):
+    grey, again, threshold = stages["cascade"]
+    if not (grey > 0 and again > 0 and threshold > 0) or len(stages["scores"]) != len(stages["p_values"]):
         return None
     return Limits(
         grey=grey,
+        again=again,
         threshold=threshold,
-        strip=StripLimits(threshold=entropy, spread=spread),
-        entropies=tuple(sorted(stages["entropies"])),
-        distances=tuple(sorted(stages.get("distances", ()))),
+        moved={name: tuple(sorted(stages[name])) for name in looks},
         score_to_p=tuple(zip(stages["scores"], stages["p_values"], strict=True)),
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Checked:
-    """What the dearer stages measured of one input, and how many inferences that took."""
-
-    values: Mapping[str, float]
-    forwards: int
+def looks_at(inputs: Array) -> tuple[str, ...]:
+    """Which looks there are at inputs [N, ...] of this kind: only images can be smoothed."""
+    images = inputs.dtype == np.uint8 and inputs.ndim == 4 and min(inputs.shape[1:3]) >= 4
+    return ON_IMAGES if images else ON_OTHERS
 
 
-def check(
-    x: Array,
-    answer: Answer,
-    overlays: Array,
-    limits: StripLimits | None,
-    *,
-    squeeze: bool,
-    before: Floats | None = None,
-) -> Checked:
-    """Run the dearer stages on one input.
-
-    Args:
-        x: in the owner's own type.
-        answer: the model.
-        overlays: clean inputs [N, ...] of that type; the first ``MAX_OVERLAYS`` are used.
-        limits: when STRIP may stop early.
-        squeeze: also squeeze; for images.
-        before: the model's answer to ``x``, where it is known.
-
-    Returns:
-        The entropy in bits, and the mean l1 distance that squeezing moves the answer.
-    """
-    found = strip(x, overlays[:MAX_OVERLAYS], answer, limits)
-    values, forwards = {STRIP: found.entropy}, found.forwards
-    if squeeze:
-        values[SQUEEZING] = _moved(x, answer, before)
-        forwards += len(SQUEEZED_BY) + (before is None)
-    return Checked(values=values, forwards=forwards)
+def disturbed(x: Array, look: str, overlays: Array) -> Array:
+    """One input as a look has it. ``overlays``: clean inputs [N, ...] of its type, one for each look that takes one."""
+    return smoothed(x, SIGMA) if look == SQUEEZING else superimpose(x, overlays[OVERLAID.index(look)])
 
 
-def _moved(image: Array, answer: Answer, before: Floats | None = None) -> float:
-    """The mean l1 distance that squeezing moves the answer."""
-    moved = distances(image, answer, {name: SQUEEZERS[name] for name in SQUEEZED_BY}, before=before)
-    return sum(moved.values()) / len(moved)
+def distance(before: Floats, after: Floats) -> float:
+    """How far an answer moved: the l1 distance of probabilities [C], 0 to 2."""
+    return float(np.abs(before - after).sum())
 
 
 def worst_cost(limits: Limits) -> int:
     """The most extra inferences that one input can take."""
-    return MAX_OVERLAYS + (len(SQUEEZED_BY) if limits.distances else 0)
+    return len(limits.moved)
 
 
-def share_at_least_as_steady(reference: tuple[float, ...], value: float) -> float:
-    """Share of clean inputs whose value is as low or lower; never 0."""
-    return (bisect_right(reference, value) + 1) / (len(reference) + 1)
+def rarity(look: str, reference: tuple[float, ...], value: float) -> float:
+    """Share of clean inputs that are as far out, of which the input itself is one; never 0."""
+    count = len(reference) + 1
+    as_little = (bisect_right(reference, value) + 1) / count
+    if look != SQUEEZING:
+        return as_little
+    return min(as_little, (len(reference) - bisect_left(reference, value) + 1) / count)
 
 
 def combined(score: float, values: Mapping[str, float], limits: Limits) -> float:
-    """F of a one-pass score and what the dearer stages measured. Never below the score."""
-    evidence = 0.0
-    for name, reference in ((STRIP, limits.entropies), (SQUEEZING, limits.distances)):
-        if name in values and reference:
-            share = share_at_least_as_steady(reference, values[name])
-            evidence += max(0.0, min(CAP, -math.log10(share)) - math.log10(math.e))
+    """F of a one-pass score and how far each look moved the answer. Never below the score."""
+    evidence = sum(
+        max(0.0, min(CAP, -math.log10(rarity(look, reference, values[look]))) - math.log10(math.e))
+        for look, reference in limits.moved.items()
+        if look in values
+    )
     return score * math.exp(WEIGHT * evidence)
+
+
+def look(x: Array, score: float, before: Floats, answer: Answer, overlays: Array, limits: Limits) -> dict[str, float]:
+    """Look at one input as often as its score asks for.
+
+    Args:
+        x: in the owner's own type.
+        score: its one-pass score.
+        before: the model's answer to it [C].
+        answer: the model.
+        overlays: clean inputs [N, ...] of that type.
+        limits: what the looks were calibrated to.
+
+    Returns:
+        How far each look moved the answer. What is flagged after the first, or no longer suspicious, gets no more.
+    """
+    values: dict[str, float] = {}
+    for name in limits.moved:
+        if values and not limits.again <= combined(score, values, limits) <= limits.threshold:
+            break
+        values[name] = distance(before, answer(disturbed(x, name, overlays)))
+    return values
 
 
 def calibrate(
@@ -182,39 +182,47 @@ def calibrate(
     overlays: Array,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Limits | None:
-    """Set the limits of the dearer stages on clean inputs; None where there are too few.
+    """Set the limits of the looks on clean inputs; None where there are too few.
 
     Args:
-        fit_inputs, fit_scores: the fit half [N, ...] and its joint one-pass scores [N].
+        fit_inputs, fit_scores: the fit half [N, ...] and its joint one-pass scores [N], by statistics that did not see
+            the input: those that did score it lower than a fresh one.
         threshold_inputs, threshold_scores: the threshold half, likewise.
         fpr: the false-positive rate asked of the cascade.
         answer: the model.
-        overlays: clean inputs [N, ...] of the fit half; ``MAX_OVERLAYS`` are used, fewer are too few.
+        overlays: clean inputs [N, ...] of the fit half, one for each look that takes one; fewer are too few.
         progress: called with a text, the steps done and the steps in total.
     """
     allowed = allowed_exceedances(len(threshold_scores), fpr)
-    chosen = np.argsort(-fit_scores)[: max(MIN_REFERENCE, round(REFERENCE * len(fit_scores)))]
-    if allowed is None or len(chosen) < MIN_REFERENCE or len(overlays) < MAX_OVERLAYS:
+    names = looks_at(fit_inputs)
+    grey = float(np.quantile(fit_scores, 1.0 - GREY)) if len(fit_scores) else 0.0
+    chosen = np.flatnonzero(fit_scores >= grey)
+    if allowed is None or len(chosen) < MIN_REFERENCE or len(overlays) < len(OVERLAID):
         return None
-    squeeze = fit_inputs.dtype == np.uint8 and fit_inputs.ndim == 4 and min(fit_inputs.shape[1:3]) >= 4
-    if progress:
-        progress("calibrating the dearer checks", 0, 1)
-    every = np.asarray(
-        [[entropy(answer(superimpose(fit_inputs[i], o))) for o in overlays[:MAX_OVERLAYS]] for i in chosen]
-    )
-    sequential = fit_limits(every, SEQUENTIAL_AT)
+    moved: dict[str, list[float]] = {name: [] for name in names}
+    for done, index in enumerate(chosen):
+        if progress and done % 50 == 0:
+            progress("calibrating the further looks", done, len(chosen))
+        before = answer(fit_inputs[index])
+        for name in names:
+            moved[name].append(distance(before, answer(disturbed(fit_inputs[index], name, overlays))))
     limits = Limits(
-        grey=float(np.quantile(fit_scores, 1.0 - GREY)),
-        threshold=1.0,
-        strip=sequential,
-        entropies=_thinned([stopped(row, sequential) for row in every]),
-        distances=_thinned([_moved(fit_inputs[i], answer) for i in chosen] if squeeze else []),
+        grey=grey,
+        again=1.0,
+        threshold=math.inf,
+        moved={name: _thinned(values) for name, values in moved.items()},
         score_to_p=(),
     )
+    first = [
+        combined(float(fit_scores[index]), {names[0]: moved[names[0]][place]}, limits)
+        for place, index in enumerate(chosen)
+    ]
+    # Of all clean inputs a share AGAIN is looked at again: of those from the grey level on, so many more.
+    limits = replace(limits, again=float(np.quantile(first, max(0.0, 1.0 - AGAIN * len(fit_scores) / len(chosen)))))
     joint = threshold_scores.copy()
-    for i in np.flatnonzero(threshold_scores >= limits.grey):
-        values = check(threshold_inputs[i], answer, overlays, sequential, squeeze=squeeze).values
-        joint[i] = combined(float(threshold_scores[i]), values, limits)
+    for index in np.flatnonzero(threshold_scores >= grey):
+        x, score = threshold_inputs[index], float(threshold_scores[index])
+        joint[index] = combined(score, look(x, score, answer(x), answer, overlays, limits), limits)
     level = threshold_of(joint, allowed)
     return replace(limits, threshold=level, score_to_p=p_table(joint / level))
 
@@ -233,8 +241,8 @@ class Budget:
     One input is audited only when all that it can take is there (:func:`worst_cost`): a smaller burst audits nothing.
     """
 
-    per_second: float = 8.0
-    burst: float = 30.0
+    per_second: float = 9.0
+    burst: float = 20.0
 
     def __post_init__(self) -> None:
         """Raise ConfigError for numbers that are negative or no numbers, and for an infinite rate."""
@@ -266,7 +274,7 @@ class Bucket:
 
 
 class Cascade:
-    """A guarded model with its dearer stages. Not for use from several threads at once."""
+    """A guarded model with its further looks. Not for use from several threads at once."""
 
     def __init__(
         self,
@@ -289,8 +297,8 @@ class Cascade:
         self._logits = logit_columns(model.metadata.taps)
         self._overlays = None if sidecar is None else sidecar.overlays
         usable = bool(self._logits) and not model.metadata.calibration.synthetic
-        # Entropies under fewer overlays than the limits were calibrated with are not comparable to them.
-        if sidecar is None or len(sidecar.overlays) < MAX_OVERLAYS:
+        # Limits hold for the very overlays that they were calibrated with.
+        if sidecar is None or len(sidecar.overlays) < len(OVERLAID):
             usable = False
         self.limits = limits_of(sidecar.stages) if sidecar is not None and usable else None
         self._clock, self._rng, self._audit_share = clock, rng, audit_share
@@ -306,7 +314,7 @@ class Cascade:
         verdict, limits = first.verdict, self.limits
         if limits is None or verdict.status == "not checked" or self._overlays is None:
             return first, 1
-        # From the cascade's own threshold on, the dearer stages could change nothing: they only ever add.
+        # From the cascade's own threshold on, a look could change nothing: it only ever adds.
         doubtful = limits.grey <= verdict.score <= limits.threshold
         if verdict.score > limits.threshold or (not doubtful and self._rng.random() >= self._audit_share):
             return replace(first, verdict=_decided(verdict, {}, limits, "not needed")), 1
@@ -316,9 +324,9 @@ class Cascade:
             reason = f"{verdict.reason}; doubtful, but the budget for audits is spent"
             return replace(first, verdict=replace(verdict, audit="no budget", reason=reason)), 1
         before = self._shares(first.features)
-        found = check(x, self._answer, self._overlays, limits.strip, squeeze=bool(limits.distances), before=before)
-        self._bucket.spend(found.forwards)
-        return replace(first, verdict=_decided(verdict, found.values, limits, "done")), 1 + found.forwards
+        values = look(x, verdict.score, before, self._answer, self._overlays, limits)
+        self._bucket.spend(len(values))
+        return replace(first, verdict=_decided(verdict, values, limits, "done")), 1 + len(values)
 
     def _answer(self, x: Array) -> Floats:
         return self._shares(self._model.infer(x).features)
@@ -329,12 +337,11 @@ class Cascade:
 
 def _decided(verdict: Verdict, values: Mapping[str, float], limits: Limits, audit: Audit) -> Verdict:
     score = combined(verdict.score, values, limits) / limits.threshold
-    steady = [
-        f"{name} {values[name]:.2f}, as steady as {share_at_least_as_steady(reference, values[name]):.0%} of clean ones"
-        for name, reference in ((STRIP, limits.entropies), (SQUEEZING, limits.distances))
-        if name in values
+    found = [
+        f"{name} moves the answer by {value:.2f}, as for {rarity(name, limits.moved[name], value):.0%} of clean inputs"
+        for name, value in values.items()
     ]
-    steady.append(f"together {score:.2f}, {'above' if score > 1.0 else 'within'} the threshold of 1")
+    found.append(f"together {score:.2f}, {'above' if score > 1.0 else 'within'} the threshold of 1")
     return replace(
         verdict,
         score=score,
@@ -342,5 +349,5 @@ def _decided(verdict: Verdict, values: Mapping[str, float], limits: Limits, audi
         stages=(ONE_PASS, *values),
         evidence=dict(values),
         audit=audit,
-        reason="; ".join([verdict.reason.split(",")[0], *steady]),
+        reason="; ".join([verdict.reason.split(",")[0], *found]),
     )

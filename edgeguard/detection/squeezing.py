@@ -67,6 +67,28 @@ def median(size: int) -> Squeezer:
     return squeeze
 
 
+def smoothed(image: Pixels, sigma: float) -> Pixels:
+    """A Gaussian of ``sigma`` pixels over rows and columns [H, W, C], cut off at three sigma, edges mirrored.
+
+    Raises ConfigError unless the sigma is above 0, ModelError for what is no image.
+    """
+    if not sigma > 0:
+        raise ConfigError("smoothing", got=sigma, expected="a sigma above 0")
+    if image.dtype != np.uint8 or image.ndim != 3:
+        raise ModelError("smoothing", got=f"{image.dtype}{list(image.shape)}", expected="a uint8 image [H, W, C]")
+    radius = max(1, round(3 * sigma))
+    offsets = np.arange(-radius, radius + 1)
+    kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel /= kernel.sum()
+    found = image.astype(np.float64)
+    for axis in (0, 1):
+        edges = [(radius, radius) if each == axis else (0, 0) for each in range(3)]
+        padded = np.pad(found, edges, mode="symmetric")
+        shifted = (padded.take(range(k, k + image.shape[axis]), axis=axis) for k in range(len(kernel)))
+        found = sum((weight * part for weight, part in zip(kernel, shifted, strict=True)), np.zeros(image.shape))
+    return np.asarray(np.clip(np.rint(found), 0, 255).astype(np.uint8))
+
+
 SQUEEZERS: Mapping[str, Squeezer] = {
     "5-bit": bit_depth(5),
     "1-bit": bit_depth(1),

@@ -56,7 +56,7 @@ def test_a_network_takes_pixels_and_answers_with_probabilities(name: str, shape:
     answer = np.asarray(model(RNG.integers(0, 256, (3, *shape)).astype(np.float32)))
     assert answer.shape == (3, 7)
     assert np.allclose(answer.sum(axis=1), 1, atol=1e-5)
-    assert 30_000 < model.count_params() < 150_000
+    assert 30_000 < model.count_params() < 350_000
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -117,3 +117,28 @@ def test_training_from_a_model_changes_that_model_and_keeps_nothing(tmp_path: Pa
 
 def test_training_without_a_cache_is_repeatable() -> None:
     assert same(training().fit(TASK, seed=5), training().fit(TASK, seed=5))
+
+
+def test_augmenting_moves_and_relights_images_a_little_and_leaves_labels() -> None:
+    import tensorflow as tf
+
+    from edgeguard.attacks import victims
+
+    square = np.zeros((200, 32, 32, 3), np.uint8)
+    square[:, 12:20, 8:16] = 200
+    change = victims._augmentation(0)
+    changed, labels = change(tf.constant(square), tf.range(200))
+    pixels = np.asarray(changed)
+    assert np.array_equal(labels, np.arange(200))
+    assert pixels.shape == square.shape
+    assert pixels.min() >= 0
+    assert pixels.max() <= 255
+    lit = pixels[..., 0] > pixels[..., 0].mean(axis=(1, 2), keepdims=True) + 50
+    rows = (lit * np.arange(32)[:, np.newaxis]).sum(axis=(1, 2)) / lit.sum(axis=(1, 2))
+    columns = (lit * np.arange(32)).sum(axis=(1, 2)) / lit.sum(axis=(1, 2))
+    for middle, places in ((15.5, rows), (11.5, columns)):
+        assert np.abs(places - middle).max() < 4
+        assert np.std(places) > 0.5
+        assert abs(places.mean() - middle) < 0.5
+    again, _ = change(tf.constant(square), tf.range(200))
+    assert not np.array_equal(pixels, np.asarray(again))

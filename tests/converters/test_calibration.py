@@ -126,6 +126,26 @@ def test_calibration_data_that_cannot_be_used_is_refused(inputs: Array, message:
         calibration.prepare(inputs, 0.01)
 
 
+@pytest.mark.parametrize("count", [8, 9, 40])
+def test_inputs_of_one_group_stay_in_one_half_and_neighbouring_groups_part(count: int) -> None:
+    groups = np.repeat(np.arange(count) * 7, 5)
+    split = calibration.halves(len(groups), groups=groups)
+    assert sorted([*split.fit, *split.threshold]) == list(range(len(groups)))
+    fit, threshold = set(groups[split.fit]), set(groups[split.threshold])
+    assert not fit & threshold
+    for first in range(0, count - 1, 2):
+        assert len({first * 7, first * 7 + 7} & fit) == 1
+    assert list(split.fit) != sorted(split.fit)
+    other = calibration.halves(len(groups), 1, groups)
+    assert set(groups[other.fit]) != fit or count < 9
+
+
+@pytest.mark.parametrize("groups", [np.zeros(50, np.int64), np.arange(49), np.arange(50) // 20])
+def test_groups_that_do_not_fit_or_are_too_few_are_refused(groups: npt.NDArray[np.int64]) -> None:
+    with pytest.raises(ModelError, match="at least 4 groups"):
+        calibration.halves(50, groups=groups)
+
+
 @pytest.mark.parametrize("fpr", [0.0, -1.0, 0.6, float("nan")])
 def test_a_false_positive_rate_that_is_none_is_refused(fpr: float) -> None:
     with pytest.raises(ConfigError, match="--fpr"):
