@@ -10,7 +10,7 @@ is measured; a row that this very code measured on this very model is not measur
 Rules enforced here:
 
 * one configuration of our own detector for every cell; statistics and thresholds come from the owner's clean inputs;
-* a clean model is a row too: what it flags are false alarms;
+* a clean model is a row too: what it flags are false alarms, and the hub's policy must open no case on clean traffic;
 * AUROC and TPR are given over all triggered inputs of another true label than the target, and over those alone that
   the model does call the target;
 * the cascade works within its default budget at ``RATE`` inputs a second, on a simulated clock; triggered inputs come
@@ -26,7 +26,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,9 @@ from edgeguard.detection import cascade, sidecar
 from edgeguard.detection.guarded import GuardedModel
 from edgeguard.detection.statistics import rate_upper
 from edgeguard.errors import ConfigError, EdgeGuardError
+from edgeguard.hub.config import PolicyConfig
+from edgeguard.hub.evidence import DeviceEvidence, pool
+from edgeguard.hub.policy import assess
 
 Floats = npt.NDArray[np.float64]
 
@@ -52,6 +55,8 @@ RATE = 20.0
 BOOTSTRAPS = 200
 TIMED = 30
 CURVE = tuple(np.round(np.concatenate([[0.0], np.geomspace(1e-3, 1.0, 40)]), 6).tolist())
+EDGES = tuple(np.round(np.geomspace(0.05, 50.0, 61), 6).tolist())
+DEVICES = 3
 _OWN = (
     *(f"edgeguard/detection/{name}.py" for name in ("statistics", "cascade", "strip", "squeezing", "guarded")),
     *(f"converters/{name}.py" for name in ("calibration", "guard", "taps")),
@@ -131,6 +136,35 @@ def stream(clean: int, triggered: int, between: int) -> list[tuple[int, int]]:
     return order
 
 
+def cases(guarded: GuardedModel, images: Images) -> list[int]:
+    """Labels that the hub's policy calls suspicious when ``DEVICES`` devices share these inputs [N, H, W, C] evenly."""
+    policy, described = PolicyConfig(), guarded.metadata
+    counts: dict[tuple[str, int], DeviceEvidence] = {}
+    for place, image in enumerate(images):
+        verdict = guarded.infer(image).verdict
+        device, label = f"device-{place % DEVICES}", -1 if verdict.predicted is None else verdict.predicted
+        before = counts.get((device, label), DeviceEvidence(device=device, label=label))
+        counts[device, label] = replace(before, inputs=before.inputs + 1, flagged=before.flagged + verdict.flagged)
+    pooled = pool(
+        counts.values(), model_digest=described.model_digest, width=described.feature_count, share=policy.device_share
+    )
+    found = assess(
+        pooled,
+        policy,
+        fpr_upper=described.fpr_upper,
+        fpr=described.fpr,
+        taps=described.taps,
+        devices=DEVICES,
+    )
+    return [suspicion.label for suspicion in found]
+
+
+def mixed(clean: Images, triggered: Images) -> Images:
+    """Clean inputs with one triggered one after every nine, until either runs out."""
+    count = min(len(clean) // 9, len(triggered))
+    return np.concatenate([part for k in range(count) for part in (clean[9 * k : 9 * k + 9], triggered[k : k + 1])])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     """Clean test inputs, and triggered ones [M] with whether the model calls each the target."""
@@ -207,6 +241,10 @@ def judge(clean: Scored, triggered: Scored, successful: npt.NDArray[np.bool_], *
         row["flagged_clean"] = flagged
         row["fpr"] = _short(flagged / len(clean.suspicion))
         row["fpr_lower"] = _short(rate_lower(flagged, len(clean.suspicion)))
+        row["histogram"] = {
+            "clean": np.histogram(clean.suspicion.clip(EDGES[0], EDGES[-1]), EDGES)[0].tolist(),
+            "triggered": np.histogram(triggered.suspicion.clip(EDGES[0], EDGES[-1]), EDGES)[0].tolist(),
+        }
     if len(successful):
         row["all"] = quality(clean.suspicion, triggered.suspicion)
         if successful.any():
@@ -288,6 +326,10 @@ def measure(member: zoo.Member, part: zoo.Split, names: Sequence[str], progress:
             "features": guarded.metadata.feature_count,
             "factors": len(guarded.compiled.statistics.projection),
             "growth": len(guarded.content) - len(guarded.bare),
+        },
+        "cases": {
+            "clean": cases(model, inputs.clean),
+            **({"one in ten triggered": cases(model, mixed(inputs.clean, inputs.triggered))} if member.attack else {}),
         },
         "detectors": rows,
         "left_out": left_out,
@@ -383,7 +425,7 @@ def main() -> int:
     parser.add_argument("--report", action="store_true", help="write docs/detection.md and stop")
     options = parser.parse_args()
     if options.report:
-        detection_report.write(RESULTS, Path(__file__).parent.parent / "docs" / "detection.md")
+        detection_report.write(RESULTS, Path(__file__).parent.parent / "docs" / "detection.md", CURVE, EDGES)
         return 0
     names = list(published.NAMES) if options.detector is None else [n for n in options.detector if n != "none"]
     cells = [c for c in zoo.chosen(options) if not options.seed or c.seed in options.seed]

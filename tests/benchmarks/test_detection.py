@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from benchmarks import detection, detection_report
 from benchmarks.baselines import Scored
 from edgeguard.detection import cascade
+from edgeguard.detection.guarded import GuardedModel
+from tests.simulators.attacked import Attacked
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -68,7 +72,9 @@ def row(attack: str, **changes: Any) -> dict[str, Any]:
     """One measured cell, as it stands in a file."""
     quality = {"auroc": [0.99, 0.98, 1.0], **{f"tpr_{rate}": [0.9, 0.85, 0.95] for rate in ("0.01", "0.05", "0.1")}}
     found: dict[str, Any] = {"forwards_clean": 1.0, "fpr": 0.01, "fpr_lower": 0.005, "microseconds": 50.0}
+    found["histogram"] = {"clean": [1] * 60, "triggered": [2] * 60}
     if attack != "clean":
+        found["curve"] = list(detection.CURVE)
         found |= {"all": quality, "successful": quality, "forwards_99_1": 1.1, "forwards_50_50": 1.2}
     return {
         "data": "digits",
@@ -79,6 +85,7 @@ def row(attack: str, **changes: Any) -> dict[str, Any]:
         "asr_int8": 0.95,
         "attacked": True,
         "inputs": {"clean": 100, "triggered": 90, "successful": 80},
+        "cases": {"clean": [], "one in ten triggered": [0]},
         "detectors": {"one-pass": found, "cascade": found},
         **changes,
     }
@@ -94,11 +101,46 @@ def test_the_page_counts_neither_the_adaptive_attack_nor_models_that_are_not_att
 
 def test_the_page_says_what_clean_models_flag() -> None:
     page = detection_report.text([row("clean"), row("badnets")])
-    assert "| digits small-cnn-1 (0) | 100 | 1.00% | 1.00% (0.50%) | 1.00 |" in page
+    assert "| digits small-cnn-1 (0) | 100 | 1.00% | 1.00% (0.50%) | 1.00 | 0 |" in page
 
 
-def test_the_page_is_written_from_the_rows_of_a_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "| mean AUROC | at least 0.997 | 0.9900 | no |"),
+        ({}, "| worst cell's AUROC | at least 0.9 | 0.9900 | yes |"),
+        ({}, "| largest lower 95% bound of the FPR | at most 1.5% | 0.50% | yes |"),
+        ({}, "| cases opened on clean models | none | 0 | yes |"),
+        ({"cases": {"clean": [3]}}, "| cases opened on clean models | none | 1 | no |"),
+    ],
+)
+def test_the_page_says_which_targets_are_reached(changes: dict[str, Any], expected: str) -> None:
+    assert expected in detection_report.text([row("clean", **changes), row("badnets")])
+
+
+def test_the_page_and_its_pictures_are_written_from_the_rows_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(row("badnets")))
     (tmp_path / "b.json").write_text(json.dumps(row("clean")))
-    detection_report.write(tmp_path, tmp_path / "page.md")
-    assert (tmp_path / "page.md").read_text() == detection_report.text([row("badnets"), row("clean")])
+    detection_report.write(tmp_path, tmp_path / "page.md", detection.CURVE, detection.EDGES)
+    page = (tmp_path / "page.md").read_text()
+    named = re.findall(r"\]\((.*?\.png)\)", page)
+    assert len(named) == 4
+    assert page == detection_report.text([row("badnets"), row("clean")], named)
+    for name in named:
+        width, height = Image.open(tmp_path / name).size
+        assert min(width, height) > 300
+
+
+def test_a_clean_model_opens_no_case_and_an_attacked_one_names_the_target(attacked: Attacked) -> None:
+    guarded = GuardedModel.load(attacked.conversion.guarded)
+    clean = attacked.data.x_test.astype(np.uint8)
+    triggered = attacked.attack.stamp(clean[attacked.data.y_test != attacked.attack.target])
+    assert detection.cases(guarded, clean) == []
+    assert detection.cases(guarded, detection.mixed(clean, triggered)) == [attacked.attack.target]
+
+
+def test_one_in_ten_of_a_mix_is_triggered() -> None:
+    clean, triggered = np.zeros((95, 2, 2, 1), np.uint8), np.ones((40, 2, 2, 1), np.uint8)
+    mix = detection.mixed(clean, triggered)
+    assert len(mix) == 100
+    assert mix[:, 0, 0, 0].sum() == 10
