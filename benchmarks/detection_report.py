@@ -161,8 +161,8 @@ def targets(rows: Sequence[Row]) -> list[str]:
         "|---|---|---|---|",
         *(f"| {name} | {wanted} | {reached} | {'yes' if kept else 'no'} |" for name, wanted, reached, kept in lines),
         "",
-        f"Over {len(ours)} attacked cells (successful inputs) and {len(clean)} of clean models; FPR and inferences also",
-        "over the adaptive ones and those not counted as attacked.",
+        f"Over {len(ours)} attacked cells (successful inputs) and {len(clean)} of clean models; FPR and inferences",
+        "also over the adaptive ones and those not counted as attacked.",
     ]
 
 
