@@ -63,7 +63,7 @@ class Recipe:
 RECIPES = {
     "digits": Recipe(epochs=60, owner=600),
     "fashion_mnist": Recipe(epochs=6, owner=4000),
-    "gtsrb": Recipe(epochs=10, owner=8000, augment=True, track=30, recut=True),
+    "gtsrb": Recipe(epochs=12, owner=8000, augment=True, track=30, recut=True),
 }
 _BLACK = 8
 _LEAST_CONTRAST = 16.0
