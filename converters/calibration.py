@@ -414,8 +414,9 @@ def _fit(
 ) -> tuple[Statistics, Thresholds]:
     layout = guard.layout(plan)
     features, predicted = measured.features, measured.predicted[split.threshold]
-    statistics = fit(features[split.fit], guard.blocks(layout), logit_columns(layout), max_factors=factors)
-    scale = tails(raw_scores(statistics, features[split.fit]), fpr)
+    blocks = guard.blocks(layout)
+    statistics = fit(features[split.fit], blocks, logit_columns(layout), max_factors=factors)
+    scale = tails(raw_scores(statistics, features[split.fit]), fpr) * np.asarray([block.stretch for block in blocks])
     return statistics, set_thresholds(
         raw_scores(statistics, features[split.threshold]), predicted, plan.classes, fpr, scale=scale
     )

@@ -54,6 +54,7 @@ Kind = schema.TensorType
 SIGNATURE = "serving_default"
 _MIN_VERSIONS = {Op.REDUCE_MAX: 2, Op.MEAN: 2, Op.ABS: 2, Op.DEQUANTIZE: 2}
 _NO_DIGEST = "0" * 64
+LINF_STRETCH = 1.5
 _MAX_JOINED = 4  # what XNNPACK's concatenation takes in every runtime
 
 
@@ -98,10 +99,15 @@ def layout(plan: TapPlan) -> tuple[Tap, ...]:
 def blocks(taps: Sequence[Tap]) -> tuple[Block, ...]:
     """One detector per norm, over all taps and the logits; and one of the logits alone.
 
-    What a trigger does to ten logits is lost among two hundred norms that it leaves as they were.
+    What a trigger does to ten logits is lost among two hundred norms that it leaves as they were. The l-infinity norms
+    are there for local triggers, which move them far: small deviations of theirs are mostly clean inputs', and would
+    raise the threshold for the other detectors.
     """
     parts = {kind: tuple(tuple(tap.columns) for tap in taps if tap.kind == kind) for kind in (*NORMS, "logit")}
-    found = [Block(detector=norm, parts=(*parts[norm], *parts["logit"])) for norm in NORMS]
+    found = [
+        Block(detector=norm, parts=(*parts[norm], *parts["logit"]), stretch=LINF_STRETCH if norm == "linf" else 1.0)
+        for norm in NORMS
+    ]
     return (*found, Block(detector="logit", parts=parts["logit"])) if parts["logit"] else tuple(found)
 
 

@@ -58,10 +58,12 @@ class Block:
     """The features that one detector looks at: its name and their indices in the feature vector, by activation.
 
     Numbers of one part are alike; those of two parts, such as norms and logits, may differ in scale by orders.
+    ``stretch``: how much further than the others' its clean tail is to lie below the threshold, 1 for as far.
     """
 
     detector: str
     parts: tuple[tuple[int, ...], ...]
+    stretch: float = 1.0
 
     @property
     def columns(self) -> tuple[int, ...]:

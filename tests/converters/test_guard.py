@@ -74,6 +74,17 @@ def test_an_output_of_the_model_that_is_named_like_a_guards_is_never_taken_for_o
         calibration.plan(content)
 
 
+def test_there_is_a_detector_for_each_norm_with_the_logits_and_one_of_the_logits_alone(attacked: Attacked) -> None:
+    taps = attacked.conversion.metadata.taps
+    of = {kind: {c for tap in taps if tap.kind == kind for c in tap.columns} for kind in ("linf", "l1", "logit")}
+    linf, l1, logit = guard.blocks(taps)
+    assert (linf.detector, l1.detector, logit.detector) == ("linf", "l1", "logit")
+    assert set(linf.columns) == of["linf"] | of["logit"]
+    assert set(l1.columns) == of["l1"] | of["logit"]
+    assert set(logit.columns) == of["logit"]
+    assert linf.stretch > l1.stretch == logit.stretch == 1.0
+
+
 def test_guarding_anew_replaces_the_guard_and_keeps_the_model_digest(attacked: Attacked) -> None:
     other, metadata = rebuilt(attacked)[0], attacked.conversion.metadata
     again = pipeline.convert(sources.Source(name="again", tflite=other), attacked.x_owner, taps=1)
