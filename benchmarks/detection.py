@@ -104,7 +104,10 @@ class Cascaded:
 
 
 def within_budget(
-    one_pass: Sequence[Floats], audited: Sequence[Scored], order: Sequence[tuple[int, int]], worst: int
+    one_pass: Sequence[Floats],
+    audited: Sequence[Scored],
+    order: Sequence[tuple[int, int]],
+    limits: cascade.Limits,
 ) -> tuple[Floats, Floats]:
     """Scores and inferences [N] of a stream at ``RATE`` inputs a second within the default budget.
 
@@ -112,18 +115,19 @@ def within_budget(
         one_pass: one-pass scores of clean and of triggered inputs.
         audited: the same inputs with an audit wherever one is due.
         order: the stream: which of the two, and which input of it.
-        worst: the most inferences that an audit takes.
+        limits: of the cascade.
     """
-    bucket = cascade.Bucket(cascade.Budget(), 0.0)
+    allowance = cascade.Allowance(cascade.Budget(), cascade.worst_cost(limits), 0.0)
     scores, forwards = np.empty(len(order)), np.ones(len(order))
     for place, (side, index) in enumerate(order):
         extra = audited[side].forwards[index] - 1
         scores[place] = audited[side].suspicion[index]
-        if extra and bucket.affords(worst, place / RATE):
-            bucket.spend(extra)
+        flagged = bool(one_pass[side][index] > limits.threshold)
+        if extra and allowance.affords(flagged=flagged, now=place / RATE):
+            allowance.spend(extra, flagged=flagged)
             forwards[place] += extra
         elif extra:  # not audited: the one pass alone decides
-            scores[place] = one_pass[side][index]
+            scores[place] = one_pass[side][index] / (limits.threshold if flagged else 1.0)
     return scores, forwards
 
 
@@ -341,14 +345,14 @@ def _judge_cascade(
 ) -> dict[str, Any]:
     """The cascade's row: clean traffic alone, and triggered inputs one in a hundred."""
     limits = cascade.limits_of(companion.stages)
-    worst = 0 if limits is None else cascade.worst_cost(limits)
+    assert limits is not None
     one_pass, audited = [side.suspicion for side in found[ONE_PASS]], found[CASCADE]
     count, attacked = len(inputs.clean), len(inputs.triggered)
-    alone = within_budget(one_pass, audited, [(0, index) for index in range(count)], worst)
+    alone = within_budget(one_pass, audited, [(0, index) for index in range(count)], limits)
     clean = Scored(suspicion=alone[0], forwards=alone[1])
     if not attacked:
         return judge(clean, Scored(suspicion=alone[0][:0], forwards=alone[1][:0]), inputs.successful, ours=True)
-    rare, often = (within_budget(one_pass, audited, stream(count, attacked, n), worst) for n in (99, 1))
+    rare, often = (within_budget(one_pass, audited, stream(count, attacked, n), limits) for n in (99, 1))
     triggered = Scored(suspicion=rare[0][99::100], forwards=rare[1][99::100])
     row = judge(clean, triggered, inputs.successful, ours=True)
     return {

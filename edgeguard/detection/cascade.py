@@ -52,10 +52,11 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 Clock = Callable[[], float]
 
-GREY = 0.36
-AGAIN = 0.08
+GREY = 0.28
+AGAIN = 0.07
 WEIGHT = 0.4
 CAP = 2.0
+FLAGGED_SHARE = 0.1
 SIGMA = 0.8
 MAX_REFERENCE = 200
 MIN_REFERENCE = 20
@@ -161,11 +162,11 @@ def look(x: Array, score: float, before: Floats, answer: Answer, overlays: Array
         limits: what the looks were calibrated to.
 
     Returns:
-        How far each look moved the answer. What is flagged after the first, or no longer suspicious, gets no more.
+        How far each look moved the answer. What is no longer suspicious after the first gets no more.
     """
     values: dict[str, float] = {}
     for name in limits.moved:
-        if values and not limits.again <= combined(score, values, limits) <= limits.threshold:
+        if values and combined(score, values, limits) < limits.again:
             break
         values[name] = distance(before, answer(disturbed(x, name, overlays)))
     return values
@@ -241,8 +242,8 @@ class Budget:
     One input is audited only when all that it can take is there (:func:`worst_cost`): a smaller burst audits nothing.
     """
 
-    per_second: float = 9.0
-    burst: float = 20.0
+    per_second: float = 9.3
+    burst: float = 15.0
 
     def __post_init__(self) -> None:
         """Raise ConfigError for numbers that are negative or no numbers, and for an infinite rate."""
@@ -271,6 +272,34 @@ class Bucket:
     def spend(self, cost: float) -> None:
         """Take ``cost`` inferences out of it."""
         self._left -= cost
+
+
+class Allowance:
+    """A budget in two parts: ``FLAGGED_SHARE`` of it for inputs that are flagged already, the rest for the others.
+
+    So an attacker who shows one obvious trigger after another does not use up what less obvious ones would have got.
+    """
+
+    def __init__(self, budget: Budget, worst: float, now: float) -> None:
+        """Args: the budget, what one input can take at most, and the time in seconds."""
+        self._worst = worst
+        if math.isinf(budget.burst):
+            self._buckets = {True: Bucket(budget, now), False: Bucket(budget, now)}
+            return
+        own = worst if budget.burst >= 2 * worst else 0.0  # too little for two parts
+        rate = FLAGGED_SHARE * budget.per_second if own else 0.0
+        self._buckets = {
+            True: Bucket(Budget(per_second=rate, burst=own), now),
+            False: Bucket(Budget(per_second=budget.per_second - rate, burst=budget.burst - own), now),
+        }
+
+    def affords(self, *, flagged: bool, now: float) -> bool:
+        """Whether an input can be audited at ``now`` seconds."""
+        return self._buckets[flagged].affords(self._worst, now)
+
+    def spend(self, cost: float, *, flagged: bool) -> None:
+        """Take ``cost`` inferences out of it."""
+        self._buckets[flagged].spend(cost)
 
 
 class Cascade:
@@ -302,7 +331,7 @@ class Cascade:
             usable = False
         self.limits = limits_of(sidecar.stages) if sidecar is not None and usable else None
         self._clock, self._rng, self._audit_share = clock, rng, audit_share
-        self._bucket = Bucket(budget or Budget(), clock())
+        self._allowance = Allowance(budget or Budget(), 0 if self.limits is None else worst_cost(self.limits), clock())
 
     def infer(self, x: Array) -> tuple[Inference, int]:
         """Run one input through the one pass and what else it takes; how many inferences that were.
@@ -314,18 +343,18 @@ class Cascade:
         verdict, limits = first.verdict, self.limits
         if limits is None or verdict.status == "not checked" or self._overlays is None:
             return first, 1
-        # From the cascade's own threshold on, a look could change nothing: it only ever adds.
-        doubtful = limits.grey <= verdict.score <= limits.threshold
-        if verdict.score > limits.threshold or (not doubtful and self._rng.random() >= self._audit_share):
+        # Looks only ever add: one flagged already stays so, and is looked at for how sure that is.
+        flagged, doubtful = verdict.score > limits.threshold, verdict.score >= limits.grey
+        if not doubtful and self._rng.random() >= self._audit_share:
             return replace(first, verdict=_decided(verdict, {}, limits, "not needed")), 1
-        if not self._bucket.affords(worst_cost(limits), self._clock()):
-            if not doubtful:
+        if not self._allowance.affords(flagged=flagged, now=self._clock()):
+            if flagged or not doubtful:
                 return replace(first, verdict=_decided(verdict, {}, limits, "not needed")), 1
             reason = f"{verdict.reason}; doubtful, but the budget for audits is spent"
             return replace(first, verdict=replace(verdict, audit="no budget", reason=reason)), 1
         before = self._shares(first.features)
         values = look(x, verdict.score, before, self._answer, self._overlays, limits)
-        self._bucket.spend(len(values))
+        self._allowance.spend(len(values), flagged=flagged)
         return replace(first, verdict=_decided(verdict, values, limits, "done")), 1 + len(values)
 
     def _answer(self, x: Array) -> Floats:
