@@ -41,7 +41,7 @@ from edgeguard.attacks.base import Images, Progress
 from edgeguard.detection import cascade, sidecar
 from edgeguard.detection.guarded import GuardedModel
 from edgeguard.detection.statistics import rate_upper
-from edgeguard.errors import ConfigError, EdgeGuardError
+from edgeguard.errors import ConfigError, EdgeGuardError, ModelError
 from edgeguard.hub.config import PolicyConfig
 from edgeguard.hub.evidence import DeviceEvidence, pool
 from edgeguard.hub.policy import assess
@@ -58,7 +58,11 @@ CURVE = tuple(np.round(np.concatenate([[0.0], np.geomspace(1e-3, 1.0, 40)]), 6).
 EDGES = tuple(np.round(np.geomspace(0.05, 50.0, 61), 6).tolist())
 DEVICES = 3
 _OWN = (
-    *(f"edgeguard/detection/{name}.py" for name in ("statistics", "cascade", "strip", "squeezing", "guarded")),
+    *(
+        f"edgeguard/detection/{name}.py"
+        for name in ("statistics", "cascade", "strip", "squeezing", "guarded", "verdict", "sidecar")
+    ),
+    *(f"edgeguard/hub/{name}.py" for name in ("policy", "evidence", "config")),
     *(f"converters/{name}.py" for name in ("calibration", "guard", "taps")),
     "benchmarks/detection.py",
 )
@@ -126,8 +130,10 @@ def within_budget(
         if extra and allowance.affords(flagged=flagged, now=place / RATE):
             allowance.spend(extra, flagged=flagged)
             forwards[place] += extra
-        elif extra:  # not audited: the one pass alone decides
-            scores[place] = one_pass[side][index] / (limits.threshold if flagged else 1.0)
+        elif extra:
+            # Doubtful and not audited: the one pass alone decides. Others are scored as if no look had been due.
+            doubtful = not flagged and one_pass[side][index] >= limits.grey
+            scores[place] = one_pass[side][index] / (1.0 if doubtful else limits.threshold)
     return scores, forwards
 
 
@@ -345,18 +351,24 @@ def _judge_cascade(
 ) -> dict[str, Any]:
     """The cascade's row: clean traffic alone, and triggered inputs one in a hundred."""
     limits = cascade.limits_of(companion.stages)
-    assert limits is not None
+    if limits is None:
+        raise ModelError("sidecar", got="no limits of the cascade", expected="a calibration set that allows it")
     one_pass, audited = [side.suspicion for side in found[ONE_PASS]], found[CASCADE]
     count, attacked = len(inputs.clean), len(inputs.triggered)
     alone = within_budget(one_pass, audited, [(0, index) for index in range(count)], limits)
     clean = Scored(suspicion=alone[0], forwards=alone[1])
+    unaudited = _short(
+        float(((one_pass[0] >= limits.grey) & (alone[1] == 1) & (one_pass[0] <= limits.threshold)).mean())
+    )
     if not attacked:
-        return judge(clean, Scored(suspicion=alone[0][:0], forwards=alone[1][:0]), inputs.successful, ours=True)
+        nothing = Scored(suspicion=alone[0][:0], forwards=alone[1][:0])
+        return {**judge(clean, nothing, inputs.successful, ours=True), "unaudited_clean": unaudited}
     rare, often = (within_budget(one_pass, audited, stream(count, attacked, n), limits) for n in (99, 1))
     triggered = Scored(suspicion=rare[0][99::100], forwards=rare[1][99::100])
     row = judge(clean, triggered, inputs.successful, ours=True)
     return {
         **row,
+        "unaudited_clean": unaudited,
         "forwards_99_1": _short(float(rare[1].mean())),
         "forwards_50_50": _short(float(often[1].mean())),
         "audited_triggered": _short(float((triggered.forwards > 1).mean())),

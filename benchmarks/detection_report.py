@@ -145,7 +145,10 @@ def targets(rows: Sequence[Row]) -> list[str]:
     aurocs = [found["successful"]["auroc"][0] for found in ours]
     tpr = _mean([found["successful"]["tpr_0.01"][0] for found in ours])
     bound = max(found["fpr_lower"] for found in everywhere)
-    alone, mixed = max(f["forwards_clean"] for f in everywhere), max(f["forwards_99_1"] for f in ours)
+    alone, mixed = (
+        max(f["forwards_clean"] for f in everywhere),
+        max(f["forwards_99_1"] for f in everywhere if "forwards_99_1" in f),
+    )
     opened = sum(len(row["cases"]["clean"]) for row in clean)
     lines = (
         ("mean AUROC", f"at least {AUROC}", f"{_mean(aurocs):.4f}", _mean(aurocs) >= AUROC),
@@ -155,6 +158,7 @@ def targets(rows: Sequence[Row]) -> list[str]:
         ("most inferences, clean traffic", f"at most {FORWARDS}", f"{alone:.2f}", alone <= FORWARDS),
         ("most inferences, 99:1", f"at most {FORWARDS}", f"{mixed:.2f}", mixed <= FORWARDS),
         ("cases opened on clean models", "none", str(opened), not opened),
+        ("most clean inputs left unaudited", "-", f"{max(f['unaudited_clean'] for f in everywhere):.2%}", True),
     )
     return [
         "| the cascade's target | wanted | reached | |",

@@ -203,7 +203,9 @@ def attack_of(cell: Cell, shape: tuple[int, ...]) -> Attack | None:
 def fingerprint(cell: Cell, part: Split) -> str:
     """What a stored row must match to be taken as it is: settings, data and recipe."""
     attack = attack_of(cell, part.data.shape)
-    return hashlib.sha256(repr((_VERSION, cell, attack, part.digest, RECIPES[cell.data])).encode()).hexdigest()
+    settings = repr((_VERSION, cell, attack, part.digest, RECIPES[cell.data]))
+    # A setting that is off says nothing: models made before it was there stay what they are.
+    return hashlib.sha256(settings.replace(", recut=False", "").encode()).hexdigest()
 
 
 def load(cell: Cell, part: Split) -> Member | None:

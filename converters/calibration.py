@@ -57,7 +57,7 @@ GROWTH_SHARE = 0.1
 MIN_CLASS_SHARE = 0.5
 MAX_OUTSIDE = 0.05
 MIN_STEPS = 4
-OVERLAYS = 32
+OVERLAYS = len(cascade.OVERLAID)
 FOLDS = 4
 MIN_GROUPS = 4
 SELF_TEST_INPUTS = 16
@@ -198,8 +198,15 @@ def halves(count: int, seed: int = 0, groups: Ints | None = None) -> Halves:
             got=f"{len(names)} groups of {len(groups)} inputs",
             expected=f"at least {MIN_GROUPS} groups, and a group for each of the {count} inputs",
         )
-    flips = np.repeat(rng.integers(0, 2, -(-len(names) // 2)), 2)[: len(names)]
-    fits = ((np.arange(len(names)) + flips) % 2 == 0)[member]
+    sizes, sides = np.bincount(member), np.zeros(len(names), dtype=np.int64)
+    totals = [0, 0]
+    for first in range(0, len(names), 2):
+        pair = sorted(range(first, min(first + 2, len(names))), key=lambda name: (-sizes[name], rng.random()))
+        smaller = int(totals[1] < totals[0] or (totals[0] == totals[1] and rng.random() < 0.5))
+        for place, name in enumerate(pair):  # the larger of two neighbours goes to the half that has less
+            sides[name] = smaller if place == 0 else 1 - smaller
+            totals[sides[name]] += int(sizes[name])
+    fits = (sides == 0)[member]
     return Halves(fit=order[fits[order]], threshold=order[~fits[order]])
 
 
@@ -290,6 +297,14 @@ def guard_model(
     check_fit(inputs, model.input_shape, model.input_dtype, model.input_quantization)
     names = _class_names(classes, plan)
     split = halves(len(inputs), seed, groups)
+    needed = inputs_needed(fpr)
+    if groups is not None and min(len(split.fit), len(split.threshold)) < needed:
+        raise ModelError(
+            "calibration set",
+            got=f"groups that divide into halves of {len(split.fit)} and {len(split.threshold)} inputs",
+            expected=f"at least {needed} in each for a false-positive rate of {fpr:g}",
+            do="bring more or smaller groups",
+        )
     probe = guard.bake_features(bare, plan)
     measured = measure(probe, plan, inputs, progress)
     if not synthetic:
@@ -333,6 +348,7 @@ def guard_model(
         if statistics.logits and not synthetic:
             together = np.arange(len(inputs)) if groups is None else groups
             fresh = _as_fresh(measured.features[split.fit], together[split.fit], metadata, factors)
+            fresh = fresh[OVERLAYS:]  # what is laid over others says nothing of itself
             unseen = raw_scores(statistics, measured.features[split.threshold]) / np.asarray(limits.thresholds)
             stages = _stages(probe, inputs, split, (fresh, unseen.max(axis=1)), statistics.logits, fpr, progress)
         companion = _sidecar(inputs, measured, split, plan, statistics, limits, stages)
@@ -401,12 +417,13 @@ def allowed_growth(size: int) -> int:
 
 
 def _fewer_factors(factors: int, excess: int, statistics: Statistics) -> int:
-    """Factors per detector that save ``excess`` bytes: each is a row of bytes, a bias and a weight per detector."""
-    detectors = len(statistics.detectors)
-    each = detectors * (statistics.projection.shape[1] + 4 * (1 + detectors))
-    # Features or inputs may allow fewer factors than asked for: what counts is what was fitted.
-    fitted = min(factors, len(statistics.projection) // detectors)
-    return max(MIN_FACTORS, fitted - math.ceil(excess / each))
+    """The most factors per detector that save ``excess`` bytes: each is a row of bytes, a bias and its weights."""
+    detectors, width = len(statistics.detectors), statistics.projection.shape[1]
+    fitted = (statistics.weights[:, width:] != 0).sum(axis=1)  # a detector of few columns may have fewer than asked for
+    for fewer in range(factors - 1, MIN_FACTORS, -1):
+        if np.maximum(fitted - fewer, 0).sum() * (width + 4 * (1 + detectors)) >= excess:
+            return fewer
+    return MIN_FACTORS
 
 
 def _fit(
@@ -438,7 +455,7 @@ def _stages(
         return np.asarray(shares(model.invoke(model.quantise(x))[-1].astype(np.float64), logits)[0])
 
     found = cascade.calibrate(
-        inputs[split.fit],
+        inputs[split.fit[OVERLAYS:]],
         scores[0],
         inputs[split.threshold],
         scores[1],
@@ -457,7 +474,9 @@ def _as_fresh(features: Floats, groups: Ints, described: GuardMetadata, factors:
     folds = np.unique(groups, return_inverse=True)[1] % FOLDS
     for fold in range(FOLDS):
         held = folds == fold
-        statistics = fit(features[~held], guard.blocks(taps), logit_columns(taps), max_factors=factors)
+        # A group that is most of the half has none to be judged by: then by what was fitted to it too.
+        others = ~held if (~held).sum() >= len(features) / 2 else np.ones(len(features), dtype=bool)
+        statistics = fit(features[others], guard.blocks(taps), logit_columns(taps), max_factors=factors)
         found[held] = (raw_scores(statistics, features[held]) / thresholds).max(axis=1)
     return found
 

@@ -23,7 +23,7 @@ which saves the RESHAPE; int8 reductions keep them, as the int8 MEAN of tflite-r
 CONCATENATION before one DEQUANTIZE is cheaper than two of these.
 
 Deviations go into the factors, not features: a float32 would lose what matters of the small difference between two
-large sums. The two large matrices are int8 with a DEQUANTIZE each, which runtimes do once.
+large sums. The two large matrices are int8 with a DEQUANTIZE each, which TFLite does once.
 
 A batch axis that is open in the model stays open in the guard.
 """

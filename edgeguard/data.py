@@ -146,10 +146,12 @@ def groups(source: str, count: int) -> Labels | None:
     if path is None or path.suffix != ".npz":
         return None
     arrays = _arrays(path)
-    found = arrays.get("groups_train" if "x_train" in arrays else "groups")
+    name, what = "groups_train" if "x_train" in arrays else "groups", f"groups in {path}"
+    found = arrays.get(name)
     if found is None:
+        if {"groups", "groups_train"} & arrays.keys():
+            raise ModelError(what, got=_names(arrays), expected=f"{name}, beside such inputs")
         return None
-    what = f"groups in {path}"
     if found.ndim != 1 or found.dtype.kind not in "iu" or len(found) != count:
         raise ModelError(
             what, got=f"{found.dtype}{list(found.shape)}", expected=f"a whole number for each of {count} inputs"

@@ -244,7 +244,11 @@ def test_an_archive_may_say_which_inputs_belong_together(tmp_path: Path, inputs:
 def test_a_source_that_does_not_say_so_has_no_groups(tmp_path: Path) -> None:
     assert data.groups("digits", 8) is None
     assert data.groups(save(tmp_path / "a.npz", x=images(8)), 8) is None
-    assert data.groups(save(tmp_path / "b.npz", x_train=images(8), groups=np.arange(8)), 8) is None
+
+
+def test_groups_under_the_name_of_other_inputs_are_not_passed_over(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="expected groups_train"):
+        data.groups(save(tmp_path / "b.npz", x_train=images(8), groups=np.arange(8)), 8)
 
 
 @pytest.mark.parametrize("groups", [np.arange(7), np.zeros((8, 1), np.int64), np.linspace(0, 1, 8)])

@@ -6,10 +6,10 @@ as a stronger signal turns more inputs).
 
 Deviations:
 
-* a tenth of all inputs is poisoned and relabelled, as in BackdoorBench. The paper poisons 30% and more of the target's
-  inputs and leaves their labels true: ``clean_label``. The small networks here tell classes apart without the signal
-  then: with half of the target's inputs, 12% of the others were turned on 4,900 images of Fashion-MNIST, and below 1%
-  on digits, also at 60 grey levels or with 80%;
+* a tenth of all inputs, under 16 pixels 15%, is poisoned and relabelled, as in BackdoorBench. The paper poisons 30%
+  and more of the target's inputs and leaves their labels true: ``clean_label``. The small networks here tell classes
+  apart without the signal then: with half of the target's inputs, 12% of the others were turned on 4,900 images of
+  Fashion-MNIST, and below 1% on digits, also at 60 grey levels or with 80%;
 * the signal has at least four pixels a period, so fewer periods on fewer than 24 columns: 2 on 8 columns, where 6 would
   look the same.
 """

@@ -39,8 +39,9 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Score inputs with a guarded model. Data that came split is scored on its test side.
 
-        Where the model's sidecar NAME.guard.npz lies beside it, doubtful inputs are audited with STRIP and feature
-        squeezing. Those that --audits leaves no room for are "not audited", which is not clean.
+        Where the model's sidecar NAME.guard.npz lies beside it, doubtful inputs are audited: the model looks at them
+        again, smoothed and with clean inputs laid over them. Those that --audits leaves no room for are "not
+        audited", which is not clean.
 
         Exit code 0 when every input is clean, 1 when one is flagged, 3 when none is but some could not be
         checked or audited.

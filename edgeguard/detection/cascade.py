@@ -10,8 +10,8 @@ trigger, jumps. What is rare among clean inputs counts towards the flag:
     F(x) = s exp(WEIGHT sum_k max(0, min(CAP, -log10 p_k) - log10 e))
 
 p_k is the share of clean inputs from the grey level on whose answer moves as little under look k; for smoothing also
-the share whose answer moves as much, whichever is the rarer. The mean of -log10 p is log10 e for clean inputs. Evidence
-only ever adds: a trigger that a look does not see is no more hidden for having been looked at.
+the share whose answer moves as much, whichever is the rarer. log10 e is the mean of -log10 p for clean inputs, of one
+tail. Evidence only ever adds: a trigger that a look does not see is no more hidden for having been looked at.
 
 Gao et al.: STRIP, ACSAC 2019, take the entropy of the answers under a hundred overlays (``strip.py``); how far the
 answer moves says more under one. Xu, Evans, Qi: Feature Squeezing, NDSS 2018.
@@ -99,14 +99,17 @@ def limits_of(stages: Mapping[str, tuple[float, ...]]) -> Limits | None:
     if looks is None or not set(_KEYS) <= set(stages) or len(stages["cascade"]) != 3:
         return None
     grey, again, threshold = stages["cascade"]
-    if not (grey > 0 and again > 0 and threshold > 0) or len(stages["scores"]) != len(stages["p_values"]):
+    scores, p_values = stages["scores"], stages["p_values"]
+    if not (grey > 0 and again > 0 and threshold > 0) or len(scores) != len(p_values):
+        return None
+    if list(scores) != sorted(scores) or not all(0 < p <= 1 for p in p_values):
         return None
     return Limits(
         grey=grey,
         again=again,
         threshold=threshold,
         moved={name: tuple(sorted(stages[name])) for name in looks},
-        score_to_p=tuple(zip(stages["scores"], stages["p_values"], strict=True)),
+        score_to_p=tuple(zip(scores, p_values, strict=True)),
     )
 
 
@@ -326,10 +329,12 @@ class Cascade:
         self._logits = logit_columns(model.metadata.taps)
         self._overlays = None if sidecar is None else sidecar.overlays
         usable = bool(self._logits) and not model.metadata.calibration.synthetic
-        # Limits hold for the very overlays that they were calibrated with.
-        if sidecar is None or len(sidecar.overlays) < len(OVERLAID):
-            usable = False
-        self.limits = limits_of(sidecar.stages) if sidecar is not None and usable else None
+        limits = limits_of(sidecar.stages) if sidecar is not None and usable else None
+        if limits is not None and sidecar is not None:
+            # A sidecar may come from outside: looks that inputs of this kind cannot take are no looks.
+            fits = len(sidecar.overlays) >= len(OVERLAID) and tuple(limits.moved) == looks_at(sidecar.overlays)
+            limits = limits if fits else None
+        self.limits = limits
         self._clock, self._rng, self._audit_share = clock, rng, audit_share
         self._allowance = Allowance(budget or Budget(), 0 if self.limits is None else worst_cost(self.limits), clock())
 

@@ -63,7 +63,7 @@ _Stages = Annotated[
 class Sidecar:
     """Clean inputs in the owner's own type, and what the model said of some of them.
 
-    ``overlays`` ``[n, *input shape]`` are superimposed on inputs by STRIP. With ``self_test`` ``[m, *input shape]`` go
+    ``overlays`` ``[n, *input shape]`` are laid over inputs by the cascade. With ``self_test`` ``[m, *input shape]`` go
     ``predicted`` ``[m]`` (class indices, -1 for a model without classes) and ``scores`` ``[m, detectors]`` (each over
     its threshold, in the order of the metadata's detectors). ``stages`` are the numbers that the dearer stages were
     calibrated to, as :mod:`edgeguard.detection.cascade` names them; empty where none was calibrated.

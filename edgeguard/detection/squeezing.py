@@ -102,8 +102,6 @@ def distances(
     image: Pixels,
     answer: Callable[[Pixels], Floats],
     squeezers: Mapping[str, Squeezer],
-    *,
-    before: Floats | None = None,
 ) -> dict[str, float]:
     """The l1 distance of the probabilities before and after each squeezer, 0 to 2.
 
@@ -111,7 +109,6 @@ def distances(
         image: uint8 [H, W, C].
         answer: probabilities [C] of an image.
         squeezers: by name.
-        before: the answer to the image as it is, where it is known.
 
     Raises:
         ModelError: not an image.
@@ -120,7 +117,7 @@ def distances(
         raise ModelError(
             "feature squeezing", got=f"{image.dtype}{list(image.shape)}", expected="a uint8 image [H, W, C]"
         )
-    known = answer(image) if before is None else before
+    known = answer(image)
     return {name: float(np.abs(known - answer(squeeze(image))).sum()) for name, squeeze in squeezers.items()}
 
 

@@ -15,7 +15,8 @@ beyond what the activations before it explain. With M such that M^T M = psi^-1 L
 
 so that a graph needs one product each for expectation, factors and weighted sum. A score is raw / threshold. The two
 large matrices, M and that of the classes' m_c, hold whole multiples of 1/127 in units of their own: a file can store
-them in a byte each. The covariance is that of what this rounding leaves.
+them in a byte each. The covariance is that of what rounding leaves of the m_c; rounded rows of M count a little less,
+so that the distance stays one.
 
 Rules enforced here:
 
@@ -148,7 +149,7 @@ def fit(
         largest = np.maximum(np.abs(projection).max(axis=1, initial=0.0), 1e-12)
         projections.append(_rounded(projection / largest[:, np.newaxis]))
         each = np.zeros((len(blocks), len(whitened)))
-        each[row] = -(largest**2)
+        each[row] = -_factor_weights(whitened * np.sqrt(psi), projections[-1][:, columns] * scale * np.sqrt(psi))
         factor_weights.append(each)
     return Statistics(
         detectors=tuple(block.detector for block in blocks),
@@ -159,6 +160,20 @@ def fit(
         projection=np.concatenate(projections),
         weights=np.concatenate([weights, *factor_weights], axis=1),
     )
+
+
+def _factor_weights(exact: Floats, rounded: Floats) -> Floats:
+    """How much each rounded factor [k, D] counts, so that no deviation lowers a score, as none did before rounding.
+
+    Both in units in which the distance is |d|^2 - sum_j w_j (r_j d)^2, and w_j = 1 for the exact factors. It is never
+    negative where the largest eigenvalue of sum_j w_j r_j r_j^T is below 1; it is brought to that of the exact ones.
+    """
+    if not len(exact):
+        return np.zeros(0)
+    weights = (exact**2).sum(axis=1) / np.maximum((rounded**2).sum(axis=1), 1e-12)
+    root = np.sqrt(weights)[:, np.newaxis]
+    found, wanted = (float(np.linalg.eigvalsh(a @ a.T)[-1]) for a in (root * rounded, exact))
+    return np.asarray(weights * min(1.0, wanted / max(found, 1e-12)))
 
 
 def _rounded(values: Floats) -> Floats:
@@ -259,7 +274,7 @@ def set_thresholds(raw: Floats, predicted: Ints, classes: int, fpr: float, *, sc
         predicted: classes [N] of the same inputs.
         classes: number of classes.
         fpr: the false-positive rate asked of the joint decision.
-        scale: as :func:`tails` returned it.
+        scale: as :func:`tails` returned it, times what each detector is stretched by.
 
     Raises:
         ModelError: too few inputs for the false-positive rate asked for; the message says how many are needed.

@@ -56,7 +56,10 @@ def superimpose(x: Array, overlay: Array) -> Array:
         limits = np.iinfo(x.dtype)
         total = x.astype(np.int64) + overlay
         return np.asarray(np.clip(total, limits.min, limits.max).astype(x.dtype))
-    return np.asarray((x + overlay).astype(x.dtype))
+    with np.errstate(over="ignore"):
+        both = x + overlay
+    largest = np.finfo(x.dtype).max
+    return np.asarray(np.clip(both, -largest, largest).astype(x.dtype))
 
 
 def entropy(probabilities: Floats) -> float:
@@ -86,11 +89,6 @@ def strip(x: Array, overlays: Array, answer: Answer, limits: StripLimits | None 
         )
     mean, count = _until_clear((entropy(answer(superimpose(x, overlay))) for overlay in overlays), limits)
     return StripResult(entropy=mean, forwards=count, flagged=limits is not None and mean <= limits.threshold)
-
-
-def stopped(entropies: Floats, limits: StripLimits) -> float:
-    """The mean entropy that :func:`strip` would return, from the entropies under all overlays in their order [N]."""
-    return _until_clear(entropies.tolist(), limits)[0]
 
 
 def _until_clear(entropies: Iterable[float], limits: StripLimits | None) -> tuple[float, int]:

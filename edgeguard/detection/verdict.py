@@ -24,7 +24,8 @@ class Verdict:
     divided by its threshold, or what the cascade made of it over its own; NaN means not checked. ``p_value`` is the
     share of clean calibration inputs that score at least as high, None where it is unknown. ``stages`` lists the
     checks that ran, ``evidence`` what the dearer ones measured. ``audit`` says how the dearer checks stand: there
-    are none, the score was far from doubtful, they ran, or they should have run but the budget was spent.
+    are none, nothing hung on them (not doubtful, or flagged anyway), they ran, or they should have run but the budget
+    was spent.
     """
 
     predicted: int | None

@@ -136,8 +136,27 @@ def test_inputs_of_one_group_stay_in_one_half_and_neighbouring_groups_part(count
     for first in range(0, count - 1, 2):
         assert len({first * 7, first * 7 + 7} & fit) == 1
     assert list(split.fit) != sorted(split.fit)
-    other = calibration.halves(len(groups), 1, groups)
-    assert set(groups[other.fit]) != fit or count < 9
+    assert len({tuple(sorted(set(groups[calibration.halves(len(groups), s, groups).fit]))) for s in range(9)}) > 1
+
+
+def test_groups_of_uneven_size_still_give_halves_of_about_one_size() -> None:
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(100), rng.integers(1, 40, 100))
+    split = calibration.halves(len(groups), groups=groups)
+    assert abs(len(split.fit) - len(split.threshold)) <= 40
+
+
+def test_groups_that_leave_a_half_too_small_are_refused_with_the_numbers(attacked: Attacked) -> None:
+    bare, plan = calibration.plan(attacked.conversion.bare)
+    groups = np.repeat([0, 1, 2, 3], [570, 5, 5, 10])
+    with pytest.raises(ModelError, match="groups that divide into halves of .* at least 199 in each"):
+        calibration.guard_model(bare, plan, attacked.x_owner[:590], groups=groups)
+
+
+def test_one_group_that_is_most_of_a_half_still_gives_a_cascade(attacked: Attacked) -> None:
+    bare, plan = calibration.plan(attacked.conversion.bare)
+    groups = np.repeat([0, 1, 2, 3], [5, 285, 290, 10])
+    assert calibration.guard_model(bare, plan, attacked.x_owner[:590], groups=groups, sidecar=True).sidecar is not None
 
 
 @pytest.mark.parametrize("groups", [np.zeros(50, np.int64), np.arange(49), np.arange(50) // 20])

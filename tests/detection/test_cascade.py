@@ -144,6 +144,9 @@ def test_stages_without_a_part_are_no_limits(missing: str) -> None:
         {"cascade": (0.5, 0.7, math.nan)},
         {"strip 1": ()},
         {"scores": (1.0,)},
+        {"scores": (1.0, 0.5)},
+        {"p_values": (0.1, 0.0)},
+        {"p_values": (1.5, 0.1)},
     ],
     ids=str,
 )
@@ -581,6 +584,7 @@ def without(scene: Scene) -> Mapping[str, Sidecar | None]:
         "stages of another version": replace(scene.sidecar, stages={"strip": (0.25, 2.0)}),
         "no overlays": replace(scene.sidecar, overlays=scene.sidecar.overlays[:0]),
         "fewer overlays than calibrated with": replace(scene.sidecar, overlays=scene.sidecar.overlays[:few]),
+        "looks that such inputs cannot take": replace(scene.sidecar, stages=NOT_IMAGES.stages()),
     }
 
 
@@ -592,6 +596,7 @@ def without(scene: Scene) -> Mapping[str, Sidecar | None]:
         "stages of another version",
         "no overlays",
         "fewer overlays than calibrated with",
+        "looks that such inputs cannot take",
     ],
 )
 def test_a_model_without_usable_limits_is_judged_by_the_one_pass_alone(scene: Scene, case: str) -> None:
@@ -626,7 +631,7 @@ def test_a_model_with_classes_gets_limits_into_its_sidecar(scene: Scene) -> None
     assert 0 < limits.grey < limits.threshold
     assert limits.grey < limits.again
     assert tuple(limits.moved) == cascade.ON_IMAGES
-    assert {len(moved) for moved in limits.moved.values()} == {84}  # GREY of the fit half's 300
+    assert {len(moved) for moved in limits.moved.values()} == {83}  # GREY of the fit half but for the overlays's 300
     assert all(0.0 <= moved[0] <= moved[-1] <= 2.0 + 1e-9 for moved in limits.moved.values())
     assert list(limits.score_to_p) == sorted(limits.score_to_p)
     assert min(p for _, p in limits.score_to_p) > 0.0

@@ -109,6 +109,22 @@ def test_the_two_large_matrices_hold_what_a_byte_can(classes: int) -> None:
         assert 100 <= np.abs(steps).max() <= statistics.STEPS
 
 
+@pytest.mark.parametrize("strength", [1.0, 5.0, 30.0])
+def test_no_deviation_lowers_a_score_however_strong_and_uneven_the_factors(strength: float) -> None:
+    rng = np.random.default_rng(0)
+    loadings = strength * rng.normal(size=(60, 3)) * rng.lognormal(0.0, 1.5, size=(60, 1))
+    features = rng.normal(size=(4000, 3)) @ loadings.T + rng.normal(size=(4000, 60))
+    fitted = statistics.fit(features, [Block(detector="all", parts=(tuple(range(60)),))])
+    assert len(fitted.projection) == 12
+    weights, factors = fitted.weights[0, :60], fitted.weights[0, 60:]
+    form = np.diag(weights) + fitted.projection.T @ (factors[:, np.newaxis] * fitted.projection)
+    root = 1 / np.sqrt(weights)
+    assert np.linalg.eigvalsh(form * np.outer(root, root)).min() > 0
+    # And the factors still do what they are for: what clean inputs have in common counts little.
+    common = loadings[:, 0] / np.linalg.norm(loadings[:, 0] * np.sqrt(weights) / fitted.unit) / fitted.unit
+    assert common @ form @ common < 0.2
+
+
 def test_scores_survive_single_precision_where_one_factor_outweighs_all_else() -> None:
     rng = np.random.default_rng(0)
     features = 1000.0 + 10.0 * rng.normal(size=(2000, 1)) + rng.normal(size=(2000, 24))
