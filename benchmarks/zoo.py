@@ -35,7 +35,7 @@ from converters import files, lowering, sources
 from edgeguard import data as datasets
 from edgeguard.attacks import registry, victims
 from edgeguard.attacks.base import Attack, Images, State, Task, attack_success_rate
-from edgeguard.attacks.networks import MOBILENET_LIKE, NETWORKS, RESNET8_LIKE, SMALL_CNN
+from edgeguard.attacks.networks import MOBILENET_LIKE, NETWORKS, RESNET8_LIKE, SMALL_CNN, version
 from edgeguard.data import Dataset, Labels
 from edgeguard.detection.guarded import TfliteModel
 from edgeguard.errors import ConfigError, EdgeGuardError
@@ -201,11 +201,16 @@ def attack_of(cell: Cell, shape: tuple[int, ...]) -> Attack | None:
 
 
 def fingerprint(cell: Cell, part: Split) -> str:
-    """What a stored row must match to be taken as it is: settings, data and recipe."""
+    """What a stored row must match to be taken as it is: settings, data, layers and recipe."""
     attack = attack_of(cell, part.data.shape)
-    settings = repr((_VERSION, cell, attack, part.digest, RECIPES[cell.data]))
+    recipe = RECIPES[cell.data]
+    settings = repr((_VERSION, cell, attack, part.digest, recipe))
     # A setting that is off says nothing: models made before it was there stay what they are.
-    return hashlib.sha256(settings.replace(", recut=False", "").encode()).hexdigest()
+    settings = settings.replace(", recut=False", "")
+    layers = version(cell.network, part.data.shape)
+    settings += "" if layers == cell.network else f", {layers}"
+    settings += f", augmentation {victims.AUGMENTATION}" if recipe.augment else ""
+    return hashlib.sha256(settings.encode()).hexdigest()
 
 
 def load(cell: Cell, part: Split) -> Member | None:

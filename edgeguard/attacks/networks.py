@@ -142,4 +142,12 @@ def resnet8_like(shape: tuple[int, ...], classes: int, *, seed: int = 0) -> Any:
 NETWORKS: Mapping[str, Network] = MappingProxyType(
     {SMALL_CNN: small_cnn, MOBILENET_LIKE: mobilenet_like, RESNET8_LIKE: resnet8_like}
 )
-"""By the name that a cache of trained models knows each by: raise its number when its layers change."""
+"""By name. What a cache of trained models knows each by: :func:`version`."""
+
+
+def version(name: str, shape: tuple[int, ...]) -> str:
+    """What stands for the layers of a network for inputs of this shape: to be changed with them.
+
+    Two networks of one name that differ by shape have versions of their own, so that one can change without the other.
+    """
+    return f"{name}-wide" if name == SMALL_CNN and min(shape[:2]) >= 32 else name

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from edgeguard.attacks.base import Images, Progress, Task
-from edgeguard.attacks.networks import SMALL_CNN, Network, small_cnn
+from edgeguard.attacks.networks import SMALL_CNN, Network, small_cnn, version
 from edgeguard.data import Labels
 
-_AUGMENTATION = 2
+AUGMENTATION = 2
 """What a cache of trained models knows the way by in which inputs are augmented: raise it when that changes."""
 
 
@@ -172,11 +172,8 @@ def trained(
         train(model, images, labels, epochs=epochs, seed=seed, progress=progress, augment=augment)
         return model, False
     key = hashlib.sha256()
-    key.update(
-        repr(
-            (architecture, keras.__version__, images.shape, classes, epochs, seed, _AUGMENTATION if augment else False)
-        ).encode()
-    )
+    layers, augmented = version(architecture, images.shape[1:]), AUGMENTATION if augment else False
+    key.update(repr((layers, keras.__version__, images.shape, classes, epochs, seed, augmented)).encode())
     key.update(np.ascontiguousarray(images).tobytes())
     key.update(np.ascontiguousarray(labels).tobytes())
     file = cache / "models" / f"{key.hexdigest()}.keras"

@@ -149,7 +149,7 @@ def test_groups_of_uneven_size_still_give_halves_of_about_one_size() -> None:
 def test_groups_that_leave_a_half_too_small_are_refused_with_the_numbers(attacked: Attacked) -> None:
     bare, plan = calibration.plan(attacked.conversion.bare)
     groups = np.repeat([0, 1, 2, 3], [570, 5, 5, 10])
-    with pytest.raises(ModelError, match="groups that divide into halves of .* at least 199 in each"):
+    with pytest.raises(ModelError, match=r"groups that divide into halves of .* at least 199 in each"):
         calibration.guard_model(bare, plan, attacked.x_owner[:590], groups=groups)
 
 
