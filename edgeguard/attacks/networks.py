@@ -6,7 +6,7 @@ ResNet-8 of MLPerf Tiny. All fit images of 8x8 pixels and more; images under 16 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -34,34 +34,43 @@ def small_cnn(shape: tuple[int, ...], classes: int, *, seed: int = 0) -> Any:
         return _wide_cnn(shape, classes)
     large = min(shape[:2]) >= 16
     widths = (32, 64, 64) if large else (24, 48, 48)
-    x = inputs = keras.Input(shape, name="pixels")
-    x = keras.layers.Rescaling(1.0 / 255.0, name="rescale")(x)
-    for index, width in enumerate(widths, start=1):
-        x = keras.layers.Conv2D(width, 3, padding="same", use_bias=False, name=f"conv{index}")(x)
-        x = keras.layers.BatchNormalization(name=f"bn{index}")(x)
-        x = keras.layers.ReLU(name=f"relu{index}")(x)
-        if index < len(widths) and (large or index == len(widths) - 1):
-            x = keras.layers.MaxPooling2D(name=f"pool{index}")(x)
-    x = keras.layers.Flatten(name="flatten")(x)
-    x = keras.layers.Dropout(0.3, name="dropout")(x)
-    x = keras.layers.Dense(classes, name="logits")(x)
-    outputs = keras.layers.Softmax(name="probabilities")(x)
-    return keras.Model(inputs, outputs, name="small_cnn")
+
+    def convolutions(x: Any) -> Any:
+        for index, width in enumerate(widths, start=1):
+            x = _convolved(x, index, width)
+            if index < len(widths) and (large or index == len(widths) - 1):
+                x = keras.layers.MaxPooling2D(name=f"pool{index}")(x)
+        return x
+
+    return _small(shape, classes, convolutions, dropout=0.3)
 
 
 def _wide_cnn(shape: tuple[int, ...], classes: int) -> Any:
     import keras
 
-    x = inputs = keras.Input(shape, name="pixels")
-    x = keras.layers.Rescaling(1.0 / 255.0, name="rescale")(x)
-    for index, (width, size, stride) in enumerate(((32, 5, 2), (64, 3, 2), (128, 3, 1), (128, 3, 1)), start=1):
-        x = keras.layers.Conv2D(width, size, stride, padding="same", use_bias=False, name=f"conv{index}")(x)
-        x = keras.layers.BatchNormalization(name=f"bn{index}")(x)
-        x = keras.layers.ReLU(name=f"relu{index}")(x)
-        if index == 3:
-            x = keras.layers.MaxPooling2D(name=f"pool{index}")(x)
+    def convolutions(x: Any) -> Any:
+        for index, (width, size, stride) in enumerate(((32, 5, 2), (64, 3, 2), (128, 3, 1)), start=1):
+            x = _convolved(x, index, width, size, stride)
+        return _convolved(keras.layers.MaxPooling2D(name="pool3")(x), 4, 128)
+
+    return _small(shape, classes, convolutions, dropout=0.4)
+
+
+def _convolved(x: Any, index: int, width: int, size: int = 3, stride: int = 1) -> Any:
+    import keras
+
+    x = keras.layers.Conv2D(width, size, stride, padding="same", use_bias=False, name=f"conv{index}")(x)
+    x = keras.layers.BatchNormalization(name=f"bn{index}")(x)
+    return keras.layers.ReLU(name=f"relu{index}")(x)
+
+
+def _small(shape: tuple[int, ...], classes: int, convolutions: Callable[[Any], Any], *, dropout: float) -> Any:
+    import keras
+
+    inputs = keras.Input(shape, name="pixels")
+    x = convolutions(keras.layers.Rescaling(1.0 / 255.0, name="rescale")(inputs))
     x = keras.layers.Flatten(name="flatten")(x)
-    x = keras.layers.Dropout(0.4, name="dropout")(x)
+    x = keras.layers.Dropout(dropout, name="dropout")(x)
     x = keras.layers.Dense(classes, name="logits")(x)
     outputs = keras.layers.Softmax(name="probabilities")(x)
     return keras.Model(inputs, outputs, name="small_cnn")
