@@ -318,7 +318,7 @@ def guard_model(
     )
     factors = MAX_FACTORS
     while True:
-        statistics, limits = _fit(measured, split, plan, fpr, factors)
+        statistics, limits = _fit(measured, split, plan, fpr, factors, groups)
         metadata = GuardMetadata(
             model_digest=_NO_DIGEST,
             guard_digest=_NO_DIGEST,
@@ -350,7 +350,9 @@ def guard_model(
             fresh = _as_fresh(measured.features[split.fit], together[split.fit], metadata, factors)
             fresh = fresh[OVERLAYS:]  # what is laid over others says nothing of itself
             unseen = raw_scores(statistics, measured.features[split.threshold]) / np.asarray(limits.thresholds)
-            stages = _stages(probe, inputs, split, (fresh, unseen.max(axis=1)), statistics.logits, fpr, progress)
+            stages = _stages(
+                probe, inputs, split, (fresh, unseen.max(axis=1)), statistics.logits, fpr, groups, progress
+            )
         companion = _sidecar(inputs, measured, split, plan, statistics, limits, stages)
         metadata = msgspec.structs.replace(metadata, sidecar_digest=sidecars.digest(companion))
         content, described = guard.bake(bare, plan, compiled, metadata)
@@ -427,7 +429,7 @@ def _fewer_factors(factors: int, excess: int, statistics: Statistics) -> int:
 
 
 def _fit(
-    measured: Measured, split: Halves, plan: taps.TapPlan, fpr: float, factors: int
+    measured: Measured, split: Halves, plan: taps.TapPlan, fpr: float, factors: int, groups: Ints | None
 ) -> tuple[Statistics, Thresholds]:
     layout = guard.layout(plan)
     features, predicted = measured.features, measured.predicted[split.threshold]
@@ -435,7 +437,12 @@ def _fit(
     statistics = fit(features[split.fit], blocks, logit_columns(layout), max_factors=factors)
     scale = tails(raw_scores(statistics, features[split.fit]), fpr) * np.asarray([block.stretch for block in blocks])
     return statistics, set_thresholds(
-        raw_scores(statistics, features[split.threshold]), predicted, plan.classes, fpr, scale=scale
+        raw_scores(statistics, features[split.threshold]),
+        predicted,
+        plan.classes,
+        fpr,
+        scale=scale,
+        groups=None if groups is None else groups[split.threshold],
     )
 
 
@@ -446,6 +453,7 @@ def _stages(
     scores: tuple[Floats, Floats],
     logits: Sequence[int],
     fpr: float,
+    groups: Ints | None,
     progress: Progress | None,
 ) -> dict[str, tuple[float, ...]]:
     """What the further looks are calibrated to, from the joint scores of both halves; nothing with too few inputs."""
@@ -462,6 +470,7 @@ def _stages(
         fpr=fpr,
         answer=answer,
         overlays=inputs[split.fit[:OVERLAYS]],
+        groups=None if groups is None else groups[split.threshold],
         progress=progress,
     )
     return {} if found is None else found.stages()

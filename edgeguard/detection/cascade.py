@@ -43,7 +43,7 @@ from edgeguard.contract.guard import logit_columns
 from edgeguard.detection.guarded import GuardedModel, Inference
 from edgeguard.detection.sidecar import Sidecar
 from edgeguard.detection.squeezing import smoothed
-from edgeguard.detection.statistics import allowed_exceedances, p_table, shares, threshold_of
+from edgeguard.detection.statistics import allowed_of, inputs_needed, p_table, shares, threshold_of
 from edgeguard.detection.strip import Answer, superimpose
 from edgeguard.detection.verdict import ONE_PASS, Audit, Verdict, p_value
 from edgeguard.errors import ConfigError
@@ -184,6 +184,7 @@ def calibrate(
     fpr: float,
     answer: Answer,
     overlays: Array,
+    groups: npt.NDArray[np.int64] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Limits | None:
     """Set the limits of the looks on clean inputs; None where there are too few.
@@ -195,13 +196,13 @@ def calibrate(
         fpr: the false-positive rate asked of the cascade.
         answer: the model.
         overlays: clean inputs [N, ...] of the fit half, one for each look that takes one; fewer are too few.
+        groups: which inputs of the threshold half [N] belong together.
         progress: called with a text, the steps done and the steps in total.
     """
-    allowed = allowed_exceedances(len(threshold_scores), fpr)
     names = looks_at(fit_inputs)
     grey = float(np.quantile(fit_scores, 1.0 - GREY)) if len(fit_scores) else 0.0
     chosen = np.flatnonzero(fit_scores >= grey)
-    if allowed is None or len(chosen) < MIN_REFERENCE or len(overlays) < len(OVERLAID):
+    if len(threshold_scores) < inputs_needed(fpr) or len(chosen) < MIN_REFERENCE or len(overlays) < len(OVERLAID):
         return None
     moved: dict[str, list[float]] = {name: [] for name in names}
     for done, index in enumerate(chosen):
@@ -227,6 +228,9 @@ def calibrate(
     for index in np.flatnonzero(threshold_scores >= grey):
         x, score = threshold_inputs[index], float(threshold_scores[index])
         joint[index] = combined(score, look(x, score, answer(x), answer, overlays, limits), limits)
+    allowed = allowed_of(joint, fpr, groups)
+    if allowed is None:
+        return None
     level = threshold_of(joint, allowed)
     return replace(limits, threshold=level, score_to_p=p_table(joint / level))
 

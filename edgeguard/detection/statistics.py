@@ -23,7 +23,7 @@ Rules enforced here:
 * the fit half and the threshold half are disjoint;
 * the threshold is the order statistic of the threshold half for which the false-positive rate exceeds 1.5 times the
   rate asked for with a probability of at most 5% (Beta law of order statistics); where none exists, refuse and say how
-  many inputs are needed;
+  many inputs are needed. Of inputs in groups, such as frames of one video, fewer may exceed it;
 * detectors are brought to one common tail before the joint threshold is set on their maximum; the tails come from the
   fit half, because the Beta law holds for one threshold that was chosen on the threshold half, not for several.
 """
@@ -266,7 +266,9 @@ def tails(raw: Floats, fpr: float) -> Floats:
     return scale
 
 
-def set_thresholds(raw: Floats, predicted: Ints, classes: int, fpr: float, *, scale: Floats) -> Thresholds:
+def set_thresholds(
+    raw: Floats, predicted: Ints, classes: int, fpr: float, *, scale: Floats, groups: Ints | None = None
+) -> Thresholds:
     """Thresholds from raw scores [N, detectors] of clean inputs that the statistics were *not* fitted on.
 
     Args:
@@ -275,20 +277,22 @@ def set_thresholds(raw: Floats, predicted: Ints, classes: int, fpr: float, *, sc
         classes: number of classes.
         fpr: the false-positive rate asked of the joint decision.
         scale: as :func:`tails` returned it, times what each detector is stretched by.
+        groups: which of them [N] belong together; see :func:`worth`.
 
     Raises:
         ModelError: too few inputs for the false-positive rate asked for; the message says how many are needed.
     """
-    count = len(raw)
-    allowed = allowed_exceedances(count, fpr)
+    joint = (raw / scale).max(axis=1)
+    allowed = allowed_of(joint, fpr, groups)
     if allowed is None:
+        independent = "" if groups is None else f", worth {worth(joint, fpr, groups)} independent ones"
         raise ModelError(
             "calibration set",
-            got=f"{count} inputs in the threshold half",
+            got=f"{len(raw)} inputs in the threshold half{independent}",
             expected=f"at least {inputs_needed(fpr)} for a false-positive rate of {fpr:g}",
-            do=f"bring at least {2 * inputs_needed(fpr)} clean inputs or raise --fpr",
+            do=f"bring at least {2 * inputs_needed(fpr)} clean inputs"
+            f"{'' if groups is None else ', from more groups,'} or raise --fpr",
         )
-    joint = (raw / scale).max(axis=1)
     level = threshold_of(joint, allowed)
     joint = joint / level
     flagged = joint > 1.0
@@ -311,6 +315,43 @@ def p_table(joint: Floats) -> tuple[tuple[float, float], ...]:
     count = len(joint)
     points = np.unique(np.quantile(joint, 1.0 - np.geomspace(1.0, 1.0 / count, _P_POINTS)))
     return tuple((float(p), float((np.sum(joint >= p) + 1) / (count + 1))) for p in points)
+
+
+def allowed_of(joint: Floats, fpr: float, groups: Ints | None = None) -> int | None:
+    """How many of these clean joint scores [N] may lie above the threshold; None where even 0 is too many.
+
+    Dependent inputs allow the share that as many independent ones as they are worth would.
+    """
+    if groups is None:
+        return allowed_exceedances(len(joint), fpr)
+    independent = worth(joint, fpr, groups)
+    allowed = allowed_exceedances(independent, fpr)
+    return None if allowed is None else allowed * len(joint) // independent
+
+
+def worth(joint: Floats, fpr: float, groups: Ints) -> int:
+    """How many independent inputs these joint scores [N] are worth, of inputs of which those of one group are alike.
+
+    N over the design effect 1 + (m - 1) rho (Kish: Survey Sampling, 1965), with m the mean size of the group that an
+    input is in, and rho the intraclass correlation, by analysis of variance, of whether a score is among the highest
+    share ``fpr``.
+    """
+    high = (joint > np.quantile(joint, 1.0 - fpr)).astype(np.float64)
+    member = np.unique(groups, return_inverse=True)[1]
+    sizes = np.bincount(member)
+    count, many = len(joint), len(sizes)
+    if many == count:
+        return count
+    mean_size = float((sizes**2).sum()) / count
+    if many < 2:
+        return 1
+    means = np.bincount(member, high) / sizes
+    between = float((sizes * (means - high.mean()) ** 2).sum()) / (many - 1)
+    within = float(((high - means[member]) ** 2).sum()) / (count - many)
+    usual = (count - mean_size) / (many - 1)
+    spread = between + (usual - 1.0) * within
+    rho = min(1.0, max(0.0, (between - within) / spread)) if spread > 0 else 0.0
+    return max(1, int(count / (1.0 + (mean_size - 1.0) * rho)))
 
 
 def allowed_exceedances(count: int, fpr: float) -> int | None:

@@ -204,6 +204,39 @@ def test_too_few_threshold_inputs_are_refused_with_the_number_needed() -> None:
         statistics.set_thresholds(np.ones((100, 2)), np.zeros(100, dtype=np.int64), 1, 0.01, scale=np.ones(2))
 
 
+@pytest.mark.parametrize("alike", [0.0, 0.5, 0.9])
+def test_the_promise_holds_for_inputs_in_groups_that_are_alike(alike: float) -> None:
+    rng, fpr, broken, runs = np.random.default_rng(0), 0.02, 0, 200
+    for _ in range(runs):
+        groups = np.repeat(np.arange(200), 20)
+        joint = np.sqrt(alike) * rng.normal(size=200)[groups] + np.sqrt(1 - alike) * rng.normal(size=4000)
+        allowed = statistics.allowed_of(joint, fpr, groups)
+        if allowed is not None:  # else refused, which breaks no promise
+            level = statistics.threshold_of(joint + 10.0, allowed) - 10.0
+            broken += scipy.stats.norm.sf(level) > statistics.SLACK * fpr
+    # At most 5% by the Beta law; how alike they are is estimated, so a little more is let pass here.
+    assert broken / runs <= 0.1
+
+
+def test_inputs_in_groups_are_worth_less_the_more_alike_they_are() -> None:
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(400), 10)
+    common, own = rng.normal(size=400)[groups], rng.normal(size=4000)
+    found = [statistics.worth(np.sqrt(a) * common + np.sqrt(1 - a) * own, 0.05, groups) for a in (0.0, 0.5, 1.0)]
+    assert found[0] > 3000 > found[1] > found[2]
+    assert abs(found[2] - 400) < 40
+    assert statistics.worth(own, 0.05, np.arange(4000)) == 4000
+
+
+def test_groups_too_few_for_the_promise_are_refused_with_what_they_are_worth() -> None:
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(40), 30)
+    raw = np.exp(rng.normal(size=40)[groups] + 0.05 * rng.normal(size=1200))[:, np.newaxis]
+    expected = r"1200 inputs in the threshold half, worth \d+ independent ones; expected at least 199 "
+    with pytest.raises(ModelError, match=expected):
+        statistics.set_thresholds(raw, np.zeros(1200, np.int64), 1, 0.01, scale=np.ones(1), groups=groups)
+
+
 def test_p_values_fall_as_scores_rise_and_are_never_zero() -> None:
     raw = np.random.default_rng(0).chisquare(5, size=(1000, 1))
     limits = statistics.set_thresholds(raw, np.zeros(1000, dtype=np.int64), 1, 0.01, scale=np.ones(1))
