@@ -10,7 +10,8 @@ Rules enforced here:
 * they are split into two disjoint halves, at random but reproducibly: one fits, the other sets the thresholds; inputs
   of one group, where groups are known, stay on one side;
 * the same file, data, runtime, threads and CPU family give the same bytes;
-* the guard adds at most 32 KiB or a tenth of the file, whichever is more, as far as fewer factors can help it.
+* the guard adds at most 32 KiB or a tenth of the file, whichever is more, as far as storing its matrices in bytes, and
+  then fewer factors, can help it.
 """
 
 from __future__ import annotations
@@ -316,9 +317,9 @@ def guard_model(
         digest=hashlib.sha256(np.ascontiguousarray(inputs[order]).tobytes()).hexdigest(),
         synthetic=synthetic,
     )
-    factors = MAX_FACTORS
+    factors, compact = MAX_FACTORS, False
+    statistics, limits = _fit(measured, split, plan, fpr, factors, groups)
     while True:
-        statistics, limits = _fit(measured, split, plan, fpr, factors, groups)
         metadata = GuardMetadata(
             model_digest=_NO_DIGEST,
             guard_digest=_NO_DIGEST,
@@ -336,12 +337,15 @@ def guard_model(
             environment=measured.environment,
             sidecar_digest=_NO_DIGEST if sidecar else None,
         )
-        compiled = guard.Compiled(statistics, limits.thresholds)
+        compiled = guard.Compiled(statistics, limits.thresholds, compact)
         content, described = guard.bake(bare, plan, compiled, metadata)
         excess = len(content) - len(bare) - allowed_growth(len(bare))
-        if excess <= 0 or factors <= MIN_FACTORS:
+        if excess <= 0 or (compact and factors <= MIN_FACTORS):
             break
-        factors = _fewer_factors(factors, excess, statistics)
+        if compact:
+            factors = _fewer_factors(factors, excess, statistics)
+            statistics, limits = _fit(measured, split, plan, fpr, factors, groups)
+        compact = True
     companion = None
     if sidecar:
         stages: dict[str, tuple[float, ...]] = {}

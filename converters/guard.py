@@ -5,9 +5,9 @@ What is appended, with built-in ops only (so that LiteRT, tflite-runtime and TFL
     per tap     [ABS] -> REDUCE_MAX (l-infinity norms), MEAN (l1 norms) or both over space;
                 int8: CONCATENATION of both, DEQUANTIZE
     features    CONCATENATION of all and of the logits (int8: DEQUANTIZE)             = edgeguard_features [1, D]
-    scores      SOFTMAX of the logits, FULLY_CONNECTED to the features expected; MUL of the features to the same
-                units, SUB of what was expected; FULLY_CONNECTED to K factors, CONCATENATION with the deviations;
-                MUL with itself; FULLY_CONNECTED with ReLU, weights divided by the thresholds
+    scores      SOFTMAX of the logits, FULLY_CONNECTED to the features expected; SUB of these from the features;
+                FULLY_CONNECTED to K factors, CONCATENATION with the deviations; MUL with itself;
+                FULLY_CONNECTED with ReLU, weights divided by the thresholds
                                                                                       = edgeguard_scores [1, detectors]
 
 A model without classes has one row of expected features, and one of too many classes is treated alike.
@@ -23,7 +23,8 @@ which saves the RESHAPE; int8 reductions keep them, as the int8 MEAN of tflite-r
 CONCATENATION before one DEQUANTIZE is cheaper than two of these.
 
 Deviations go into the factors, not features: a float32 would lose what matters of the small difference between two
-large sums. The two large matrices are int8 with a DEQUANTIZE each, which TFLite does once.
+large sums. Where the file would grow too much, the two large matrices are int8 with a DEQUANTIZE each, and features are
+brought to their units by a MUL.
 
 A batch axis that is open in the model stays open in the guard.
 """
@@ -60,10 +61,14 @@ _MAX_JOINED = 4  # what XNNPACK's concatenation takes in every runtime
 
 @dataclass(frozen=True)
 class Compiled:
-    """Statistics with their thresholds: what the score ops are made of."""
+    """Statistics with their thresholds: what the score ops are made of.
+
+    ``compact``: the two large matrices are stored in a byte an entry, for three ops more. The scores are the same.
+    """
 
     statistics: Statistics
     thresholds: tuple[float, ...]
+    compact: bool = False
 
 
 def layout(plan: TapPlan) -> tuple[Tap, ...]:
@@ -101,12 +106,12 @@ def blocks(taps: Sequence[Tap]) -> tuple[Block, ...]:
 
     What a trigger does to ten logits is lost among two hundred norms that it leaves as they were. The l-infinity norms
     are there for local triggers, which move them far: small deviations of theirs are mostly clean inputs', and would
-    raise the threshold for the other detectors.
+    raise the threshold for the other detectors. Nor do they take factors, which are there to tell small deviations.
     """
     parts = {kind: tuple(tuple(tap.columns) for tap in taps if tap.kind == kind) for kind in (*NORMS, "logit")}
     found = [
-        Block(detector=norm, parts=(*parts[norm], *parts["logit"]), stretch=LINF_STRETCH if norm == "linf" else 1.0)
-        for norm in NORMS
+        Block(detector="linf", parts=(*parts["linf"], *parts["logit"]), stretch=LINF_STRETCH, factors=0),
+        Block(detector="l1", parts=(*parts["l1"], *parts["logit"])),
     ]
     return (*found, Block(detector="logit", parts=parts["logit"])) if parts["logit"] else tuple(found)
 
@@ -315,25 +320,25 @@ def _features(writer: _Writer, plan: TapPlan) -> tuple[int, int | None]:
 
 def _scores(writer: _Writer, compiled: Compiled, features: int, logits: int | None) -> int:
     statistics = compiled.statistics
-    detectors = len(statistics.detectors)
-    scaled = writer.multiply(features, 1.0 / statistics.unit, "edgeguard_scaled")
+    unit, width = statistics.unit, len(statistics.unit)
+    usual, table, projection = statistics.centre, statistics.table, statistics.projection
+    weights = statistics.weights / np.asarray(compiled.thresholds)[:, np.newaxis]
+    if not compiled.compact:  # units go into the constants
+        usual, table, projection = usual * unit, table * unit, projection / unit
+        weights = np.concatenate([weights[:, :width] / unit**2, weights[:, width:]], axis=1)
+    store = writer.bytewise if compiled.compact else writer.real_constant
+    found = writer.multiply(features, 1.0 / unit, "edgeguard_scaled") if compiled.compact else features
     if logits is None:
-        expected = writer.constant("edgeguard_expected", (statistics.centre + statistics.table).astype(np.float32))
+        expected = writer.real_constant("edgeguard_expected", usual + table)
     else:
         answers = writer.softmax(logits, "edgeguard_answers")
-        expected = writer.dense(
-            answers, writer.bytewise("edgeguard_table", statistics.table.T), "edgeguard_expected", statistics.centre
-        )
-    deviation = extended = writer.subtract(scaled, expected, "edgeguard_deviation")
-    if len(statistics.projection):
-        projection = writer.bytewise("edgeguard_projection", statistics.projection)
-        projected = writer.dense(deviation, projection, "edgeguard_projected")
+        expected = writer.dense(answers, store("edgeguard_table", table.T), "edgeguard_expected", usual)
+    deviation = extended = writer.subtract(found, expected, "edgeguard_deviation")
+    if len(projection):
+        projected = writer.dense(deviation, store("edgeguard_projection", projection), "edgeguard_projected")
         extended = writer.concatenate([deviation, projected], "edgeguard_extended")
     squared = writer.multiply(extended, extended, "edgeguard_squared")
-    weights = statistics.weights / np.asarray(compiled.thresholds).reshape(detectors, 1)
-    return writer.dense(
-        squared, writer.constant("edgeguard_weights", weights.astype(np.float32)), contract.SCORES, relu=True
-    )
+    return writer.dense(squared, writer.real_constant("edgeguard_weights", weights), contract.SCORES, relu=True)
 
 
 class _Writer:
@@ -352,6 +357,10 @@ class _Writer:
         )
         kinds = {"int32": Kind.INT32, "float32": Kind.FLOAT32, "int8": Kind.INT8}
         return self._tensor(name, values.shape, kinds[values.dtype.name], len(self.model.buffers) - 1, quantization)
+
+    def real_constant(self, name: str, values: Floats) -> int:
+        """A float constant."""
+        return self.constant(name, values.astype(np.float32))
 
     def bytewise(self, name: str, values: Floats) -> int:
         """A float constant whose values are whole multiples of 1 / STEPS, stored in a byte each."""

@@ -60,11 +60,13 @@ class Block:
 
     Numbers of one part are alike; those of two parts, such as norms and logits, may differ in scale by orders.
     ``stretch``: how much further than the others' its clean tail is to lie below the threshold, 1 for as far.
+    ``factors``: at most so many; as many as :func:`fit` allows where it is None.
     """
 
     detector: str
     parts: tuple[tuple[int, ...], ...]
     stretch: float = 1.0
+    factors: int | None = None
 
     @property
     def columns(self) -> tuple[int, ...]:
@@ -137,7 +139,8 @@ def fit(
         columns = np.asarray(block.columns)
         scale = (deviation / unit)[columns]
         standard = residuals[:, columns] / scale
-        factors = max(0, min(max_factors, len(columns) // 4, count // _INPUTS_PER_FACTOR))
+        most = max_factors if block.factors is None else min(max_factors, block.factors)
+        factors = max(0, min(most, len(columns) // 4, count // _INPUTS_PER_FACTOR))
         covariance = standard.T @ standard / freedom
         # A channel below the floor counts as if its variance were the floor's: else the few clean inputs that wake a
         # dormant channel score a hundred times the median, and the threshold has to follow.

@@ -223,16 +223,6 @@ def test_the_halves_are_disjoint_and_hold_every_input() -> None:
     assert sorted([*split.fit, *split.threshold]) == list(range(501))
 
 
-def test_fewer_factors_keep_the_guard_within_its_size(attacked: Attacked, monkeypatch: pytest.MonkeyPatch) -> None:
-    large = guarded(attacked, attacked.x_owner)
-    factors = len(large.compiled.statistics.projection)
-    assert len(large.content) - len(large.bare) <= calibration.allowed_growth(len(large.bare))
-    monkeypatch.setattr(calibration, "MIN_GROWTH", len(large.content) - len(large.bare) - 1000)
-    smaller = guarded(attacked, attacked.x_owner)
-    assert len(smaller.content) <= len(large.content) - 1000
-    assert 2 * calibration.MIN_FACTORS <= len(smaller.compiled.statistics.projection) < factors
-
-
 def test_a_guard_fitted_on_made_up_inputs_never_calls_an_input_clean(attacked: Attacked) -> None:
     made_up = pipeline.made_up((8, 8, 1), np.dtype(np.int8), (1.0, -128), 400)
     model = GuardedModel.load(guarded(attacked, made_up, synthetic=True).content)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 import numpy as np
 import pytest
@@ -83,6 +85,38 @@ def test_there_is_a_detector_for_each_norm_with_the_logits_and_one_of_the_logits
     assert set(l1.columns) == of["l1"] | of["logit"]
     assert set(logit.columns) == of["logit"]
     assert linf.stretch > l1.stretch == logit.stretch == 1.0
+    assert (linf.factors, l1.factors, logit.factors) == (0, None, None)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_matrices_stored_in_bytes_make_a_smaller_file_of_the_same_scores(compact: bool, attacked: Attacked) -> None:
+    bare, compiled = attacked.conversion.bare, rebuilt(attacked)[1]
+    plan = taps.plan_taps(flatbuffer.parse(bare))
+    stored = replace(compiled, compact=compact)
+    content = guard.bake(bare, plan, stored, attacked.conversion.metadata)[0]
+    assert verify.verify(bare, content, stored, attacked.x_owner[:20]).runtimes
+    smaller = len(rebuilt(attacked)[0]) - len(content)
+    assert smaller > 3000 if compact else smaller == 0
+
+
+def test_a_guard_whose_matrices_do_not_fit_stores_them_in_bytes_and_then_takes_fewer_factors(
+    attacked: Attacked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare, plan = calibration.plan(attacked.conversion.bare)
+
+    def made(most: int) -> calibration.Guarded:
+        monkeypatch.setattr(calibration, "MIN_GROWTH", most)
+        monkeypatch.setattr(calibration, "GROWTH_SHARE", 0.0)
+        return calibration.guard_model(bare, plan, attacked.x_owner)
+
+    roomy = made(1 << 20)
+    growth = len(roomy.content) - len(bare)
+    tight = made(growth - 1)
+    assert (roomy.compiled.compact, tight.compiled.compact) == (False, True)
+    assert tight.compiled.statistics.projection.shape == roomy.compiled.statistics.projection.shape
+    tighter = made(len(tight.content) - len(bare) - 1)
+    assert len(tighter.compiled.statistics.projection) < len(tight.compiled.statistics.projection)
+    assert tighter.compiled.compact
 
 
 def test_guarding_anew_replaces_the_guard_and_keeps_the_model_digest(attacked: Attacked) -> None:
@@ -103,7 +137,7 @@ def test_the_guard_digest_notices_a_changed(what: str, attacked: Attacked) -> No
     before = guard.guard_digest(model)
     assert before == attacked.conversion.metadata.guard_digest
     if what == "constant":
-        tensor = next(t for t in model.subgraphs[0].tensors if t.name == b"edgeguard_table_int8")
+        tensor = next(t for t in model.subgraphs[0].tensors if t.name == b"edgeguard_table")
         data = np.array(model.buffers[tensor.buffer].data)
         data[0] ^= 1
         model.buffers[tensor.buffer].data = data
