@@ -159,7 +159,7 @@ def test_a_whole_file_runs_on_every_runtime(attacked: Attacked) -> None:
     assert facts.inputs == (TensorFacts((1, 8, 8, 1), "int8"),)
     assert [one.shape for one in facts.outputs] == [
         (1, 10),
-        (1, 2),
+        (1, 3),
         (1, sum(tap.channels for tap in attacked.conversion.metadata.taps)),
     ]
 
