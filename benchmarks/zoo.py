@@ -158,7 +158,7 @@ def split(name: str) -> Split:
 def recut(images: npt.NDArray[Any]) -> Images:
     """Each image cut to what is not black, brought to its old size and to full contrast; uint8 [N, H, W, C].
 
-    Two thirds of the pictures in our GTSRB file are black to the right and below: whoever cut them to the signs did so
+    Two thirds of the pictures in the GTSRB file used here are black to the right and below: they were cut to the signs
     twice. What is lost of a sign stays lost. Contrast: the first and last hundredth of the grey values become black and
     white, as in Ciresan et al., A Committee of Neural Networks for Traffic Sign Classification, IJCNN 2011.
     """
