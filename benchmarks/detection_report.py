@@ -150,6 +150,7 @@ def targets(rows: Sequence[Row]) -> list[str]:
         max(f["forwards_99_1"] for f in everywhere if "forwards_99_1" in f),
     )
     opened = sum(len(row["cases"]["clean"]) for row in clean)
+    unaudited = max(found["unaudited_clean"] for found in everywhere)
     lines = (
         ("mean AUROC", f"at least {AUROC}", f"{_mean(aurocs):.4f}", _mean(aurocs) >= AUROC),
         ("mean TPR at 1% FPR", f"at least {TPR}", f"{tpr:.3f}", tpr >= TPR),
@@ -157,8 +158,7 @@ def targets(rows: Sequence[Row]) -> list[str]:
         ("largest lower 95% bound of the FPR", f"at most {FPR_LOWER:.1%}", f"{bound:.2%}", bound <= FPR_LOWER),
         ("most inferences, clean traffic", f"at most {FORWARDS}", f"{alone:.2f}", alone <= FORWARDS),
         ("most inferences, 99:1", f"at most {FORWARDS}", f"{mixed:.2f}", mixed <= FORWARDS),
-        ("cases opened on clean models", "none", str(opened), not opened),
-        ("most clean inputs left unaudited", "-", f"{max(f['unaudited_clean'] for f in everywhere):.2%}", True),
+        ("cases opened on clean models", "none", str(opened) if clean else "not measured", bool(clean) and not opened),
     )
     return [
         "| the cascade's target | wanted | reached | |",
@@ -166,7 +166,8 @@ def targets(rows: Sequence[Row]) -> list[str]:
         *(f"| {name} | {wanted} | {reached} | {'yes' if kept else 'no'} |" for name, wanted, reached, kept in lines),
         "",
         f"Over {len(ours)} attacked cells (successful inputs) and {len(clean)} of clean models; FPR and inferences",
-        "also over the adaptive ones and those not counted as attacked.",
+        "also over the adaptive ones and those not counted as attacked. The budget caps the inferences; for that, at",
+        f"most {unaudited:.2%} of a model's clean inputs were doubtful and not audited.",
     ]
 
 

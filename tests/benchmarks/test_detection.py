@@ -120,6 +120,16 @@ def test_the_page_says_which_targets_are_reached(changes: dict[str, Any], expect
     assert expected in detection_report.text([row("clean", **changes), row("badnets")])
 
 
+def test_the_page_does_not_call_a_target_reached_that_was_not_measured() -> None:
+    assert "| cases opened on clean models | none | not measured | no |" in detection_report.text([row("badnets")])
+
+
+def test_the_page_says_how_many_clean_inputs_the_budget_left_out() -> None:
+    assert "most 2.00% of a model's clean inputs were doubtful and not audited" in detection_report.text(
+        [row("badnets")]
+    )
+
+
 def test_the_page_and_its_pictures_are_written_from_the_rows_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(row("badnets")))
     (tmp_path / "b.json").write_text(json.dumps(row("clean")))
