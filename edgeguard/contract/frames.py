@@ -10,7 +10,7 @@ Rules enforced here:
 Example:
     >>> reader = Reader()
     >>> reader.feed(encode(Input(id="7", encoding="array", dtype="uint8", shape=(2,)), b"ab"))
-    [(Input(id='7', encoding='array', dtype='uint8', shape=(2,), v=1, bytes=2), b'ab')]
+    [(Input(v=1, bytes=2, id='7', encoding='array', dtype='uint8', shape=(2,)), b'ab')]
 """
 
 from __future__ import annotations
