@@ -30,6 +30,15 @@ def prepare(client: mqtt.Client, broker: BrokerConfig, secret: str | None) -> No
             raise ConfigError(f"broker.ca {broker.ca}", got=error, expected="a PEM certificate") from error
 
 
+def check_files(broker: BrokerConfig) -> None:
+    """Read what a connection needs from disk, without connecting.
+
+    Raises:
+        ConfigError: the password file or the authority's certificate cannot be read.
+    """
+    prepare(mqtt.Client(CallbackAPIVersion.VERSION2), broker, password(broker))
+
+
 def check(broker: BrokerConfig) -> None:
     """Connect once, as nobody in particular, and disconnect.
 

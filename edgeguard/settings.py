@@ -2,19 +2,25 @@
 
 Rules enforced here:
 
-* an unknown key is refused by its name, so that a typing error never passes as a default;
-* every number has a range;
+* an unknown key is refused by its name, so that a typing error never passes as a default; a key spelt alike is named;
+* every number has a range and is finite;
+* an error names file, key, what stands there and what may stand there, in TOML's words;
+* the last part of a number's name tells its unit: ``linger_s``, ``max_mib``, ``per_minute``;
 * relative paths count from the folder of the configuration file, not from where the program was started.
 """
 
 from __future__ import annotations
 
+import difflib
+import math
+import re
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, inspect
 
 from edgeguard.errors import ConfigError
 
@@ -55,6 +61,31 @@ class BrokerConfig(Section, frozen=True, kw_only=True):
 
 S = TypeVar("S", bound=Section)
 
+_UNITS = {
+    "s": "seconds",
+    "seconds": "seconds",
+    "days": "days",
+    "mib": "MiB",
+    "c": "degrees Celsius",
+    "per_second": "per second",
+    "per_minute": "per minute",
+}
+"""Endings of the names of numbers, and the units that they tell."""
+
+_NAMES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "table"}
+"""What TOML calls the types of values; dates and times are the others."""
+
+_WANTED: dict[type[inspect.Type], type] = {
+    inspect.StrType: str,
+    inspect.BoolType: bool,
+    inspect.IntType: int,
+    inspect.FloatType: float,
+    inspect.ListType: list,
+    inspect.VarTupleType: list,
+    inspect.DictType: dict,
+    inspect.StructType: dict,
+}
+
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The document in a configuration file.
@@ -86,7 +117,7 @@ def convert(raw: dict[str, Any], kind: type[S], *, base: Path, name: str) -> S:
         name: what to call the file in an error.
 
     Raises:
-        ConfigError: an unknown or missing key, a wrong type or a value out of range.
+        ConfigError: an unknown or missing key, a wrong type, a value out of range or not finite.
     """
     folder = base.absolute()
 
@@ -95,10 +126,208 @@ def convert(raw: dict[str, Any], kind: type[S], *, base: Path, name: str) -> S:
             return folder / value
         raise ValueError("Expected a path")
 
+    explain = _Explain(name, kind)
+    explain.finite(raw, "")
     try:
         return msgspec.convert(raw, kind, dec_hook=to_path)
     except (msgspec.ValidationError, RecursionError) as error:
+        # msgspec decides. What it refused is looked up in the types, which say more than its message does.
+        explain.table(raw, struct_type(kind), "")
         raise ConfigError(name, got=error, do="correct this key") from error
+
+
+def struct_type(kind: type[msgspec.Struct]) -> inspect.StructType:
+    """A section's fields, as msgspec sees them."""
+    wanted = inspect.type_info(kind)
+    assert isinstance(wanted, inspect.StructType)
+    return wanted
+
+
+def keys(wanted: inspect.StructType, prefix: str = "") -> Iterator[str]:
+    """All keys that a table may have, dotted, those of the tables in it included: ``window``, ``window.inputs``."""
+    for field in wanted.fields:
+        yield prefix + field.encode_name
+        inner = section_type(field.type)
+        if inner:
+            yield from keys(inner, f"{prefix}{field.encode_name}.")
+
+
+def section_type(wanted: inspect.Type) -> inspect.StructType | None:
+    """The section that a field is, or is an array of; None for a field that is a value."""
+    wanted = _alternatives(wanted)[0]
+    if isinstance(wanted, inspect.ListType | inspect.VarTupleType):
+        wanted = wanted.item_type
+    return wanted if isinstance(wanted, inspect.StructType) else None
+
+
+def suggestion(key: str, known: Sequence[str]) -> str | None:
+    """The known key that a dotted one was most probably meant to be.
+
+    That of another section with the same name, as a key has that was written below the wrong header; else one of the
+    same section that is spelt alike, else one of another.
+    """
+    section, _, last = re.sub(r"\[\d+\]", "", key).rpartition(".")
+    here = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
+    anywhere = {name.rpartition(".")[2]: name for name in reversed(known)}
+    if last in anywhere:
+        return anywhere[last]
+    for names in (here, anywhere):
+        for near in difflib.get_close_matches(last.lower(), names, n=1):
+            return names[near]
+    return None
+
+
+def type_name(wanted: inspect.Type) -> str:
+    """A type in TOML's words: ``integer``, ``array of strings``, ``"litert" or "tflite-runtime"``."""
+    if isinstance(wanted, inspect.UnionType):
+        return " or ".join(map(type_name, _alternatives(wanted)))
+    if isinstance(wanted, inspect.LiteralType):
+        return " or ".join(f'"{value}"' if isinstance(value, str) else str(value) for value in wanted.values)
+    if isinstance(wanted, inspect.ListType | inspect.VarTupleType):
+        return f"array of {type_name(wanted.item_type)}s"
+    if isinstance(wanted, inspect.CustomType):
+        return wanted.cls.__name__.lower()
+    return _NAMES.get(_WANTED.get(type(wanted), object), type(wanted).__name__)
+
+
+def unit(name: str, wanted: inspect.Type) -> str | None:
+    """The unit that the last part of a number's name tells; None for a count, a share and what is no number."""
+    if not isinstance(_alternatives(wanted)[0], inspect.IntType | inspect.FloatType):
+        return None
+    return next((text for ending, text in _UNITS.items() if f"_{name}".endswith(f"_{ending}")), None)
+
+
+def limits(wanted: inspect.Type) -> str | None:
+    """The values that a type allows: ``1 to 65535``, ``above 0, at most 10``, ``1 to 253 characters``."""
+    return " or ".join(filter(None, map(_limits, _alternatives(wanted)))) or None
+
+
+def expected(name: str, wanted: inspect.Type) -> str:
+    """What may stand in a field, on one line: ``number, above 0, at most 10 seconds``."""
+    allowed, told = limits(wanted), unit(name, wanted)
+    if allowed is None:
+        return f"{type_name(wanted)} ({told})" if told else type_name(wanted)
+    return f"{type_name(wanted)}, {allowed} {told}" if told else f"{type_name(wanted)}, {allowed}"
+
+
+class _Explain:
+    """Raises ConfigError for the first key of a document that is wrong."""
+
+    def __init__(self, file: str, kind: type[Section]) -> None:
+        self._file = file
+        self._kind = kind
+
+    def finite(self, value: object, key: str) -> None:
+        """Infinity, which passes where only a lower bound is given, and NaN."""
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self._error(key, value, "a finite number")
+        if isinstance(value, dict | list):
+            for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+                self.finite(inner, _join(key, name))
+
+    def table(self, table: dict[str, Any], wanted: inspect.StructType, key: str) -> None:
+        """A key that is unknown, a value that does not fit, a key that is missing, in this order."""
+        fields = {field.encode_name: field for field in wanted.fields}
+        for name in table:
+            if name not in fields:
+                full = _join(key, name)
+                meant = suggestion(full, tuple(keys(struct_type(self._kind))))
+                do = f"did you mean {meant}?" if meant else "remove this key"
+                raise self._error(full, "an unknown key", f"one of {', '.join(fields)}", do)
+        for name, value in table.items():
+            self._value(value, fields[name].type, name, _join(key, name))
+        for name, field in fields.items():
+            if field.required and name not in table:
+                raise self._error(_join(key, name), "nothing", expected(name, field.type), "add this key")
+
+    def _value(self, value: object, wanted: inspect.Type, name: str, key: str) -> None:
+        one = next((one for one in _alternatives(wanted) if _has_type(value, one)), None)
+        if one is None:
+            raise self._error(key, _with_type(value), expected(name, wanted))
+        if not _within(value, one):
+            raise self._error(key, _shown(value), expected(name, one))
+        if isinstance(one, inspect.StructType) and isinstance(value, dict):
+            self.table(value, one, key)
+        if isinstance(one, inspect.ListType | inspect.VarTupleType) and isinstance(value, list):
+            for index, item in enumerate(value):
+                self._value(item, one.item_type, name, _join(key, index))
+
+    def _error(self, key: str, got: object, expected: str, do: str = "correct this key") -> ConfigError:
+        return ConfigError(f"{self._file}: {key}", got=got, expected=expected, do=do)
+
+
+def _alternatives(wanted: inspect.Type) -> tuple[inspect.Type, ...]:
+    """The types of a field but null, which TOML cannot write."""
+    types = wanted.types if isinstance(wanted, inspect.UnionType) else (wanted,)
+    return tuple(one for one in types if not isinstance(one, inspect.NoneType))
+
+
+def _has_type(value: object, wanted: inspect.Type) -> bool:
+    if isinstance(wanted, inspect.LiteralType):
+        return type(value) in map(type, wanted.values)
+    if isinstance(wanted, inspect.CustomType):
+        return isinstance(value, str)
+    needed = _WANTED.get(type(wanted), object)
+    return type(value) is needed or needed is object or (needed is float and type(value) is int)
+
+
+def _within(value: Any, wanted: inspect.Type) -> bool:
+    """Whether a value of the right type keeps to the type's limits."""
+    if isinstance(wanted, inspect.LiteralType):
+        return value in wanted.values
+    if isinstance(wanted, inspect.CustomType):
+        return value != "" and "\0" not in value
+    if isinstance(wanted, inspect.IntType | inspect.FloatType):
+        return (
+            (wanted.ge is None or value >= wanted.ge)
+            and (wanted.gt is None or value > wanted.gt)
+            and (wanted.le is None or value <= wanted.le)
+            and (wanted.lt is None or value < wanted.lt)
+        )
+    if isinstance(wanted, inspect.StrType | inspect.ListType | inspect.VarTupleType):
+        if not (wanted.min_length or 0) <= len(value) <= (wanted.max_length or math.inf):
+            return False
+        pattern = wanted.pattern if isinstance(wanted, inspect.StrType) else None
+        return pattern is None or re.search(pattern, value) is not None
+    return True
+
+
+def _limits(wanted: inspect.Type) -> str:
+    if isinstance(wanted, inspect.IntType | inspect.FloatType):
+        return _span(wanted.ge, wanted.le, above=wanted.gt, below=wanted.lt)
+    if isinstance(wanted, inspect.ListType | inspect.VarTupleType):
+        length = _span(wanted.min_length, wanted.max_length)
+        return f"{length} entries" if length else ""
+    if isinstance(wanted, inspect.StrType):
+        length = _span(wanted.min_length, wanted.max_length)
+        parts = (f"{length} characters" if length else "", f"matching {wanted.pattern}" if wanted.pattern else "")
+        return ", ".join(filter(None, parts))
+    return ""
+
+
+def _span(least: float | None, most: float | None, *, above: float | None = None, below: float | None = None) -> str:
+    if least is not None and most is not None:
+        return f"{least} to {most}"
+    parts = (("at least", least), ("above", above), ("at most", most), ("below", below))
+    return ", ".join(f"{word} {bound}" for word, bound in parts if bound is not None)
+
+
+def _join(key: str, name: str | int) -> str:
+    """A dotted key. Names that TOML would have quoted are quoted, so that one can say anything on a terminal."""
+    if isinstance(name, int):
+        return f"{key}[{name}]"
+    part = name if re.fullmatch(r"[A-Za-z0-9_-]{1,60}", name) else _shown(name)
+    return f"{key}.{part}" if key else part
+
+
+def _with_type(value: object) -> str:
+    name = _NAMES.get(type(value), "date or time")
+    return name if isinstance(value, list | dict) else f"{name} {_shown(value)}"
+
+
+def _shown(value: object) -> str:
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def check_broker(broker: BrokerConfig, name: str) -> None:

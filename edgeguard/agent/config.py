@@ -11,7 +11,7 @@ Example:
     [broker]
     host = "127.0.0.1"
 
-    [source]
+    [sources.folder]
     path = "inbox"
 """
 
@@ -24,24 +24,134 @@ from msgspec import Meta
 
 from edgeguard import settings
 from edgeguard.contract import topics
+from edgeguard.errors import ConfigError
 from edgeguard.release.client import MAX_MODEL_BYTES, Url
-from edgeguard.settings import BrokerConfig, Section
+from edgeguard.settings import BrokerConfig, NonEmpty, Section
 
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 
 
-class SourceConfig(Section, frozen=True, kw_only=True):
-    """``[source]``: where the inputs come from.
+class FolderConfig(Section, frozen=True, kw_only=True):
+    """``[sources.folder]``: batches ``[n, ...]`` in ``*.npy`` files and images, dropped in by renaming.
 
     Attributes:
-        kind: ``folder``: batches ``[n, ...]`` in ``*.npy`` files, dropped in by renaming.
-        path: the folder. Its files are deleted once they are counted.
-        stop_at_end: stop when a file named ``end`` is there and every batch was taken; else run for ever.
+        path: the folder.
+        keep: counted files are moved to ``done/`` in the folder; else they are deleted.
+        stop_at_end: stop when a file named ``end`` is there and every file was taken; else run for ever.
     """
 
-    kind: Literal["folder"] = "folder"
     path: Path
+    keep: bool = False
     stop_at_end: bool = False
+
+
+class SocketConfig(Section, frozen=True, kw_only=True):
+    """``[sources.socket]``: a Unix socket for programs on this device, ``edgeguard.Interpreter`` among them.
+
+    Attributes:
+        path: the socket; its mode is 0660, its group ``edgeguard`` where there is one.
+    """
+
+    path: Path = Path("/run/edgeguard/agent.sock")
+
+
+class StdinConfig(Section, frozen=True, kw_only=True):
+    """``[sources.stdin]``: frames on standard input; the agent stops at its end where it has no other source."""
+
+
+class TopicConfig(Section, frozen=True, kw_only=True):
+    """``[sources.mqtt]``: an MQTT topic of the broker in ``[broker]``: one JPEG, PNG or frame a message.
+
+    Attributes:
+        topic: the topic or filter.
+    """
+
+    topic: NonEmpty
+
+
+class CameraConfig(Section, frozen=True, kw_only=True):
+    """``[sources.camera]``: a camera through OpenCV (``pip install 'edgeguard[camera]'``).
+
+    Attributes:
+        device: number of the device, or a file or URL, as OpenCV takes it.
+        per_second: at most so many frames of a live camera are run; all that come where it is not given.
+    """
+
+    device: Annotated[int, Meta(ge=0, le=255)] | NonEmpty = 0
+    per_second: Annotated[float, Meta(gt=0, le=1000)] | None = None
+
+
+class SourcesConfig(Section, frozen=True, kw_only=True):
+    """``[sources]``: where the inputs come from. At least one.
+
+    Attributes:
+        folder: a folder of files.
+        socket: programs on this device.
+        stdin: standard input.
+        mqtt: an MQTT topic.
+        camera: a camera.
+    """
+
+    folder: FolderConfig | None = None
+    socket: SocketConfig | None = None
+    stdin: StdinConfig | None = None
+    mqtt: TopicConfig | None = None
+    camera: CameraConfig | None = None
+
+
+class BudgetConfig(Section, frozen=True, kw_only=True):
+    """``[budget]``: what the guard may take beside the model itself. Where it takes more, it does less, and says so.
+
+    Attributes:
+        inferences_per_second: extra inferences that looks at doubtful inputs may take, per second.
+        burst: extra inferences that may be taken at once.
+        audit_share: share of unsuspicious inputs that are looked at too.
+        cpu_share: share of one processor core that the guard's own work may take.
+        memory_mib: anonymous memory of the agent.
+        temperature_c: of the board, in degrees Celsius.
+    """
+
+    inferences_per_second: Annotated[float, Meta(ge=0, le=100_000)] = 9.3
+    burst: Annotated[float, Meta(ge=0, le=1_000_000)] = 15.0
+    audit_share: Annotated[float, Meta(ge=0, le=1)] = 0.005
+    cpu_share: Annotated[float, Meta(gt=0, le=64)] | None = None
+    memory_mib: Annotated[float, Meta(gt=0, le=1_000_000)] | None = None
+    temperature_c: Annotated[float, Meta(gt=0, le=125)] | None = 80.0
+
+
+Policy = Literal["pass", "mark", "withhold"]
+
+
+class PolicyConfig(Section, frozen=True, kw_only=True):
+    """``[policy]``: what a program gets for an input of each verdict.
+
+    ``pass``: outputs, as if there were no guard; ``mark``: outputs, and ``policy`` says so; ``withhold``: none.
+
+    Attributes:
+        flagged: for inputs that the guard flags.
+        not_checked: for inputs that could not be scored.
+        not_audited: for doubtful inputs that the budget had no look left for.
+    """
+
+    flagged: Policy = "mark"
+    not_checked: Policy = "pass"
+    not_audited: Policy = "pass"
+
+
+class QuarantineConfig(Section, frozen=True, kw_only=True):
+    """``[quarantine]``: a folder on this device where flagged inputs are kept. Without this section none is.
+
+    Attributes:
+        path: the folder; nothing in it is ever sent anywhere.
+        max_mib: beyond this the oldest are deleted.
+        max_inputs: beyond this the oldest are deleted.
+        max_days: older ones are deleted.
+    """
+
+    path: Path
+    max_mib: Annotated[float, Meta(gt=0, le=1_000_000)] = 64.0
+    max_inputs: Annotated[int, Meta(ge=1, le=1_000_000)] = 1000
+    max_days: Annotated[float, Meta(gt=0, le=3650)] = 30.0
 
 
 class WindowConfig(Section, frozen=True, kw_only=True):
@@ -111,13 +221,15 @@ class RuntimeConfig(Section, frozen=True, kw_only=True):
 
 
 class ResultsConfig(Section, frozen=True, kw_only=True):
-    """``[results]``: a file with one line of JSON per counted input, for people and tests.
+    """``[results]``: what came out for each input, one JSON object each.
 
     Attributes:
-        path: the file; lines are appended when their window is spooled.
+        path: a file; lines are appended when the report that counts them is on disk. ``-`` is standard output.
+        topic: an MQTT topic; sent at once, and lost where there is no connection.
     """
 
-    path: Path
+    path: Path | None = None
+    topic: NonEmpty | None = None
 
 
 class AgentConfig(Section, frozen=True, kw_only=True):
@@ -129,6 +241,17 @@ class AgentConfig(Section, frozen=True, kw_only=True):
         model: the first model; it is copied into the state folder once, and releases replace that copy.
         sequence: the release number of that first model; 0 for one that was never released.
         state_dir: folder that belongs to this agent alone: spool, model slots, update metadata.
+        broker: the MQTT broker.
+        sources: where the inputs come from.
+        window: how many inputs go into one report.
+        alerts: flagged inputs that are told at once.
+        budget: what the guard may take.
+        policy: what a program gets for an input of each verdict.
+        quarantine: where flagged inputs are kept.
+        update: signed models.
+        spool: reports that wait for the hub.
+        runtime: what runs the model.
+        results: what came out for each input.
         linger_s: on stopping, how long to wait for the hub to acknowledge what is left.
         health_s: seconds between two health messages.
     """
@@ -138,10 +261,13 @@ class AgentConfig(Section, frozen=True, kw_only=True):
     model: Path
     state_dir: Path
     broker: BrokerConfig
-    source: SourceConfig
+    sources: SourcesConfig
     sequence: Annotated[int, Meta(ge=0, le=2**53)] = 0
     window: WindowConfig = WindowConfig()
     alerts: AlertsConfig = AlertsConfig()
+    budget: BudgetConfig = BudgetConfig()
+    policy: PolicyConfig = PolicyConfig()
+    quarantine: QuarantineConfig | None = None
     update: UpdateConfig | None = None
     spool: SpoolConfig = SpoolConfig()
     runtime: RuntimeConfig = RuntimeConfig()
@@ -174,4 +300,8 @@ def parse(raw: dict[str, Any], *, base: Path, name: str = "configuration") -> Ag
     topics.check_fleet(config.fleet)
     topics.check_device(config.device)
     settings.check_broker(config.broker, name)
+    if not any(getattr(config.sources, kind) is not None for kind in config.sources.__struct_fields__):
+        raise ConfigError(
+            name, got="no source of inputs", expected="one section [sources.NAME]", do="add [sources.folder]"
+        )
     return config

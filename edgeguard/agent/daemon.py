@@ -1,52 +1,49 @@
-"""The agent's main loop: wires source, model, window, spool, link and updater together.
+"""The agent's loop: takes inputs from the sources, runs the guarded model, gives outcomes back, fills windows.
 
 Rules enforced here:
 
-* inference never waits for the network, and a network that is away never stops the agent;
-* a window closes between two batches, so that a batch is counted by exactly one report; a model is swapped
-  there too, after the window of the old one was closed, so that every input meets exactly one model;
-* the report and the names of its batches are committed first, the batches are deleted after that; what a
-  killed agent left between the two is cleared up at the next start.
+* nothing here waits for a disk or a network: that is the reporter's work, in a thread of its own;
+* a window closes between two items, so that an item is counted by exactly one report; a model is exchanged there too,
+  so that every input meets exactly one model;
+* systemd's watchdog is fed by completed inputs and by nothing else. A loop without inputs runs a self-test now and
+  then, through the same path.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import platform
 import secrets
+import selectors
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import msgspec
+import numpy as np
 import numpy.typing as npt
 
-import edgeguard
-from edgeguard.agent import startup
+from edgeguard.agent import governor, startup
 from edgeguard.agent.config import AgentConfig
-from edgeguard.agent.link import Connected, Hint, Link, Outflow
-from edgeguard.agent.source import Batch, FolderSource
-from edgeguard.agent.spool import Spool
-from edgeguard.agent.update import Fetched, Progress, Updater, admit
-from edgeguard.agent.window import AlertLimit, Window, alert_builder
-from edgeguard.contract import topics
-from edgeguard.contract.messages import Ack, Birth, Health, Reported, Status
-from edgeguard.detection.guarded import GuardedModel
-from edgeguard.detection.verdict import Verdict
-from edgeguard.errors import ConfigError, ModelError, TrustError
+from edgeguard.agent.inference import Engine, Running, line_of, policy_of, result_of
+from edgeguard.agent.quarantine import About
+from edgeguard.agent.reporter import Alarm, Closed, Line, Pulse, Reporter, Suspect, Swapped
+from edgeguard.agent.sources.base import Answer, Item, Told
+from edgeguard.agent.sources.folder import NAME as FOLDER
+from edgeguard.agent.window import AlertLimit, Identity, Window, alert_builder
+from edgeguard.contract.frames import Result
+from edgeguard.detection.cascade import Budget
+from edgeguard.detection.verdict import Verdict, judge
+from firmware_bridge.systemd import Notifier, Watchdog
 
-SPOOL_FILE = "spool.sqlite"
-UPDATE_FOLDER = "update"
-
-IDLE_S = 0.05
-"""How long the agent sleeps when no input waits; the network wakes it earlier."""
-SERVICE_S = 0.02
-"""How often the network is looked after between inputs."""
+IDLE_S = 0.2
+"""How long the loop sleeps at most when no input waits; a source wakes it earlier."""
+WINDOWS = 8
+"""Models that may be reported about at once: this device's own, and those of programs with interpreters of theirs."""
+LINES = 10_000
+"""Lines for ``[results]`` that may wait for the disk; beyond that the newest are dropped and counted."""
+GOVERN_S = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -55,318 +52,283 @@ class Agent:
     """One device. Everything that can be wrong with its configuration is found here, before it starts.
 
     Raises:
-        ConfigError: a folder, the spool, the broker's settings, or another agent on the same state folder.
+        ConfigError: a source, the spool, the broker's settings, or another agent on the same state folder.
         ModelError: the first model cannot be used.
         TrustError: the installed model is damaged, and there is no other.
     """
 
     def __init__(self, config: AgentConfig) -> None:
         self._config = config
-        self._boot = secrets.token_hex(8)
-        self._lock = startup.claim(config.state_dir)
-        self._load = startup.loader(config.runtime)
-        self._slots, self._model = startup.open_model(config, self._load)
-        self._sequence = self._slots.active().sequence
-        self._confirmed = self._slots.confirmed
-        self._trial = startup.trial(config)
+        state, running = startup.open_state(config)
         startup.check_root(config.update)
-        expected = self._model.metadata.input
-        self._source = FolderSource(config.source.path, shape=expected.shape, dtype=expected.dtype)
-        self._results = Results(config.results.path) if config.results else None
-        self._spool = Spool(config.state_dir / SPOOL_FILE, boot=self._boot, max_bytes=config.spool.max_mib << 20)
-        self._link = Link(
-            config.broker,
-            fleet=config.fleet,
-            device=config.device,
-            boot=self._boot,
-            next_session=self._spool.next_session,
+        self._engine = self._engine_of(running)
+        self._sources = startup.open_sources(config, running.model.metadata.input)
+        self._reporter = Reporter(
+            config,
+            boot=secrets.token_hex(8),
+            state=state,
+            running=running,
+            let_go=self._let_go,
+            pulse=self._pulse,
         )
-        self._outflow = Outflow(first_s=config.spool.resend_s)
-        self._updater = Updater(config.update, config.state_dir / UPDATE_FOLDER)
-        self._fetched: Fetched | None = None
-        self._told: Progress | None = None
-        self._window: Window | None = None
-        self._window_at = self._served_at = self._health_at = time.monotonic()
-        self._batches: list[str] = []
+        self._selector = selectors.DefaultSelector()
+        self._notifier = Notifier(os.environ)
+        self._watchdog = Watchdog.from_environment(os.environ, os.getpid())
+        self._windows: dict[Identity, Window] = {}
+        self._windows_at = time.monotonic()
+        self._files: list[str] = []
+        self._lines: list[dict[str, object]] = []
         self._alerts = AlertLimit.full(config.alerts.per_minute, time.monotonic())
+        self._governor, self._governor_state = _governor(config), governor.State()
+        self._governed = (time.monotonic(), 0.0, 0)
         self._durations: deque[float] = deque(maxlen=512)
-        self._inputs = 0
+        self._reason = ""
+        self.inputs = 0
+        self.dropped = 0
+        """Results and foreign scores that there was no room for."""
+        self._turn = 0
 
     def run(self, stopping: Callable[[], bool]) -> None:
-        """Work until ``stopping`` says so, or until the source has ended where the configuration says so.
+        """Work until ``stopping`` says so, or until every source has ended.
 
         Raises:
-            ConfigError: the disk is full or refuses to write. What is not counted yet stays in the source.
+            ConfigError: the disk refuses what is left. What lies in a folder and is not counted stays there.
         """
-        self._clear_up()
+        running = self._engine.running
+        self._reporter.start()
+        for source in self._sources:
+            source.open(self._selector)
         log.info(
-            "agent %s/%s runs model %s, sequence %d, on %s %s",
+            "agent %s/%s runs model %s, sequence %d, on %s %s; inputs from %s",
             self._config.fleet,
             self._config.device,
-            self._model.metadata.model_digest[:12],
-            self._sequence,
-            self._model.runtime.name,
-            self._model.runtime.version,
+            running.model.metadata.model_digest[:12],
+            running.sequence,
+            running.model.runtime.name,
+            running.model.runtime.version,
+            ", ".join(source.name for source in self._sources),
         )
-        while not stopping():
-            batch = self._source.take()
-            if batch is not None:
-                self._process(batch)
-            elif self._source.ended and self._config.source.stop_at_end:
-                break
-            else:
-                self._serve(wait_s=IDLE_S)
-            if self._is_window_due():
-                self._close_window()
-            if self._fetched is not None:
-                self._swap(self._fetched)
+        self._notifier.ready()
+        wait_s = 0.0
+        while not (stopping() or self._reporter.has_ended or self._has_ended()):
+            for key, mask in self._selector.select(wait_s):
+                key.data.ready(key, mask)
+            taken = self._next()
+            if isinstance(taken, Item):
+                self._process(taken)
+            elif taken is not None:
+                self._count_told(taken)
+            wait_s = 0.0 if taken is not None else self._idle()
+            self._between()
         self._stop()
 
-    def _process(self, batch: Batch) -> None:
-        """Run one batch through the model and into the window."""
-        if self._window is None:
-            self._window = Window(self._model.metadata, started_ms=_now_ms())
-            self._window_at = time.monotonic()
-        for index, x in enumerate(batch.inputs):
-            verdict = self._infer(x, self._window)
-            if self._results:
-                self._results.add(batch.name, index, verdict)
-            if time.monotonic() - self._served_at >= SERVICE_S:
-                self._serve()
-        self._batches.append(batch.name)
-        self._inputs += len(batch.inputs)
+    def _next(self) -> Item | Told | None:
+        """What is next; the sources take turns."""
+        for _ in self._sources:
+            self._turn = (self._turn + 1) % len(self._sources)
+            taken = self._sources[self._turn].take()
+            if taken is not None:
+                return taken
+        return None
 
-    def _infer(self, x: npt.NDArray[Any], window: Window) -> Verdict | None:
-        started = time.perf_counter()
-        try:
-            inference = self._model.infer(x)
-        except ModelError:
-            # Its shape and type were checked with the file, so this one input holds NaN or infinity.
-            window.add_unchecked()
-            return None
-        self._durations.append(time.perf_counter() - started)
-        window.add(inference.verdict, inference.features)
-        if inference.verdict.flagged:
-            allowed, self._alerts = self._alerts.take(time.monotonic())
-            if allowed:
-                self._spool.put(alert_builder(inference.verdict, self._model.metadata, at_ms=_now_ms()))
-        return inference.verdict
+    def _has_ended(self) -> bool:
+        """True when nothing can come any more. A folder ends only where the configuration says so."""
+        folder = self._config.sources.folder
+        return all(
+            source.ended and (source.name != FOLDER or (folder is not None and folder.stop_at_end))
+            for source in self._sources
+        )
 
-    def _is_window_due(self) -> bool:
-        if self._window is None:
-            return False
-        limit = self._config.window
-        return self._window.inputs >= limit.inputs or time.monotonic() - self._window_at >= limit.seconds
-
-    def _close_window(self) -> None:
-        """Commit the report with the names of its batches, then let go of the batches."""
-        window, self._window = self._window, None
-        if window is None:
-            return
-        self._spool.put(lambda boot, seq: window.report(boot=boot, seq=seq, ended_ms=_now_ms()), consumed=self._batches)
-        if self._results:
-            self._results.write()
-        self._source.discard(self._batches)
-        self._spool.clear_consumed()
-        self._batches = []
-        self._confirm()
-
-    def _confirm(self) -> None:
-        """A model that filled a window has proved itself."""
-        if not self._confirmed:
-            try:
-                self._slots.confirm()
-                self._confirmed = True
-                self._trial.end(self._model.file_digest)
-            except (ConfigError, TrustError) as error:
-                log.warning("the model cannot be confirmed: %s", error)
-
-    def _clear_up(self) -> None:
-        """Delete the batches that a killed agent had counted but not yet deleted."""
-        counted = self._spool.consumed()
-        if counted:
-            log.info("deleting %d batches that were counted before the restart", len(counted))
-            self._source.discard(counted)
-            self._spool.clear_consumed()
-
-    def _serve(self, wait_s: float = 0.0) -> None:
-        """Look after the network and the update; wait at most ``wait_s`` for something to happen."""
-        for event in self._link.poll(wait_s):
-            now = time.monotonic()
-            if isinstance(event, Connected):
-                self._announce(event.session)
-                self._outflow.restart()
-            elif isinstance(event, Ack):
-                stored, gaps = self._spool.forget(event), self._spool.positions(event.boot, event.gaps)
-                self._outflow.acknowledged(stored, now, gaps=gaps)
-            elif isinstance(event, Hint):
-                self._tell(self._updater.hint(event, running_sequence=self._sequence, now_s=now))
-        now = self._served_at = time.monotonic()
-        if self._fetched is None:
-            progress = self._updater.step(
-                model_digest=self._model.metadata.model_digest, running_sequence=self._sequence, now_s=now
-            )
-            if isinstance(progress, Fetched):
-                self._fetched = progress
+    def _process(self, item: Item) -> None:
+        """Run an item's inputs, one by one."""
+        window = self._window(Identity.of(self._engine.running.model.metadata))
+        source = self._sources[self._turn]
+        for index, x in enumerate(item.inputs):
+            started = time.perf_counter()
+            inference, verdict = self._engine.infer(x)
+            self._durations.append(time.perf_counter() - started)
+            result, body = result_of(item.name, inference, verdict, policy_of(verdict, self._config.policy))
+            source.answer(Answer(item=item, result=result, body=body))
+            if inference is None:
+                window.add_unchecked()
             else:
-                self._tell(progress)
-        if self._link.connected:
-            for entry in self._outflow.take(self._spool.pending, now):
-                self._link.publish(topics.REPORT if entry.kind == "report" else topics.ALERT, entry.payload)
-            if now - self._health_at >= self._config.health_s:
-                self._health_at = now
-                self._link.publish(topics.HEALTH, self._health(), qos=0)
+                window.add(verdict, inference.features)
+            if verdict.flagged:
+                self._alarm(verdict, window.identity)
+                self._quarantine(x, verdict, result, window.identity)
+            if self._config.results is not None:
+                self._tell(line_of(item.source, item.name, index, result))
+            self._completed()
+        self.inputs += len(item.inputs)
+        if item.source == FOLDER:
+            self._files.append(item.name)
 
-    def _announce(self, session: int) -> None:
-        """Publish what is retained: a new connection begins with it."""
-        metadata = self._model.metadata
-        status = Status(state="online", session=session, boot=self._boot)
-        self._link.publish(topics.STATUS, status, retain=True)
-        birth = Birth(
-            session=session,
-            boot=self._boot,
-            edgeguard=edgeguard.__version__,
-            python=platform.python_version(),
-            board=board(),
-            runtime=self._model.runtime.name,
-            runtime_version=self._model.runtime.version,
-            model_digest=metadata.model_digest,
-            guard_digest=metadata.guard_digest,
-            file_digest=self._model.file_digest,
-            sequence=self._sequence,
-            detectors=tuple(detector.name for detector in metadata.detectors),
-            capabilities=("update",) if self._config.update else (),
+    def _count_told(self, told: Told) -> None:
+        """Count what a program's own interpreter scored."""
+        scored = told.scored
+        identity = Identity(scored.model_digest, scored.guard_digest)
+        if identity not in self._windows and len(self._windows) >= WINDOWS and self._reporter.has_room:
+            self._close_windows()
+        if identity not in self._windows and len(self._windows) >= WINDOWS:
+            self.dropped += 1
+            return
+        window = self._window(identity, size=len(told.features))
+        if window.size != len(told.features):
+            self.dropped += 1
+            return
+        scores = {n: float("nan") if s is None else s for n, s in zip(scored.detectors, scored.scores, strict=True)}
+        verdict = judge(scored.predicted, scores)
+        window.add(verdict, told.features)
+        self.inputs += 1
+        if verdict.flagged:
+            self._alarm(verdict, identity)
+
+    def _window(self, identity: Identity, size: int | None = None) -> Window:
+        """The open window of a model."""
+        window = self._windows.get(identity)
+        if window is None:
+            if not self._windows:
+                self._windows_at = time.monotonic()
+            features = self._engine.running.model.metadata.feature_count if size is None else size
+            window = self._windows[identity] = Window(identity, features, started_ms=time.time_ns() // 1_000_000)
+        return window
+
+    def _alarm(self, verdict: Verdict, identity: Identity) -> None:
+        allowed, self._alerts = self._alerts.take(time.monotonic())
+        if allowed:
+            at_ms = time.time_ns() // 1_000_000
+            self._reporter.hand(Alarm(build=alert_builder(verdict, identity, at_ms=at_ms)))
+
+    def _quarantine(self, x: npt.NDArray[Any], verdict: Verdict, result: Result, identity: Identity) -> None:
+        if self._config.quarantine is None:
+            return
+        about = About(
+            at_ms=time.time_ns() // 1_000_000,
+            predicted=verdict.predicted,
+            scores=result.scores,
+            p_value=result.p_value,
+            model_digest=identity.model_digest,
+            guard_digest=identity.guard_digest,
         )
-        self._link.publish(topics.BIRTH, birth, retain=True)
-        self._report_model()
+        self.dropped += not self._reporter.hand(Suspect(x=x.copy(), about=about))
 
-    def _tell(self, progress: Progress | None) -> None:
-        """Publish what became of the hint, once per change."""
-        if progress is not None and progress != self._told:
-            log.info("model of sequence %d: %s %s", progress.sequence, progress.state, progress.reason)
-            self._told = progress
-            self._report_model()
+    def _tell(self, line: dict[str, object]) -> None:
+        results = self._config.results
+        assert results is not None
+        if results.topic is not None:
+            self.dropped += not self._reporter.hand(Line(line=line))
+        if results.path is not None:
+            if len(self._lines) < LINES:
+                self._lines.append(line)
+            else:
+                self.dropped += 1
 
-    def _report_model(self) -> None:
-        told = self._told
-        reported = Reported(
-            session=self._link.session,
-            boot=self._boot,
-            state=told.state if told else "running",
-            model_digest=self._model.metadata.model_digest,
-            guard_digest=self._model.metadata.guard_digest,
-            file_digest=self._model.file_digest,
-            sequence=self._sequence,
-            desired_sequence=told.sequence if told else None,
-            reason=told.reason if told else "",
-        )
-        self._link.publish(topics.MODEL_REPORTED, reported, retain=True)
+    def _completed(self) -> None:
+        if self._watchdog is not None and self._watchdog.completed(time.monotonic()):
+            self._notifier.watchdog()
 
-    def _swap(self, fetched: Fetched) -> None:
-        """Replace the model between two batches; on any doubt the old one runs on."""
-        self._fetched = None
-        # Outside of what is caught below: a report that cannot be spooled must end the agent, not be lost.
-        self._close_window()
-        try:
-            model = self._admit(fetched)
-            self._slots.activate(self._slots.stage(fetched.path, sha256=fetched.file_digest, sequence=fetched.sequence))
-        except (TrustError, ModelError) as error:
-            self._tell(self._updater.defer(fetched.sequence, "refused", str(error), now_s=time.monotonic()))
-        except (ConfigError, OSError) as error:
-            self._tell(self._updater.defer(fetched.sequence, "failed", str(error), now_s=time.monotonic()))
-        else:
-            self._model, self._sequence, self._confirmed = model, fetched.sequence, False
-            self._updater.settle(fetched.sequence)
+    def _idle(self) -> float:
+        """Nothing waits: run a self-test where one is due; how long the loop may sleep, in seconds."""
+        if self._watchdog is None:
+            return IDLE_S
+        if self._watchdog.self_test_due(time.monotonic()):
+            expected = self._engine.running.model.metadata.input
+            # Through the model alone: an input of nobody's is not counted, and no look is spent on it.
+            self._engine.running.model.infer(np.zeros(expected.shape, expected.dtype))
+            self._completed()
+        return min(IDLE_S, self._watchdog.wait_s(time.monotonic()))
+
+    def _between(self) -> None:
+        """What happens between two items: windows, the next model, the budget."""
+        now = time.monotonic()
+        limit = self._config.window
+        if self._windows and self._reporter.has_room:
+            full = sum(window.inputs for window in self._windows.values()) >= limit.inputs
+            if full or now - self._windows_at >= limit.seconds:
+                self._close_windows()
+        successor = self._reporter.successor()
+        if successor is not None:
+            self._close_windows()
+            self._engine = self._engine_of(successor)
             self._durations.clear()
-            self._tell(Progress(state="updated", sequence=fetched.sequence))
-            if self._link.connected:
-                self._announce(self._link.session)
-        finally:
-            with suppress(OSError):
-                fetched.path.unlink()
+            self._reporter.hand(Swapped(running=successor))
+        if now - self._governed[0] >= GOVERN_S:
+            self._govern(now)
 
-    def _admit(self, fetched: Fetched) -> GuardedModel:
-        if self._trial.failed(fetched.file_digest):
-            raise ModelError("fetched model", got="one that ran and never filled a window", do="release a repaired one")
-        return admit(fetched.path.read_bytes(), fetched, self._model, load=self._load)
+    def _close_windows(self) -> None:
+        """Hand over what is open. The files and lines go with the window of this device's own model."""
+        for window in self._windows.values():
+            own = window.identity == Identity.of(self._engine.running.model.metadata)
+            files, lines = (tuple(self._files), tuple(self._lines)) if own else ((), ())
+            self._reporter.hand(Closed(window=window, files=files, lines=lines))
+            if own:
+                self._files, self._lines = [], []
+        self._windows = {}
 
-    def _health(self) -> Health:
-        durations = self._durations
-        return Health(
-            session=self._link.session,
-            boot=self._boot,
-            rss_bytes=resident_bytes(),
-            spooled=self._spool.pending_count,
-            inputs=self._inputs,
+    def _govern(self, now: float) -> None:
+        """Look at what the guard takes, and do less or more."""
+        before_at, before_s, before_n = self._governed
+        elapsed, engine = now - before_at, self._engine
+        self._governed = (now, engine.extra_s, engine.extra_inferences)
+        look = self._reporter.look
+        readings = governor.Readings(
+            at_s=now,
+            cpu_share=max(0.0, engine.extra_s - before_s) / elapsed,
+            inferences_per_s=max(0, engine.extra_inferences - before_n) / elapsed,
+            memory_bytes=look.resources.anonymous_bytes,
+            temperature_c=look.board.temperature_c,
+            throttled=look.board.throttled,
+        )
+        self._governor_state, step = self._governor.step(self._governor_state, readings)
+        engine.level = self._governor_state.level
+        if step is not None:
+            log.warning("level of service %s (before: %s): %s", step.level.name, step.previous.name, step.reason)
+            self._reason = step.reason
+            self._notifier.status(f"{step.level.name}: {step.reason}")
+
+    def _engine_of(self, running: Running) -> Engine:
+        budget = self._config.budget
+        return Engine(
+            running,
+            budget=Budget(per_second=budget.inferences_per_second, burst=budget.burst),
+            audit_share=budget.audit_share,
+            rng=np.random.default_rng(),
+        )
+
+    def _let_go(self, names: Sequence[str]) -> None:
+        for source in self._sources:
+            if source.name == FOLDER:
+                source.counted(names)
+
+    def _pulse(self) -> Pulse:
+        durations = list(self._durations)
+        return Pulse(
+            inputs=self.inputs,
+            dropped=self.dropped + sum(source.dropped for source in self._sources),
             p50_us=statistics.median(durations) * 1e6 if durations else 0.0,
+            level=self._engine.level.name.lower(),
+            reason=self._reason,
         )
 
     def _stop(self) -> None:
-        """Spool the open window, give the hub a moment to acknowledge what is left, and say goodbye."""
-        self._close_window()
-        deadline = time.monotonic() + self._config.linger_s
-        while self._spool.pending_count and time.monotonic() < deadline:
-            self._serve(wait_s=IDLE_S)
-        self._updater.close()
-        self._link.close()
-        if self._spool.pending_count:
-            log.warning("%d messages wait in the spool for the next start", self._spool.pending_count)
-        self._spool.close()
-        self._trial.end(self._model.file_digest)
-        log.info("stopped after %d inputs", self._inputs)
-
-
-class Results:
-    """A file with one line of JSON per counted input.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lines: list[dict[str, object]] = []
-        self.write()
-
-    def add(self, name: str, index: int, verdict: Verdict | None) -> None:
-        """Remember one input until its window is counted; ``verdict`` is None if it could not be scored."""
-        status = verdict.status if verdict else "not checked"
-        self._lines.append(
-            {
-                "file": name,
-                "index": index,
-                "predicted": verdict.predicted if verdict else None,
-                "status": status,
-                "flagged": None if status == "not checked" else status == "flagged",
-                "score": verdict.score if verdict else None,
-            }
-        )
-
-    def write(self) -> None:
-        """Append the remembered lines."""
+        self._notifier.stopping()
+        for source in self._sources:
+            source.close()
+        self._close_windows()
         try:
-            with self._path.open("ab") as file:
-                file.write(msgspec.json.Encoder().encode_lines(self._lines))
-        except OSError as error:
-            raise ConfigError(f"results file {self._path}", got=error.strerror, expected="a writable file") from error
-        self._lines = []
+            self._reporter.stop()
+        finally:
+            self._selector.close()
+            self._notifier.close()
+        log.info("stopped after %d inputs", self.inputs)
 
 
-def board() -> str:
-    """The board's own name where it has one, else the processor architecture."""
-    try:
-        return Path("/proc/device-tree/model").read_text().rstrip("\0\n")[:512]
-    except (OSError, ValueError):
-        return platform.machine()
-
-
-def resident_bytes() -> int:
-    """Memory of this process that is in RAM; 0 where the system does not say."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return 0
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
+def _governor(config: AgentConfig) -> governor.Governor:
+    budget = config.budget
+    return governor.Governor(
+        limits=governor.Limits(
+            cpu_share=budget.cpu_share,
+            memory_bytes=None if budget.memory_mib is None else int(budget.memory_mib * (1 << 20)),
+            temperature_c=budget.temperature_c,
+        )
+    )

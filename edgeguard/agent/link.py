@@ -8,7 +8,10 @@ Rules enforced here:
 * a broker's PUBACK proves nothing end to end: what the *hub* has not acknowledged is sent again, after a time
   that doubles up to a bound, and after every reconnect; what it says it misses is sent again soon, whatever
   else it acknowledges meanwhile;
-* payloads from the broker are hostile: one that does not decode is logged and ignored.
+* payloads from the broker are hostile: whatever one is made of costs that one message, never the connection or
+  memory without bound. What is ignored is counted in one line a minute;
+* a command that is retained is ignored: it was sent to whoever comes, whenever. The DUP flag means nothing: MQTT does
+  not promise that an earlier copy arrived; what executes a command knows its transaction id.
 """
 
 from __future__ import annotations
@@ -29,7 +32,18 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from edgeguard import broker as brokers
 from edgeguard.agent.spool import Entry
 from edgeguard.contract import topics
-from edgeguard.contract.messages import Ack, Desired, Message, Status, decode, encode
+from edgeguard.contract.messages import (
+    COMMANDS,
+    MAX_COMMAND,
+    MAX_PAYLOAD,
+    Ack,
+    Command,
+    Desired,
+    Message,
+    Status,
+    decode,
+    encode,
+)
 from edgeguard.errors import LinkError
 from edgeguard.settings import BrokerConfig, password
 
@@ -41,6 +55,13 @@ GAP_S = 3.0
 """A message that the hub misses is sent again at most this often."""
 RECONNECT_FIRST_S = 0.5
 RECONNECT_CAP_S = 30.0
+MAX_WAITING = 1024
+"""Messages that wait for ``poll``; what comes on top is ignored, for the hub says all but a hint again."""
+IGNORED_EVERY_S = 60.0
+
+_MAX_PACKET = MAX_PAYLOAD + (128 << 10)
+"""Of a larger packet the rest is dropped; MQTT's longest topic and a payload that is refused by its size remain."""
+_CHUNK = 64 << 10
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +88,7 @@ class Hint:
     fresh: bool
 
 
-Event = Connected | Lost | Ack | Hint
+Event = Connected | Lost | Ack | Hint | Command
 
 
 class Link:
@@ -93,13 +114,22 @@ class Link:
         self._client_id = f"edgeguard-{fleet}-{device}"
         self._topic = {
             channel: topics.topic(fleet, device, channel)
-            for channel in (*topics.DEVICE_CHANNELS, topics.ACK, topics.MODEL_DESIRED)
+            for channel in (
+                *topics.DEVICE_CHANNELS,
+                *(topics.reply(name) for name in COMMANDS),
+                topics.ACK,
+                topics.MODEL_DESIRED,
+                topics.command("+"),
+            )
         }
+        self._command = {topics.topic(fleet, device, topics.command(name)): kind for name, kind in COMMANDS.items()}
         self._password = password(broker)
         self._inbox: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
         self._client: mqtt.Client | None = None
         self._attempt_at = time.monotonic()
         self._failures = 0
+        self._ignored = 0
+        self._ignored_told_at = -IGNORED_EVERY_S
         self.session = 0
         self.connected = False
 
@@ -124,6 +154,11 @@ class Link:
         if self._client is not None and self.connected:
             content = encode(payload) if isinstance(payload, Message) else payload
             self._client.publish(self._topic[channel], content, qos=qos, retain=retain)
+
+    def send(self, topic: str, payload: bytes) -> None:
+        """Publish to any topic, once at most; it is dropped where there is no connection."""
+        if self._client is not None and self.connected:
+            self._client.publish(topic, payload, qos=0)
 
     def close(self, *, wait_s: float = 2.0) -> None:
         """Say that the device stopped, and disconnect without firing the will; waits at most ``wait_s``."""
@@ -161,11 +196,15 @@ class Link:
             elif self._client is not client:
                 client.disconnect()  # it took so long that another attempt was begun
             else:
-                client.subscribe([(self._topic[c], 1) for c in (topics.ACK, topics.MODEL_DESIRED)])
+                channels = (topics.ACK, topics.MODEL_DESIRED, topics.command("+"))
+                client.subscribe([(self._topic[channel], 1) for channel in channels])
 
         def on_subscribe(_c: mqtt.Client, _u: Any, _mid: int, reasons: Any, _p: Any) -> None:
-            # Without acks nothing would ever leave the spool, so a connection counts from here on.
-            refused = any(reason.is_failure for reason in reasons)
+            # Without acks nothing would ever leave the spool, so a connection counts from here on. Without commands
+            # a device still reports: a broker whose rules are older than they are is no reason to be lost.
+            refused = any(reason.is_failure for reason in reasons[:2])
+            if any(reason.is_failure for reason in reasons[2:]):
+                log.warning("the broker does not let this device take commands")
             self._inbox.put((session, Lost("subscription refused") if refused else Connected(session)))
 
         def on_disconnect(_c: mqtt.Client, _u: Any, _f: Any, reason: Any, _p: Any) -> None:
@@ -201,13 +240,33 @@ class Link:
 
     def _decode(self, message: mqtt.MQTTMessage) -> Event | None:
         try:
-            if message.topic == self._topic[topics.ACK]:
-                return decode(Ack, bytes(message.payload))
-            if message.topic == self._topic[topics.MODEL_DESIRED] and message.payload:
-                return Hint(decode(Desired, bytes(message.payload)), fresh=not message.retain)
-        except (LinkError, ValueError) as error:
-            log.warning("message from the broker ignored: %s", error)
-        return None
+            event = self._read(message.topic, bytes(message.payload), retained=message.retain)
+        except Exception as error:
+            # A LinkError as a rule. Anything else here would end the connection, and a retained payload each one.
+            self._ignore(str(error))
+            return None
+        if event is not None and self._inbox.qsize() >= MAX_WAITING:
+            self._ignore(f"more than {MAX_WAITING} messages wait")
+            return None
+        return event
+
+    def _read(self, topic: str, payload: bytes, *, retained: bool) -> Event | None:
+        """What a message says, None for the empty one that clears a hint. Raises LinkError for what is none of ours."""
+        if topic == self._topic[topics.ACK]:
+            return decode(Ack, payload)
+        if topic == self._topic[topics.MODEL_DESIRED]:
+            return Hint(decode(Desired, payload), fresh=not retained) if payload else None
+        kind = self._command.get(topic)
+        if kind is None or retained:
+            raise LinkError(f"topic {topic[:200]!r}", got="a retained command" if kind else "no command of this agent")
+        return decode(kind, payload, limit=MAX_COMMAND)
+
+    def _ignore(self, reason: str) -> None:
+        self._ignored += 1
+        now = time.monotonic()
+        if now - self._ignored_told_at >= IGNORED_EVERY_S:
+            log.warning("%d messages from the broker ignored, the last one: %r", self._ignored, reason)
+            self._ignored, self._ignored_told_at = 0, now
 
 
 class Outflow:
@@ -325,6 +384,11 @@ class _Client(mqtt.Client):
             return MQTTErrorCode.MQTT_ERR_CONN_LOST
         finally:
             self._ended(reason)
+
+    def _sock_recv(self, bufsize: int) -> bytes:
+        """Read a piece of a packet. paho would gather up to 256 MiB; what no message of ours can need is dropped."""
+        del self._in_packet["packet"][_MAX_PACKET:]
+        return super()._sock_recv(min(bufsize, _CHUNK))
 
 
 def _client(broker: BrokerConfig, client_id: str, secret: str | None, *, ended: Callable[[str], None]) -> mqtt.Client:

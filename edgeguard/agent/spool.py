@@ -6,8 +6,14 @@ Rules enforced here:
   exact when the agent is killed;
 * ``seq`` counts from 1 without holes within one boot, and is given by the commit itself;
 * an entry leaves on the hub's ack alone, whichever boot it is of;
-* the size is bounded: beyond it the oldest entries are dropped and counted, never silently;
-* a commit is on disk when it returns (write-ahead log, ``synchronous=FULL``);
+* the size is bounded: beyond it the oldest report is dropped, and an alert only when there is no other report; the
+  message that was put last stays. What is dropped is counted, never silent;
+* an ack can name ``MAX_GAPS`` gaps, so what waits for one spans no more numbers of a boot than that, however many were
+  dropped in between: :meth:`Spool.pending` ends there;
+* a commit is on disk when it returns. SQLite appends its pages to a log, each with a checksum that goes on from the one
+  before, and syncs the log (``synchronous=FULL``); after 1000 pages it syncs them into the database, then the log
+  begins anew. After a power cut the log counts up to its last whole commit, and nothing behind that;
+* a commit that fails, as on a full disk, changed nothing and may be tried again;
 * session numbers start from the time at which the spool was made, so that a device whose state was erased counts
   above its earlier self, and its new birth is not taken for an old one.
 """
@@ -20,23 +26,25 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
-from edgeguard.contract.messages import Ack, Alert, Report, encode
+from edgeguard.contract.messages import MAX_GAPS, Ack, Alert, Report, encode
 from edgeguard.errors import ConfigError
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE outbox (
     position INTEGER PRIMARY KEY AUTOINCREMENT,
     boot TEXT NOT NULL, seq INTEGER NOT NULL, kind TEXT NOT NULL, payload BLOB NOT NULL,
     UNIQUE (boot, seq)
 );
+CREATE INDEX outbox_kind ON outbox (kind);
 CREATE TABLE counters (
     id INTEGER PRIMARY KEY CHECK (id = 1),
     session INTEGER NOT NULL, reports_total INTEGER NOT NULL, alerts_total INTEGER NOT NULL,
-    dropped_total INTEGER NOT NULL
+    reports_dropped INTEGER NOT NULL, alerts_dropped INTEGER NOT NULL
 );
 CREATE TABLE consumed (name TEXT PRIMARY KEY);
 """
@@ -59,17 +67,23 @@ class Entry:
 
 @dataclass(frozen=True)
 class Counters:
-    """Totals since the spool was made. ``reports_total`` counts each report put, acknowledged or not."""
+    """Totals since the spool was made. ``reports_total`` counts each report put: acknowledged, dropped or waiting."""
 
     session: int
     reports_total: int
     alerts_total: int
-    dropped_total: int
+    reports_dropped: int
+    alerts_dropped: int
     pending: int
+
+    @property
+    def dropped_total(self) -> int:
+        """Messages that the hub will never see."""
+        return self.reports_dropped + self.alerts_dropped
 
 
 class Spool:
-    """The spool of one agent process.
+    """The spool of one agent process, for one thread at a time.
 
     Args:
         path: the database file; made when missing.
@@ -88,7 +102,7 @@ class Spool:
         self._next_seq = 1
         with self._errors():
             # Transactions are opened and ended by hand, in _transaction.
-            self._db = sqlite3.connect(path, isolation_level=None)
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
@@ -96,10 +110,15 @@ class Spool:
                 with self._transaction():
                     for statement in _SCHEMA.split(";"):
                         self._db.execute(statement)
-                    self._db.execute("INSERT INTO counters VALUES (1, ?, 0, 0, 0)", (max(0, int(clock())),))
+                    self._db.execute("INSERT INTO counters VALUES (1, ?, 0, 0, 0, 0)", (max(0, int(clock())),))
                     self._db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
             elif version != _SCHEMA_VERSION:
-                raise ConfigError(f"spool {path}", got=f"version {version}", expected=f"version {_SCHEMA_VERSION}")
+                raise ConfigError(
+                    f"spool {path}",
+                    got=f"version {version}",
+                    expected=f"version {_SCHEMA_VERSION}",
+                    do="move the file away; what waits in it can be sent by an agent of that version",
+                )
             row = self._db.execute("SELECT COUNT(*), TOTAL(LENGTH(payload)) FROM outbox").fetchone()
             self.pending_count, self._bytes = int(row[0]), int(row[1])
 
@@ -132,31 +151,33 @@ class Spool:
         payload = encode(message)
         is_report = isinstance(message, Report)
         with self._errors(), self._transaction():
-            self._db.execute(
+            position = self._db.execute(
                 "INSERT INTO outbox (boot, seq, kind, payload) VALUES (?, ?, ?, ?)",
                 (self._boot, seq, "report" if is_report else "alert", payload),
-            )
+            ).lastrowid
             self._db.execute(
                 "UPDATE counters SET reports_total = reports_total + ?, alerts_total = alerts_total + ?",
                 (int(is_report), int(not is_report)),
             )
             self._db.executemany("INSERT OR IGNORE INTO consumed VALUES (?)", ((name,) for name in consumed))
-            dropped, freed = self._make_room(self._bytes + len(payload))
+            dropped, freed = self._make_room(self._bytes + len(payload), position)
         self._next_seq = seq + 1
         self._bytes += len(payload) - freed
         self.pending_count += 1 - dropped
         if dropped:
-            log.warning("spool full: %d oldest messages dropped, the hub will never see them", dropped)
+            log.warning("spool full: %d messages dropped, the hub will never see them", dropped)
         return seq
 
     def pending(self, after: int = 0, limit: int = 100) -> list[Entry]:
-        """At most ``limit`` entries behind a position, oldest first."""
+        """At most ``limit`` entries behind a position, oldest first, as far as the hub's acks can tell them apart."""
         with self._errors():
             rows = self._db.execute(
-                "SELECT position, boot, seq, kind, payload FROM outbox WHERE position > ? ORDER BY position LIMIT ?",
+                "SELECT position, boot, seq, kind, payload,"
+                " seq - (SELECT MIN(seq) FROM outbox AS held WHERE held.boot = outbox.boot)"
+                " FROM outbox WHERE position > ? ORDER BY position LIMIT ?",
                 (after, limit),
             ).fetchall()
-        return [Entry(*row) for row in rows]
+        return [Entry(*row[:-1]) for row in takewhile(lambda row: row[-1] <= MAX_GAPS, rows)]
 
     def forget(self, ack: Ack) -> frozenset[int]:
         """Delete what the hub has stored: all of the ack's boot up to ``through_seq``, but its gaps.
@@ -193,17 +214,24 @@ class Spool:
         with self._errors(), self._transaction():
             self._db.execute("DELETE FROM consumed")
 
-    def _make_room(self, size: int) -> tuple[int, int]:
-        """Drop the oldest until ``size`` fits; the newest always stays. Returns (entries, bytes) dropped."""
+    def _make_room(self, size: int, newest: int | None) -> tuple[int, int]:
+        """Drop until ``size`` fits: reports, then alerts, oldest first, never ``newest``. Returns (entries, bytes)."""
         dropped = freed = 0
-        if size > self._max_bytes:
-            rows = self._db.execute("SELECT position, LENGTH(payload) FROM outbox ORDER BY position").fetchall()
-            for position, length in rows[:-1]:
-                if size - freed <= self._max_bytes:
-                    break
-                self._db.execute("DELETE FROM outbox WHERE position = ?", (position,))
-                dropped, freed = dropped + 1, freed + length
-            self._db.execute("UPDATE counters SET dropped_total = dropped_total + ?", (dropped,))
+        for kind in ("report", "alert"):
+            if size - freed <= self._max_bytes:
+                break
+            positions = []
+            rows = self._db.execute(
+                "SELECT position, LENGTH(payload) FROM outbox WHERE kind = ? AND position < ? ORDER BY position",
+                (kind, newest),
+            )
+            while size - freed > self._max_bytes and (row := rows.fetchone()):
+                positions.append(row[:1])
+                freed += row[1]
+            rows.close()
+            self._db.executemany("DELETE FROM outbox WHERE position = ?", positions)
+            self._db.execute(f"UPDATE counters SET {kind}s_dropped = {kind}s_dropped + ?", (len(positions),))
+            dropped += len(positions)
         return dropped, freed
 
     @contextmanager
@@ -234,7 +262,7 @@ def read_counters(path: Path) -> Counters:
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
             row = db.execute(
-                "SELECT session, reports_total, alerts_total, dropped_total,"
+                "SELECT session, reports_total, alerts_total, reports_dropped, alerts_dropped,"
                 " (SELECT COUNT(*) FROM outbox) FROM counters"
             ).fetchone()
     except sqlite3.Error as error:

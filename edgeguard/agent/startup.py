@@ -14,17 +14,20 @@ import fcntl
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO
 
 from edgeguard import broker
 from edgeguard.agent.config import AgentConfig, RuntimeConfig, UpdateConfig
-from edgeguard.agent.source import FolderSource
+from edgeguard.agent.inference import Running
+from edgeguard.agent.sources import base, camera, folder, stream, topic
 from edgeguard.agent.trial import STARTS, Trial
-from edgeguard.detection import runtime
+from edgeguard.contract.guard import GuardMetadata, ModelInput
+from edgeguard.detection import runtime, sidecar
 from edgeguard.detection.guarded import GuardedModel
-from edgeguard.errors import ConfigError, ModelError, TrustError
+from edgeguard.errors import ConfigError, EdgeGuardError, ModelError, TrustError
 from firmware_bridge.slots import RECORD, Slots
 
 SLOTS_FOLDER = "slots"
@@ -41,12 +44,99 @@ def check(config: AgentConfig) -> None:
         EdgeGuardError: the first thing that is wrong.
     """
     load = loader(config.runtime)
-    folder = config.state_dir / SLOTS_FOLDER
-    model = load(Slots(folder).load() if (folder / RECORD).exists() else _read_model(config.model))
-    expected = model.metadata.input
-    FolderSource(config.source.path, shape=expected.shape, dtype=expected.dtype)
+    slots = config.state_dir / SLOTS_FOLDER
+    model = load(Slots(slots).load() if (slots / RECORD).exists() else _read_model(config.model))
+    for source in open_sources(config, model.metadata.input):
+        source.close()
     check_root(config.update)
     broker.check(config.broker)
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What lies in the state folder, opened: it belongs to this process until it ends."""
+
+    lock: IO[bytes]
+    slots: Slots
+    trial: Trial
+    load: Callable[[bytes], GuardedModel]
+
+
+def open_state(config: AgentConfig) -> tuple[State, Running]:
+    """Claim the state folder and open the model that runs.
+
+    Raises:
+        ConfigError, ModelError, TrustError: see :func:`claim` and :func:`open_model`.
+    """
+    lock = claim(config.state_dir)
+    load = loader(config.runtime)
+    slots, model = open_model(config, load)
+    running = Running(model=model, sidecar=sidecar_of(config, model.metadata), sequence=slots.active().sequence)
+    return State(lock=lock, slots=slots, trial=trial(config), load=load), running
+
+
+def open_sources(config: AgentConfig, expected: ModelInput) -> list[base.Source]:
+    """Every source that the configuration names, ready to be opened.
+
+    Raises:
+        ConfigError: one cannot be used.
+        ModelError: the model takes no images, which one of them brings.
+    """
+    chosen = config.sources
+    made: list[base.Source] = []
+    try:
+        if chosen.folder:
+            made.append(folder.FolderSource(chosen.folder.path, expected, keep=chosen.folder.keep))
+        if chosen.socket:
+            made.append(stream.SocketSource(chosen.socket.path, expected))
+        if chosen.stdin:
+            made.append(stream.StdinSource(expected))
+        if chosen.mqtt:
+            name = f"edgeguard-{config.fleet}-{config.device}-input"
+            made.append(topic.TopicSource(config.broker, chosen.mqtt.topic, client_id=name, expected=expected))
+        if chosen.camera:
+            made.append(camera.CameraSource(chosen.camera.device, expected, per_second=chosen.camera.per_second))
+    except EdgeGuardError:
+        for source in made:
+            source.close()
+        raise
+    return made
+
+
+def sidecar_of(config: AgentConfig, metadata: GuardMetadata) -> sidecar.Sidecar | None:
+    """The sidecar of a model, from beside the configured one or from the state folder; None where there is none.
+
+    Its digest stands in the model's metadata, so that it does not matter where it comes from. One that does not fit is
+    no sidecar.
+    """
+    if metadata.sidecar_digest is None:
+        return None
+    kept = config.state_dir / SLOTS_FOLDER / f"{metadata.sidecar_digest}{sidecar.SUFFIX}"
+    for path in (kept, sidecar.path_beside(config.model)):
+        try:
+            with path.open("rb") as file:
+                content = file.read(sidecar.MAX_SIDECAR + 1)
+            found = sidecar.decode(content, digest=metadata.sidecar_digest, metadata=metadata, name=f"sidecar {path}")
+        except OSError:
+            continue
+        except EdgeGuardError as error:
+            log.warning("no further looks at doubtful inputs: %s", error)
+            continue
+        if path != kept:
+            keep(kept, content)
+        return found
+    log.warning("the model has a sidecar, but it is not on this device: doubtful inputs get no further looks")
+    return None
+
+
+def keep(path: Path, content: bytes) -> None:
+    """Keep a copy in the state folder; without one the device does with what it has."""
+    partial_path = path.with_name(f".{path.name}.tmp")
+    try:
+        partial_path.write_bytes(content)
+        partial_path.replace(path)
+    except OSError as error:
+        log.warning("the sidecar is not kept: %s", error.strerror)
 
 
 def loader(config: RuntimeConfig) -> Callable[[bytes], GuardedModel]:

@@ -2,7 +2,7 @@
 
 Rules enforced here:
 
-* a window has one model: the agent closes it before a swap;
+* a window has one model and one guard, and features of one length;
 * an input that could not be scored is ``unchecked``: it lands in no label, no bin and no mean;
 * sums stream in float64; no input and no feature vector is kept;
 * a report fits ``MAX_PAYLOAD``: evidence of the labels with the fewest flags is left out where it would not.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -40,8 +41,7 @@ class _Sums:
         self.total: Vector = np.zeros(size)
         self.squares: Vector = np.zeros(size)
 
-    def add(self, features: npt.NDArray[np.float32]) -> None:
-        wide = features.astype(np.float64)
+    def add(self, wide: Vector) -> None:
         self.count += 1
         self.total += wide
         self.squares += wide * wide
@@ -60,16 +60,30 @@ class _Label:
         self.unflagged = _Sums(size)
 
 
+class Identity(NamedTuple):
+    """What evidence belongs to: the two digests of a guarded file."""
+
+    model_digest: str
+    guard_digest: str
+
+    @classmethod
+    def of(cls, metadata: GuardMetadata) -> Identity:
+        """Those of one file."""
+        return cls(metadata.model_digest, metadata.guard_digest)
+
+
 class Window:
     """Adds up the inputs of one report.
 
     Args:
-        metadata: the guard of the model that all inputs of this window run through.
+        identity: the model and guard that all inputs of this window run through.
+        size: D, how many features they have.
         started_ms: the device's clock.
     """
 
-    def __init__(self, metadata: GuardMetadata, *, started_ms: int) -> None:
-        self._metadata = metadata
+    def __init__(self, identity: Identity, size: int, *, started_ms: int) -> None:
+        self.identity = identity
+        self.size = size
         self._started_ms = started_ms
         self._labels: dict[int, _Label] = {}
         self._histogram = [0] * BINS
@@ -83,14 +97,18 @@ class Window:
             verdict: what the guard thinks of it.
             features: ``edgeguard_features`` of it, float32 ``[D]``.
         """
-        if math.isnan(verdict.score) or not np.isfinite(features).all():
+        wide = features.astype(np.float64)
+        # In float64 no square of a finite float32 overflows: the sum is finite when each feature is.
+        if math.isnan(verdict.score) or not math.isfinite(np.dot(wide, wide)):
             self.add_unchecked()
             return
         self.inputs += 1
         self._histogram[bin_of(verdict.score)] += 1
         number = NO_CLASS if verdict.predicted is None else verdict.predicted
-        label = self._labels.setdefault(number, _Label(features.size))
-        (label.flagged if verdict.flagged else label.unflagged).add(features)
+        label = self._labels.get(number)
+        if label is None:
+            label = self._labels[number] = _Label(self.size)
+        (label.flagged if verdict.flagged else label.unflagged).add(wide)
 
     def add_unchecked(self) -> None:
         """Count one input that could not be scored."""
@@ -108,8 +126,8 @@ class Window:
         return Report(
             boot=boot,
             seq=seq,
-            model_digest=self._metadata.model_digest,
-            guard_digest=self._metadata.guard_digest,
+            model_digest=self.identity.model_digest,
+            guard_digest=self.identity.guard_digest,
             started_ms=self._started_ms,
             ended_ms=ended_ms,
             inputs=self.inputs,
@@ -140,12 +158,16 @@ class Window:
             chosen.append(evidence)
         return tuple(chosen)
 
+    def unflagged(self) -> tuple[int, Vector]:
+        """How many inputs were scored and not flagged, and the sum of their features ``[D]``."""
+        sums = [s.unflagged for s in self._labels.values()]
+        total: Vector = np.sum([s.total for s in sums], axis=0) if sums else np.zeros(self.size)
+        return sum(s.count for s in sums), total
+
     def _activation(self) -> ActivationMean | None:
-        sums = [s.unflagged for s in self._labels.values() if s.unflagged.count]
-        if not sums:
+        count, total = self.unflagged()
+        if not count:
             return None
-        count = sum(s.count for s in sums)
-        total = np.sum([s.total for s in sums], axis=0)
         return ActivationMean(inputs=count, mean=_rounded(total / count))
 
 
@@ -169,15 +191,15 @@ class AlertLimit:
         return allowed, AlertLimit(self.per_minute, tokens - 1.0 if allowed else tokens, now_s)
 
 
-def alert_builder(verdict: Verdict, metadata: GuardMetadata, *, at_ms: int) -> Callable[[str, int], Alert]:
+def alert_builder(verdict: Verdict, identity: Identity, *, at_ms: int) -> Callable[[str, int], Alert]:
     """What makes the alert of one flagged input once its boot and seq are known."""
 
     def build(boot: str, seq: int) -> Alert:
         return Alert(
             boot=boot,
             seq=seq,
-            model_digest=metadata.model_digest,
-            guard_digest=metadata.guard_digest,
+            model_digest=identity.model_digest,
+            guard_digest=identity.guard_digest,
             at_ms=at_ms,
             label=NO_CLASS if verdict.predicted is None else verdict.predicted,
             score=_finite(verdict.score),

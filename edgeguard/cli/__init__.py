@@ -14,7 +14,7 @@ from typing import NoReturn
 import typer
 
 from edgeguard import __version__
-from edgeguard.cli import attack, calibrate, convert, demo, hub, inspect, run, score
+from edgeguard.cli import attack, bench, calibrate, config, convert, demo, doctor, hub, inspect, run, score, service
 from edgeguard.errors import EXIT_INTERNAL, EXIT_USAGE, EdgeGuardError
 
 _EXTRAS = {
@@ -37,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (demo, convert, calibrate, inspect, score, run, hub, attack):
+for module in (demo, convert, calibrate, inspect, score, bench, run, doctor, service, config, hub, attack):
     module.register(app)
 
 

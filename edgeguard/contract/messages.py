@@ -6,7 +6,9 @@ Rules enforced here:
 * unknown fields are ignored, so that a newer peer may say more;
 * sizes and ranges are bounded before anything is stored: a peer may be hostile;
 * a report is identified by (fleet, device, boot, seq); ``boot`` is a random 64-bit id per process start and ``seq``
-  counts from 1 within it, over reports and alerts together. Fleet and device come from the topic, not the payload.
+  counts from 1 within it, over reports and alerts together. Fleet and device come from the topic, not the payload;
+* a command and its reply share a transaction id. Its first 12 hex digits are the hub's time, so that a device can
+  tell an id that it may have forgotten from a new one. A reply has a result when it is "ok", and only then.
 
 Example:
     >>> decode(Ack, encode(Ack(boot="00000000000000ab", through_seq=7)))
@@ -15,7 +17,8 @@ Example:
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -24,6 +27,7 @@ from edgeguard.contract.scores import BINS
 from edgeguard.errors import LinkError
 
 MAX_PAYLOAD = 512 * 1024
+MAX_COMMAND = 4096
 MAX_FEATURES = 4096
 MAX_LABELS = 4096
 MAX_EVIDENCE = 64
@@ -39,6 +43,11 @@ Label = Annotated[int, Meta(ge=-1, lt=MAX_LABELS)]
 """A class index; -1 for a model without classes."""
 Text = Annotated[str, Meta(max_length=512)]
 Features = Annotated[tuple[float, ...], Meta(max_length=MAX_FEATURES)]
+# Python's "$" alone would let a line feed follow.
+Transaction = Annotated[str, Meta(pattern=r"^[0-9a-f]{16,64}$(?!\n)")]
+Layer = Annotated[str, Meta(min_length=1, max_length=512)]
+"""A tap: the source layer of its activation, or its tensor."""
+Channels = Annotated[tuple[Annotated[int, Meta(ge=0, lt=MAX_FEATURES)], ...], Meta(max_length=MAX_FEATURES)]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,7 +83,11 @@ class Birth(Message, frozen=True, kw_only=True):
 
 
 class Health(Message, frozen=True, kw_only=True):
-    """Every now and then, lossy: how the device fares."""
+    """Every now and then, lossy: how the device fares. What it does not know is None.
+
+    ``dropped``: inputs, results and foreign scores that there was no room for. ``level``: what the guard's budget lets
+    it do, and ``reason`` why it is not everything. ``unwritten``: windows that the disk does not take.
+    """
 
     session: Count
     boot: Boot
@@ -82,6 +95,15 @@ class Health(Message, frozen=True, kw_only=True):
     spooled: Count
     inputs: Count
     p50_us: float
+    anonymous_bytes: Count | None = None
+    temperature_c: float | None = None
+    throttled: bool | None = None
+    under_voltage: bool | None = None
+    dropped: Count = 0
+    unwritten: Count = 0
+    quarantined: Count | None = None
+    level: Text = "everything"
+    reason: Text = ""
 
 
 class LabelCount(msgspec.Struct, frozen=True, kw_only=True):
@@ -184,6 +206,176 @@ class Reported(Message, frozen=True, kw_only=True):
     reason: Text = ""
 
 
+class Command(Message, frozen=True, kw_only=True):
+    """Base of what the hub asks of a device. ``name`` is the last part of its topic."""
+
+    name: ClassVar[str]
+    id: Transaction
+
+
+class Ping(Command, frozen=True, kw_only=True):
+    """Say that you are there."""
+
+    name: ClassVar[str] = "ping"
+
+
+class Restart(Command, frozen=True, kw_only=True):
+    """End the agent, so that what supervises it starts it again. The reply comes first."""
+
+    name: ClassVar[str] = "restart"
+
+
+class Rank(Command, frozen=True, kw_only=True):
+    """Order the channels of one tap, or of all taps, by mean activation: federated pruning by rank aggregation (RAP).
+
+    Wu et al., "Mitigating Backdoor Attacks in Federated Learning", 2020.
+    """
+
+    name: ClassVar[str] = "rank"
+    model_digest: Digest
+    layer: Layer | None = None
+
+
+class Vote(Command, frozen=True, kw_only=True):
+    """Name the ``round(share * channels)`` least active channels of one tap: federated pruning by vote (MVP).
+
+    ``round`` is Python's, half to even. Wu et al., as for :class:`Rank`.
+    """
+
+    name: ClassVar[str] = "vote"
+    model_digest: Digest
+    layer: Layer
+    share: Annotated[float, Meta(gt=0, lt=1)]
+
+
+class Recalibrate(Command, frozen=True, kw_only=True):
+    """Fit the guard anew to clean data that lies on the device: the signed sidecar's, or the owner's own.
+
+    Where the owner's data lies is the device's configuration; no command can name a place.
+    """
+
+    name: ClassVar[str] = "recalibrate"
+    source: Literal["sidecar", "owner"]
+
+
+COMMANDS: Mapping[str, type[Command]] = {kind.name: kind for kind in (Ping, Restart, Rank, Vote, Recalibrate)}
+
+
+class Reply(Message, frozen=True, kw_only=True):
+    """Base of replies. ``refused``: nothing was done, and why; ``failed``: it was begun and did not succeed."""
+
+    id: Transaction
+    state: Literal["ok", "refused", "failed"]
+    reason: Text = ""
+    result: Any = None
+
+    def __post_init__(self) -> None:
+        if (self.state == "ok") != (self.result is not None):
+            raise ValueError(f"a reply that is {self.state} with{'out' if self.result is None else ''} a result")
+
+
+class Alive(msgspec.Struct, frozen=True, kw_only=True):
+    """Result of a ping."""
+
+    boot: Boot
+    session: Count
+    uptime_s: Annotated[float, Meta(ge=0)]
+
+
+class PingReply(Reply, frozen=True, kw_only=True):
+    """Reply to :class:`Ping`."""
+
+    result: Alive | None = None
+
+
+class Restarting(msgspec.Struct, frozen=True, kw_only=True):
+    """Result of a restart: the process that ends now. The next birth comes from another boot."""
+
+    boot: Boot
+
+
+class RestartReply(Reply, frozen=True, kw_only=True):
+    """Reply to :class:`Restart`."""
+
+    result: Restarting | None = None
+
+
+class TapRanking(msgspec.Struct, frozen=True, kw_only=True):
+    """All channels of one tap, the least active first."""
+
+    tensor: Text
+    source_layer: Text
+    channels: Channels
+
+    def __post_init__(self) -> None:
+        if sorted(self.channels) != list(range(len(self.channels))):
+            raise ValueError("a ranking that does not name each channel once")
+
+
+class Ranking(msgspec.Struct, frozen=True, kw_only=True):
+    """Result of a rank: ``inputs`` is how many unflagged inputs the mean activations rest on."""
+
+    model_digest: Digest
+    inputs: Count
+    taps: Annotated[tuple[TapRanking, ...], Meta(min_length=1, max_length=64)]
+
+
+class RankReply(Reply, frozen=True, kw_only=True):
+    """Reply to :class:`Rank`."""
+
+    result: Ranking | None = None
+
+
+class Ballot(msgspec.Struct, frozen=True, kw_only=True):
+    """Result of a vote: the channels that this device would prune, ascending; ``inputs`` as in :class:`Ranking`."""
+
+    model_digest: Digest
+    layer: Layer
+    inputs: Count
+    channels: Channels
+
+    def __post_init__(self) -> None:
+        if sorted(set(self.channels)) != list(self.channels):
+            raise ValueError("channels that do not ascend")
+
+
+class VoteReply(Reply, frozen=True, kw_only=True):
+    """Reply to :class:`Vote`."""
+
+    result: Ballot | None = None
+
+
+class Recalibration(msgspec.Struct, frozen=True, kw_only=True):
+    """Result of a recalibration: None while it is at work; a second reply of the same id brings the digest."""
+
+    guard_digest: Digest | None
+
+
+class RecalibrateReply(Reply, frozen=True, kw_only=True):
+    """Reply to :class:`Recalibrate`: "ok" once it is accepted, and again, or "failed", once it is done."""
+
+    result: Recalibration | None = None
+
+
+REPLIES: Mapping[str, type[Reply]] = {
+    Ping.name: PingReply,
+    Restart.name: RestartReply,
+    Rank.name: RankReply,
+    Vote.name: VoteReply,
+    Recalibrate.name: RecalibrateReply,
+}
+
+
+def transaction(at_ms: int, salt: str) -> str:
+    """The id of a new command: the hub's time in milliseconds since 1970, and 4 to 52 random hex digits."""
+    return f"{at_ms:012x}{salt}"
+
+
+def issued_ms(transaction: str) -> int:
+    """The time that stands in a transaction id, in milliseconds since 1970."""
+    return int(transaction[:12], 16)
+
+
 M = TypeVar("M", bound=Message)
 
 
@@ -196,17 +388,17 @@ def encode(message: Message) -> bytes:
     return msgspec.json.encode(message)
 
 
-def decode(kind: type[M], payload: bytes) -> M:
-    """Decode and check one message.
+def decode(kind: type[M], payload: bytes, *, limit: int = MAX_PAYLOAD) -> M:
+    """Decode and check one message of at most ``limit`` bytes.
 
     Raises:
         LinkError: too large, not JSON, another version, a missing field, a wrong type or a value out of range.
     """
-    if len(payload) > MAX_PAYLOAD:
-        raise LinkError(f"{kind.__name__} message", got=f"{len(payload)} bytes", expected=f"at most {MAX_PAYLOAD}")
+    if len(payload) > limit:
+        raise LinkError(f"{kind.__name__} message", got=f"{len(payload)} bytes", expected=f"at most {limit}")
     try:
         return msgspec.json.decode(payload, type=kind)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         version = _version_of(payload)
         if version not in (None, 1):
             raise LinkError(f"{kind.__name__} message", got=f"version {version}", expected="version 1") from error
@@ -216,5 +408,5 @@ def decode(kind: type[M], payload: bytes) -> M:
 def _version_of(payload: bytes) -> int | None:
     try:
         return msgspec.json.decode(payload, type=_Probe).v
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None

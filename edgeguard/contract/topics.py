@@ -23,6 +23,8 @@ ALERT = "alert"
 ACK = "ack"
 MODEL_DESIRED = "model/desired"
 MODEL_REPORTED = "model/reported"
+COMMAND = "cmd"
+REPLY = "reply"
 
 DEVICE_CHANNELS = (STATUS, BIRTH, HEALTH, REPORT, ALERT, MODEL_REPORTED)
 """Channels that a device writes and the hub reads."""
@@ -62,6 +64,16 @@ def topic(fleet: str, device: str, channel: str) -> str:
 def subscription(fleet: str, channel: str) -> str:
     """The filter that matches ``channel`` of every device of a fleet."""
     return f"{PREFIX}/{check_fleet(fleet)}/+/{channel}"
+
+
+def command(name: str) -> str:
+    """The channel of one command, hub to device; ``+`` for all of them. QoS 1, never retained."""
+    return f"{COMMAND}/{name}"
+
+
+def reply(name: str) -> str:
+    """The channel of the replies to one command, device to hub. QoS 1, not retained."""
+    return f"{REPLY}/{name}"
 
 
 def parse(text: str) -> Address:

@@ -81,7 +81,7 @@ linger_s = 30.0
 host = "{broker[0]}"
 port = {broker[1]}
 
-[source]
+[sources.folder]
 path = "inbox"
 stop_at_end = true
 

@@ -339,11 +339,14 @@ class Cascade:
             fits = len(sidecar.overlays) >= len(OVERLAID) and tuple(limits.moved) == looks_at(sidecar.overlays)
             limits = limits if fits else None
         self.limits = limits
-        self._clock, self._rng, self._audit_share = clock, rng, audit_share
+        self.audit_share = audit_share
+        self._clock, self._rng = clock, rng
         self._allowance = Allowance(budget or Budget(), 0 if self.limits is None else worst_cost(self.limits), clock())
 
-    def infer(self, x: Array) -> tuple[Inference, int]:
+    def infer(self, x: Array, *, looks: bool = True) -> tuple[Inference, int]:
         """Run one input through the one pass and what else it takes; how many inferences that were.
+
+        Without ``looks`` nothing else is done, as if the budget were spent.
 
         Raises:
             ModelError: the input does not fit.
@@ -354,9 +357,9 @@ class Cascade:
             return first, 1
         # Looks only ever add: one flagged already stays so, and is looked at for how sure that is.
         flagged, doubtful = verdict.score > limits.threshold, verdict.score >= limits.grey
-        if not doubtful and self._rng.random() >= self._audit_share:
+        if not doubtful and self._rng.random() >= self.audit_share:
             return replace(first, verdict=_decided(verdict, {}, limits, "not needed")), 1
-        if not self._allowance.affords(flagged=flagged, now=self._clock()):
+        if not (looks and self._allowance.affords(flagged=flagged, now=self._clock())):
             if flagged or not doubtful:
                 return replace(first, verdict=_decided(verdict, {}, limits, "not needed")), 1
             reason = f"{verdict.reason}; doubtful, but the budget for audits is spent"
@@ -374,7 +377,7 @@ class Cascade:
 
 
 def _decided(verdict: Verdict, values: Mapping[str, float], limits: Limits, audit: Audit) -> Verdict:
-    score = combined(verdict.score, values, limits) / limits.threshold
+    score = (combined(verdict.score, values, limits) if values else verdict.score) / limits.threshold
     found = [
         f"{name} moves the answer by {value:.2f}, as for {rarity(name, limits.moved[name], value):.0%} of clean inputs"
         for name, value in values.items()

@@ -11,6 +11,7 @@ Rules enforced here:
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +26,11 @@ from edgeguard.errors import ModelError
 
 Array = npt.NDArray[Any]
 
-MAX_NORM = 1e15
-"""A larger norm has a square that float32 cannot hold: its score would be infinite less infinite, or nothing."""
+GUARD_OUTPUTS = (SCORES, FEATURES)
+"""Names of the last two outputs of a guarded model."""
+
+MAX_SQUARE = 1e30
+"""Features of a larger sum of squares have scores that float32 cannot hold: infinite less infinite, or nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +59,27 @@ class TfliteModel:
         scale, zero_point = self._input["quantization"]
         self.input_quantization = (float(scale), int(zero_point))
         """Scale and zero point of the input; a scale of 0 where it is not quantised."""
+        self._steps: bytes | None = None
+        if self.input_dtype.itemsize == 1:
+            pixels = np.arange(256, dtype=np.uint8)
+            self._steps = self._quantised(pixels).tobytes()
 
     def quantise(self, x: Array) -> Array:
         """One input (no batch axis) as the input tensor takes it, with a batch axis of one."""
+        if self._steps is not None and x.dtype == np.uint8:
+            # A table lookup over bytes: a tenth of the arithmetic's time, and the same numbers.
+            return np.frombuffer(x.tobytes().translate(self._steps), self.input_dtype).reshape(1, *x.shape)
+        return self._quantised(x[np.newaxis])
+
+    def _quantised(self, x: Array) -> Array:
         if not np.issubdtype(self.input_dtype, np.integer):
-            return x[np.newaxis].astype(self.input_dtype)
+            return x.astype(self.input_dtype)
         scale, zero_point = self.input_quantization
         limits = np.iinfo(self.input_dtype)
         if not scale:
-            return np.clip(np.round(x), limits.min, limits.max)[np.newaxis].astype(self.input_dtype)
+            return np.clip(np.round(x), limits.min, limits.max).astype(self.input_dtype)
         steps = np.round(x.astype(np.float32) / np.float32(scale)) + zero_point
-        return np.clip(steps, limits.min, limits.max)[np.newaxis].astype(self.input_dtype)
+        return np.clip(steps, limits.min, limits.max).astype(self.input_dtype)
 
     def invoke(self, tensor: Array) -> list[Array]:
         """Run on an input tensor as :meth:`quantise` makes it; the raw output tensors, with their batch axis."""
@@ -85,7 +99,7 @@ class TfliteModel:
 def dequantise(raw: Array, detail: dict[str, Any]) -> Array:
     """An output tensor in real numbers, float32; float tensors come back as they are."""
     scale, zero_point = detail["quantization"]
-    if not np.issubdtype(raw.dtype, np.integer) or not scale:
+    if raw.dtype.kind not in "iu" or not scale:
         return raw
     return np.asarray((raw.astype(np.float32) - zero_point) * np.float32(scale))
 
@@ -97,11 +111,7 @@ class GuardedModel:
         self.metadata = description
         self.file_digest = hashlib.sha256(content).hexdigest()
         self._model = model
-        self._scores, self._features = _guard_outputs(model, description)
-        guard_outputs = {self._scores, self._features}
-        self._own = [i for i in range(len(model.outputs)) if i not in guard_outputs]
-        self._check_classes()
-        self._names = tuple(detector.name for detector in description.detectors)
+        self._layout = layout_of(model.outputs, description)
         self._dtype = np.dtype(description.input.dtype)
 
     @classmethod
@@ -115,23 +125,6 @@ class GuardedModel:
         description = metadata_reader.read(content)
         return cls(content, TfliteModel(content, threads=threads, runtime=runtime), description)
 
-    def _check_classes(self) -> None:
-        index, classes = self.metadata.class_output, len(self.metadata.classes)
-        if index is None:
-            return
-        shape = (
-            tuple(int(n) for n in self._model.outputs[self._own[index]]["shape"])
-            if index in range(len(self._own))
-            else ()
-        )
-        if shape != (1, classes):
-            raise ModelError(
-                "guard metadata",
-                got=f"class output {index} of shape {list(shape)}",
-                expected=f"[1, {classes}], one score per class",
-                do="convert the model again",
-            )
-
     @property
     def runtime(self) -> RuntimeInfo:
         """The runtime that runs it."""
@@ -144,7 +137,7 @@ class GuardedModel:
                 tuple(int(n) for n in self._model.outputs[i]["shape"]),
                 np.dtype(self._model.outputs[i]["dtype"]).name,
             )
-            for i in self._own
+            for i in self._layout.own
         )
         return (self._model.input_shape, self.metadata.input.dtype, own)
 
@@ -169,32 +162,71 @@ class GuardedModel:
         """
         self.check(x)
         raw = self._model.invoke(self._model.quantise(x))
-        outputs = tuple(dequantise(raw[i][0], self._model.outputs[i]) for i in self._own)
-        scores = dict(zip(self._names, (float(s) for s in raw[self._scores][0]), strict=True))
-        class_output = self.metadata.class_output
-        predicted = None if class_output is None else int(np.argmax(raw[self._own[class_output]][0]))
-        if self.metadata.calibration.synthetic:
-            verdict = not_checked(predicted, scores, "calibrated on synthetic inputs, so that scores mean nothing")
-        elif not float(np.abs(raw[self._features]).max()) < MAX_NORM:
-            verdict = not_checked(predicted, scores, "activations too large to be scored")
-        else:
-            verdict = judge(predicted, scores, self.metadata.score_to_p)
-        return Inference(outputs, raw[self._features][0], verdict)
+        layout = self._layout
+        outputs = tuple(dequantise(raw[i][0], self._model.outputs[i]) for i in layout.own)
+        predicted = None if layout.classes is None else int(np.argmax(raw[layout.classes][0]))
+        features = raw[layout.features][0]
+        return Inference(outputs, features, verdict_of(self.metadata, predicted, raw[layout.scores][0], features))
 
 
-def _guard_outputs(model: TfliteModel, description: GuardMetadata) -> tuple[int, int]:
-    """Positions of the score and feature outputs. They follow the model's own, scores first."""
-    count = len(model.outputs)
-    expected = (len(description.detectors), description.feature_count)
-    if count >= 3:
-        last = model.outputs[-2:]
-        shapes = tuple(tuple(int(n) for n in output["shape"]) for output in last)
-        names = tuple(output["name"] for output in last)
-        if shapes == ((1, expected[0]), (1, expected[1])) and names == (SCORES, FEATURES):
-            return count - 2, count - 1
-    raise ModelError(
-        "model file",
-        got="guard outputs that do not fit its guard metadata",
-        expected=f"scores [1, {expected[0]}] and features [1, {expected[1]}] as the last two outputs",
-        do="convert the model again",
-    )
+def verdict_of(
+    description: GuardMetadata, predicted: int | None, scores: Array, features: Array, doubt: str | None = None
+) -> Verdict:
+    """The verdict on one input, from what the graph made of it.
+
+    Args:
+        description: of the guard that scored it.
+        predicted: class index, or None for a model without classes.
+        scores: ``edgeguard_scores`` [detectors].
+        features: ``edgeguard_features`` [D].
+        doubt: why these do not speak about the input, where that is known.
+    """
+    named = dict(zip((detector.name for detector in description.detectors), scores.tolist(), strict=True))
+    if doubt:
+        return not_checked(predicted, named, doubt)
+    if description.calibration.synthetic:
+        return not_checked(predicted, named, "calibrated on synthetic inputs, so that scores mean nothing")
+    if not float(np.dot(features, features)) < MAX_SQUARE:
+        return not_checked(predicted, named, "activations too large to be scored")
+    return judge(predicted, named, description.score_to_p)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Positions among the outputs of a guarded model: its own, the one with the classes if any, and the guard's."""
+
+    own: tuple[int, ...]
+    classes: int | None
+    scores: int
+    features: int
+
+
+def layout_of(outputs: Sequence[dict[str, Any]], description: GuardMetadata) -> Layout:
+    """Which output is what. The guard's follow the model's own, scores first.
+
+    Args:
+        outputs: the runtime's details of them, for a batch of one.
+        description: the guard's metadata.
+
+    Raises:
+        ModelError: they do not fit the metadata.
+    """
+    own = tuple(range(len(outputs) - 2))
+    shapes = [tuple(int(n) for n in output["shape"]) for output in outputs]
+    guard_shapes = [(1, len(description.detectors)), (1, description.feature_count)]
+    if not own or shapes[-2:] != guard_shapes or tuple(o["name"] for o in outputs[-2:]) != GUARD_OUTPUTS:
+        raise ModelError(
+            "model file",
+            got="guard outputs that do not fit its guard metadata",
+            expected=f"scores {list(guard_shapes[0])} and features {list(guard_shapes[1])} as the last two outputs",
+            do="convert the model again",
+        )
+    index, classes = description.class_output, len(description.classes)
+    if index is not None and (index not in own or shapes[index] != (1, classes)):
+        raise ModelError(
+            "guard metadata",
+            got=f"class output {index} of shape {list(shapes[index]) if index in own else []}",
+            expected=f"[1, {classes}], one score per class",
+            do="convert the model again",
+        )
+    return Layout(own, index, len(own), len(own) + 1)

@@ -74,6 +74,19 @@ def choose(name: str | None = None) -> str:
     return installed[0]
 
 
+def interpreter_class(name: str | None = None) -> Any:
+    """The Interpreter class of a runtime. Raises ConfigError, see :func:`choose`."""
+    return _load(name)[0]
+
+
+def _load(name: str | None) -> tuple[Any, _Candidate]:
+    chosen = next(c for c in _CANDIDATES if c.name == choose(name))
+    found: Any = importlib.import_module(chosen.module)
+    for attribute in chosen.attribute.split("."):
+        found = getattr(found, attribute)
+    return found, chosen
+
+
 def open_interpreter(content: bytes, *, threads: int = 1, name: str | None = None) -> tuple[Any, RuntimeInfo]:
     """An interpreter with its tensors allocated.
 
@@ -81,12 +94,9 @@ def open_interpreter(content: bytes, *, threads: int = 1, name: str | None = Non
         ConfigError: see :func:`choose`.
         ModelError: the runtime does not accept the file.
     """
-    chosen = next(c for c in _CANDIDATES if c.name == choose(name))
-    interpreter_class: Any = importlib.import_module(chosen.module)
-    for attribute in chosen.attribute.split("."):
-        interpreter_class = getattr(interpreter_class, attribute)
+    loaded, chosen = _load(name)
     try:
-        interpreter = interpreter_class(model_content=content, num_threads=threads)
+        interpreter = loaded(model_content=content, num_threads=threads)
         interpreter.allocate_tensors()
     except (ValueError, RuntimeError) as error:
         raise ModelError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -84,7 +85,7 @@ class Device:
         path = self.folder / "agent.toml"
         path.write_text(
             f'fleet = "demo"\ndevice = "{self.name}"\nmodel = "{self.model}"\nstate_dir = "state"\nlinger_s = 10\n'
-            f'[broker]\nhost = "127.0.0.1"\nport = {self.port}\n[source]\npath = "inbox"\n'
+            f'[broker]\nhost = "127.0.0.1"\nport = {self.port}\n[sources.folder]\npath = "inbox"\n'
             f"[window]\n{self.window}\n[spool]\nresend_s = {self.resend_s}\n{self.more}\n"
         )
         return path
@@ -107,15 +108,25 @@ class Device:
         """Return once at most ``count`` batches lie in the source."""
         wait_until(lambda: self.waiting() <= count, f"at most {count} batches waiting")
 
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start the process."""
+    def start(self, *arguments: str, limit: int | None = None) -> subprocess.Popen[bytes]:
+        """Start the process; no file of it may grow beyond ``limit`` bytes."""
+
+        def bound() -> None:
+            if limit is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
         with (self.folder / "stderr.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "edgeguard.agent", "--config", str(self.config()), *arguments],
                 stderr=log,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                preexec_fn=bound,  # noqa: PLW1509  (no other thread allocates between fork and exec here)
             )
         return self._process
+
+    def running(self) -> bool:
+        """Whether the process is there."""
+        return self._process is not None and self._process.poll() is None
 
     def kill(self) -> None:
         """SIGKILL."""

@@ -19,7 +19,7 @@ def minimal(**changes: Any) -> dict[str, Any]:
         "model": "m.tflite",
         "state_dir": "state",
         "broker": {"host": "127.0.0.1"},
-        "source": {"path": "inbox"},
+        "sources": {"folder": {"path": "inbox"}},
     }
     return {**raw, **changes}
 
@@ -32,7 +32,8 @@ def test_defaults_fill_what_is_not_said() -> None:
 
 def test_relative_paths_count_from_the_configuration() -> None:
     config = parse(minimal(model="/opt/m.tflite"), base=Path("/etc/edgeguard"))
-    assert config.source.path == Path("/etc/edgeguard/inbox")
+    assert config.sources.folder is not None
+    assert config.sources.folder.path == Path("/etc/edgeguard/inbox")
     assert config.model == Path("/opt/m.tflite")
 
 
@@ -47,9 +48,9 @@ def test_relative_paths_count_from_the_configuration() -> None:
         ({"broker": {}}, "host"),
         ({"window": {"inputs": 0}}, "window.inputs"),
         ({"window": {"seconds": "ten"}}, "window.seconds"),
-        ({"source": {"path": "inbox", "kind": "camera"}}, "source.kind"),
-        ({"source": {"path": 3}}, "source.path"),
-        ({"source": {"path": ""}}, "source.path"),
+        ({"sources": {"folder": {"path": "inbox", "kind": "camera"}}}, "kind"),
+        ({"sources": {"folder": {"path": 3}}}, "sources.folder.path"),
+        ({"sources": {"folder": {"path": ""}}}, "sources.folder.path"),
         ({"runtime": {"name": "tensorflow"}}, "runtime.name"),
         ({"alerts": {"per_minute": -1}}, "alerts.per_minute"),
         ({"update": {"metadata_url": "ftp://h/m", "targets_url": "http://h/t", "root": "r"}}, "metadata_url"),
@@ -63,7 +64,7 @@ def test_a_wrong_key_or_value_is_refused_by_its_name(changes: dict[str, Any], na
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("missing", ["fleet", "device", "model", "state_dir", "broker", "source"])
+@pytest.mark.parametrize("missing", ["fleet", "device", "model", "state_dir", "broker", "sources"])
 def test_a_missing_key_is_named(missing: str) -> None:
     raw = minimal()
     del raw[missing]

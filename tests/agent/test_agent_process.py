@@ -17,13 +17,14 @@ import paho.mqtt.client as mqtt
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
-from edgeguard.agent.daemon import Results
+from edgeguard.agent.config import PolicyConfig
+from edgeguard.agent.inference import line_of, policy_of, result_of
 from edgeguard.agent.spool import read_counters
 from edgeguard.contract import topics
 from edgeguard.contract.guard import GuardMetadata
 from edgeguard.contract.messages import Birth, Reported, Status
 from edgeguard.detection import metadata as metadata_reader
-from edgeguard.detection.verdict import Verdict, judge
+from edgeguard.detection.verdict import judge
 from tests.agent.conftest import Device
 from tests.simulators.attacked import Attacked
 from tests.simulators.mosquitto import Mosquitto, free_port
@@ -223,15 +224,14 @@ def test_results_have_one_line_per_counted_input(
     assert len(lines) == fed
     assert sum(line["flagged"] for line in lines) == sum(c.flagged for r in hub.reports() for c in r.labels) > 0
     assert {(line["status"], line["flagged"]) for line in lines} == {("clean", False), ("flagged", True)}
-    assert {tuple(sorted(line)) for line in lines} == {("file", "flagged", "index", "predicted", "score", "status")}
+    keys = ("flagged", "index", "name", "p_value", "policy", "predicted", "reason", "score", "source", "status")
+    assert {tuple(sorted(line)) for line in lines} == {keys}
 
 
-@pytest.mark.parametrize("verdict", [None, judge(3, {"linf": math.nan})])
-def test_an_input_that_was_not_checked_is_not_called_clean(tmp_path: Path, verdict: Verdict | None) -> None:
-    results = Results(tmp_path / "results.jsonl")
-    results.add("000.npy", 0, verdict)
-    results.write()
-    line = json.loads((tmp_path / "results.jsonl").read_text())
+def test_an_input_that_was_not_checked_is_not_called_clean() -> None:
+    verdict = judge(3, {"linf": math.nan})
+    result, _ = result_of("000.npy", None, verdict, policy_of(verdict, PolicyConfig()))
+    line = line_of("folder", "000.npy", 0, result)
     assert (line["status"], line["flagged"], line["score"]) == ("not checked", None, None)
 
 
@@ -333,20 +333,23 @@ def test_a_check_needs_the_broker_and_leaves_nothing(mosquitto: Mosquitto, devic
     assert not (camera.folder / "state").exists()
 
 
-def test_a_full_disk_ends_the_agent_in_one_line_and_loses_no_input(hub: TinyHub, device: Make, digits: Digits) -> None:
-    camera = device(window="inputs = 1")
+def test_a_full_disk_stops_no_inference_and_loses_no_input(hub: TinyHub, device: Make, digits: Digits) -> None:
+    camera = device(window="inputs = 1", more='[results]\npath = "results.jsonl"\n')
     camera.start()
     wait_until(lambda: hub.latest(Birth), "a birth")
     camera.kill()
     camera.port = free_port()
     fed = camera.feed(digits[:400], batch=1)
-    config = camera.config()
     # No file of this process may grow beyond the limit; to SQLite that is a disk that is full.
-    done = run(config, limit=max(p.stat().st_size for p in (camera.folder / "state").rglob("*")) + 4096)
-    assert done.returncode == 2, done.stderr
-    (error,) = lines_of_error(done)
+    full = max(p.stat().st_size for p in (camera.folder / "state").rglob("*")) + 4096
+    camera.start(limit=full)
+    wait_until(lambda: "nothing can be recorded" in camera.log, "a complaint")
+    wait_until(lambda: "runs model" in camera.log.split("nothing can be recorded")[0], "an agent at work")
+    assert camera.running()
+    assert camera.stop() == 2
+    (error,) = [line for line in camera.log.splitlines() if line.startswith("error:")]
     assert "spool" in error
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in camera.log
     camera.port = hub.port
     camera.start()
     wait_until(lambda: camera.waiting() == 0, "an empty inbox")

@@ -39,7 +39,7 @@ folder = Path(sys.argv[1])
 agent = daemon.Agent(config.load(folder / "agent.toml"))
 calls = iter([False] * 5 + [True])
 agent.run(lambda: next(calls, True))
-assert agent._inputs == 8, agent._inputs
+assert agent.inputs == 8, agent.inputs
 print("\\n".join(sys.modules))
 """
 
@@ -53,7 +53,7 @@ def test_an_agent_at_work_has_imported_nothing_of_the_server_side(
     np.save(tmp_path / "inbox" / "1.npy", np.zeros((8, 8, 8, 1), np.uint8))
     (tmp_path / "agent.toml").write_text(
         f'fleet = "demo"\ndevice = "d"\nmodel = "{digit_models[0]}"\nstate_dir = "state"\nlinger_s = 0\n'
-        '[broker]\nhost = "127.0.0.1"\nport = 1\n[source]\npath = "inbox"\n'
+        '[broker]\nhost = "127.0.0.1"\nport = 1\n[sources.folder]\npath = "inbox"\n'
         '[update]\nmetadata_url = "http://h/m"\ntargets_url = "http://h/t"\nroot = "agent.toml"\n'
     )
     done = subprocess.run(

@@ -5,14 +5,30 @@ from __future__ import annotations
 import itertools
 import socket
 import threading
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
 
+from edgeguard.agent import link as link_module
 from edgeguard.agent.link import Connected, Event, Hint, Link, Lost, Outflow, backoff
 from edgeguard.agent.spool import Entry
 from edgeguard.contract import topics
-from edgeguard.contract.messages import Ack, Desired, Status, encode
+from edgeguard.contract.messages import (
+    COMMANDS,
+    MAX_COMMAND,
+    Ack,
+    Command,
+    Desired,
+    Ping,
+    Rank,
+    Recalibrate,
+    Restart,
+    Status,
+    Vote,
+    encode,
+)
 from edgeguard.settings import BrokerConfig
 from tests.simulators.mosquitto import Mosquitto, free_port
 from tests.simulators.tiny_hub import TinyHub, wait_until
@@ -138,6 +154,191 @@ def test_a_hostile_payload_is_ignored_and_the_link_lives(
     good = Ack(boot=BOOT, through_seq=1)
     hub.send("camera-1", topics.ACK, encode(good))
     assert next_event(link, Ack) == good
+
+
+ID = "0199f0c5a1b20123"
+ORDERS: tuple[Command, ...] = (
+    Ping(id=ID),
+    Restart(id=ID),
+    Rank(id=ID, model_digest="a" * 64),
+    Vote(id=ID, model_digest="a" * 64, layer="conv_2", share=0.1),
+    Recalibrate(id=ID, source="owner"),
+)
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.name)
+def test_a_command_arrives_as_an_event_of_its_topics_kind(hub: TinyHub, link: Link, order: Command) -> None:
+    next_event(link, Connected)
+    hub.send("camera-1", topics.command(order.name), encode(order))
+    found = next_event(link, Command)
+    assert (type(found), found) == (COMMANDS[order.name], order)
+
+
+def test_a_reply_can_be_published_on_its_channel(hub: TinyHub, link: Link, mosquitto: Mosquitto) -> None:
+    heard: list[tuple[str, bytes]] = []
+    hub._client.on_message = lambda _c, _u, message: heard.append((message.topic, bytes(message.payload)))
+    next_event(link, Connected)
+    for name in COMMANDS:
+        link.publish(topics.reply(name), b"reply")
+    wait_until(lambda: len(heard) == len(COMMANDS), "the replies")
+    assert heard == [(f"edgeguard/v1/demo/camera-1/reply/{name}", b"reply") for name in COMMANDS]
+
+
+@pytest.mark.parametrize(
+    ("device", "channel", "payload"),
+    [
+        ("camera-1", "cmd/shell", encode(Ping(id=ID))),
+        ("camera-1", "cmd/rank", encode(Ping(id=ID))),
+        ("camera-1", "cmd/ping", encode(Ping(id="short"))),
+        ("camera-1", "cmd/ping", encode(Ping(id=ID)).ljust(MAX_COMMAND + 1)),
+        ("camera-1", "cmd/ping/more", encode(Ping(id=ID))),
+        ("camera-1", "cmd", encode(Ping(id=ID))),
+        ("camera-1", "reply/ping", encode(Ping(id=ID))),
+        ("camera-2", "cmd/ping", encode(Ping(id=ID))),
+    ],
+)
+def test_what_is_no_command_to_this_device_is_none(
+    hub: TinyHub, link: Link, device: str, channel: str, payload: bytes
+) -> None:
+    next_event(link, Connected)
+    hub.send(device, channel, payload)
+    hub.send("camera-1", "cmd/ping", encode(Ping(id="f" * 16)))
+    assert next_event(link, Command) == Ping(id="f" * 16)
+
+
+def test_a_retained_command_is_not_executed_by_whoever_comes_later(hub: TinyHub, link: Link) -> None:
+    hub.send("camera-1", "cmd/restart", encode(Restart(id=ID)), retain=True)
+    next_event(link, Connected)
+    hub.send("camera-1", "cmd/ping", encode(Ping(id=ID)))
+    assert next_event(link, Command) == Ping(id=ID)
+
+
+def test_a_flood_is_one_line_in_the_log(hub: TinyHub, link: Link, caplog: pytest.LogCaptureFixture) -> None:
+    next_event(link, Connected)
+    for _ in range(20):
+        hub.send("camera-1", "cmd/ping", b"\x1b[31m{")
+    hub.send("camera-1", "cmd/ping", encode(Ping(id=ID)))
+    next_event(link, Command)
+    lines = [record.getMessage() for record in caplog.records if "ignored" in record.getMessage()]
+    assert len(lines) == 1 and lines[0].isprintable()
+
+
+def test_what_waits_for_the_agent_is_bounded(
+    hub: TinyHub, link: Link, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(link_module, "MAX_WAITING", 5)
+    next_event(link, Connected)
+    for number in range(20):
+        hub.send("camera-1", "cmd/ping", encode(Ping(id=f"{number:016x}")))
+    wait_until(lambda: "messages wait" in caplog.text, "the first that is ignored")
+    assert len(link.poll()) == 5
+    assert link.connected
+
+
+def publish(topic: bytes, payload: bytes, *, flags: int = 0x02) -> bytes:
+    """A PUBLISH packet of MQTT 3.1.1 (section 3.3), QoS 1 unless ``flags`` say otherwise."""
+    rest = len(topic).to_bytes(2, "big") + topic + (b"\x00\x07" if flags & 0x06 else b"") + payload
+    return bytes([0x30 | flags]) + length(len(rest)) + rest
+
+
+def length(number: int) -> bytes:
+    """MQTT's variable-length integer."""
+    encoded = bytearray()
+    while True:
+        number, digit = divmod(number, 128)
+        encoded.append(digit | (0x80 if number else 0))
+        if not number:
+            return bytes(encoded)
+
+
+class Liar:
+    """A broker of a few lines: it takes one connection and its subscription, and says what a test makes it say."""
+
+    def __init__(self, say: Callable[[socket.socket], None], *, granted: bytes = b"\x01\x01\x01") -> None:
+        self._say = say
+        self._granted = granted
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._server.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        connection, _ = self._server.accept()
+        with connection, self._server, suppress(OSError):
+            connection.recv(65536)
+            connection.sendall(b"\x20\x02\x00\x00")
+            subscribe = connection.recv(65536)
+            answer = subscribe[2:4] + self._granted
+            connection.sendall(b"\x90" + length(len(answer)) + answer)
+            self._say(connection)
+            while connection.recv(65536):
+                pass
+
+
+PING = b"edgeguard/v1/demo/camera-1/cmd/ping"
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        publish(b"\xff\xfe", b"{}"),
+        publish(PING + b"\x00", encode(Ping(id=ID))),
+        publish(PING, encode(Ping(id=ID)), flags=0x03),
+        publish(PING, b""),
+    ],
+    ids=["not UTF-8", "NUL in the topic", "retained", "empty"],
+)
+def test_a_packet_that_no_honest_broker_sends_costs_itself_alone(packet: bytes) -> None:
+    good = Ping(id="f" * 16)
+    broker = Liar(lambda connection: connection.sendall(packet + publish(PING, encode(good))))
+    link = make(broker.port)
+    assert next_event(link, Command) == good
+    link.close(wait_s=0)
+
+
+def test_a_command_that_says_it_is_a_duplicate_arrives_for_nobody_knows_if_the_first_one_did() -> None:
+    broker = Liar(lambda connection: connection.sendall(publish(PING, encode(Ping(id=ID)), flags=0x0A)))
+    link = make(broker.port)
+    assert next_event(link, Command) == Ping(id=ID)
+    link.close(wait_s=0)
+
+
+def test_a_packet_of_many_megabytes_takes_neither_memory_nor_the_connection() -> None:
+    size = 64 << 20
+    good = Ping(id="f" * 16)
+
+    def flood(connection: socket.socket) -> None:
+        zeros = bytes(1 << 16)
+        rest = len(PING).to_bytes(2, "big") + PING + b"\x00\x07"
+        connection.sendall(b"\x32" + length(len(rest) + size) + rest)
+        for _ in range(size // len(zeros)):
+            connection.sendall(zeros)
+        connection.sendall(publish(PING, encode(good)))
+
+    link = make(Liar(flood).port)
+    tracemalloc.start()
+    try:
+        assert next_event(link, Command) == good
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert link.session == 1
+    assert peak < 8 << 20
+    link.close(wait_s=0)
+
+
+def test_a_broker_that_grants_no_commands_still_gets_reports(caplog: pytest.LogCaptureFixture) -> None:
+    link = make(Liar(lambda _: None, granted=b"\x01\x01\x80").port)
+    next_event(link, Connected)
+    assert link.connected and "commands" in caplog.text
+    link.close(wait_s=0)
+
+
+@pytest.mark.parametrize("granted", [b"\x80\x01\x01", b"\x01\x80\x01"])
+def test_a_broker_that_grants_no_acks_or_hints_is_no_connection(granted: bytes) -> None:
+    link = make(Liar(lambda _: None, granted=granted).port)
+    lost = next_event(link, Lost)
+    assert lost == Lost("subscription refused")
+    link.close(wait_s=0)
 
 
 def test_a_peer_that_is_no_broker_is_lost_and_tried_again(link: Link) -> None:

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
+import tempfile
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from edgeguard.agent.spool import Spool, read_counters
-from edgeguard.contract.messages import Ack, Alert, Report, decode
+from edgeguard.agent.spool import Counters, Spool, read_counters
+from edgeguard.contract.messages import MAX_GAPS, Ack, ActivationMean, Alert, Report, decode, encode
 from edgeguard.contract.scores import BINS
 from edgeguard.errors import ConfigError
+from edgeguard.hub.ingest import Stream
 
 BOOT, OTHER = "00000000000000aa", "00000000000000bb"
 DIGEST = "0" * 64
 LARGE = 1 << 30
 
+Build = Callable[[str, int], Report | Alert]
 
-def report(boot: str, seq: int) -> Report:
+
+def report(boot: str, seq: int, *, activation: ActivationMean | None = None) -> Report:
     return Report(
         boot=boot,
         seq=seq,
@@ -33,6 +41,7 @@ def report(boot: str, seq: int) -> Report:
         unchecked=0,
         labels=(),
         histogram=(0,) * BINS,
+        activation=activation,
     )
 
 
@@ -133,25 +142,6 @@ def test_a_repeated_ack_forgets_nothing_more(path: Path) -> None:
     assert spool.forget(Ack(boot=BOOT, through_seq=1)) == frozenset()
 
 
-@settings(deadline=None)
-@given(
-    steps=st.lists(st.one_of(st.just(None), st.tuples(st.integers(0, 12), st.sets(st.integers(1, 12)))), max_size=30)
-)
-def test_the_spool_holds_exactly_what_no_ack_covered(
-    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, set[int]] | None]
-) -> None:
-    spool = open_spool(tmp_path_factory.mktemp("spool") / "s.sqlite")
-    held: set[int] = set()
-    for step in steps:
-        if step is None:
-            held.add(spool.put(report))
-        else:
-            spool.forget(Ack(boot=BOOT, through_seq=step[0], gaps=tuple(step[1])))
-            held -= {seq for seq in held if seq <= step[0] and seq not in step[1]}
-    assert [entry.seq for entry in spool.pending()] == sorted(held)
-    spool.close()
-
-
 def test_a_report_and_the_files_it_counts_are_committed_together(path: Path) -> None:
     open_spool(path).put(report, consumed=["b.npy", "a.npy"])
     again = open_spool(path, OTHER)
@@ -182,17 +172,60 @@ def test_a_commit_that_fails_half_way_changes_nothing(path: Path) -> None:
     assert spool.put(report) == 1
 
 
-def test_the_oldest_are_dropped_and_counted_when_the_spool_is_full(path: Path) -> None:
+def test_the_oldest_reports_are_dropped_and_counted_when_the_spool_is_full(path: Path) -> None:
     bound = 2000
     spool = open_spool(path, max_bytes=bound)
     for _ in range(20):
         spool.put(report)
     counters = read_counters(path)
     kept = [entry.seq for entry in spool.pending()]
-    assert counters.dropped_total == 20 - len(kept) > 0
+    assert counters.reports_dropped == counters.dropped_total == 20 - len(kept) > 0
     assert kept == list(range(21 - len(kept), 21))
     assert sum(len(entry.payload) for entry in spool.pending()) <= bound
     assert spool.pending_count == len(kept)
+
+
+def size_of(*builds: Build) -> int:
+    return sum(len(encode(build(BOOT, 1))) for build in builds)
+
+
+@pytest.mark.parametrize(
+    ("put", "bound", "left", "dropped"),
+    [
+        ((report, alert, report, report), size_of(alert, report, report), [2, 3, 4], (1, 0)),
+        ((alert, report, alert, report), size_of(alert, alert, report), [1, 3, 4], (1, 0)),
+        ((alert, report, alert, alert), size_of(alert, alert, alert), [1, 3, 4], (1, 0)),
+        ((alert, alert, report), size_of(alert, report), [2, 3], (0, 1)),
+        ((alert, alert, alert), size_of(alert, alert), [2, 3], (0, 1)),
+        ((alert, report, alert), 1, [3], (1, 1)),
+        ((report, alert, report), 1, [3], (1, 1)),
+    ],
+)
+def test_a_report_goes_before_any_alert_but_never_what_was_put_last(
+    path: Path, put: tuple[Build, ...], bound: int, left: list[int], dropped: tuple[int, int]
+) -> None:
+    spool = open_spool(path, max_bytes=bound)
+    for build in put:
+        spool.put(build)
+    counters = read_counters(path)
+    assert [entry.seq for entry in spool.pending()] == left
+    assert (counters.reports_dropped, counters.alerts_dropped) == dropped
+    assert spool.pending_count == counters.pending == len(left)
+
+
+def test_what_was_dropped_in_between_never_hides_from_the_hub_what_still_waits(path: Path) -> None:
+    spool = open_spool(path, max_bytes=size_of(alert, report, alert) + 9)
+    builds: list[Build] = [alert, *[report] * (MAX_GAPS + 40), alert]
+    for build in builds:
+        spool.put(build)
+    waiting, stream, arrived = {1, MAX_GAPS + 41, MAX_GAPS + 42}, Stream(), set[int]()
+    while pending := spool.pending():
+        for entry in reversed(pending):  # in the order that is worst for a hub which lists MAX_GAPS gaps
+            new, stream = stream.take(entry.seq)
+            assert new
+            arrived.add(entry.seq)
+            spool.forget(stream.ack(BOOT))
+    assert arrived == waiting
 
 
 def test_the_bound_holds_over_a_restart(path: Path) -> None:
@@ -220,7 +253,7 @@ def test_counters_are_read_beside_a_working_agent(path: Path) -> None:
     spool.forget(Ack(boot=BOOT, through_seq=1))
     counters = read_counters(path)
     assert (counters.session, counters.reports_total, counters.alerts_total) == (session, 2, 1)
-    assert (counters.dropped_total, counters.pending) == (0, 2)
+    assert (counters.reports_dropped, counters.alerts_dropped, counters.pending) == (0, 0, 2)
 
 
 def test_session_numbers_are_never_given_twice(path: Path) -> None:
@@ -236,12 +269,12 @@ def a_folder(path: Path) -> None:
     path.mkdir()
 
 
-def a_newer_version(path: Path) -> None:
+def another_version(path: Path) -> None:
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 99")
 
 
-@pytest.mark.parametrize("spoil", [not_a_database, a_folder, a_newer_version])
+@pytest.mark.parametrize("spoil", [not_a_database, a_folder, another_version])
 def test_a_spool_that_cannot_be_used_is_named_in_one_line(path: Path, spoil: Callable[[Path], None]) -> None:
     spoil(path)
     with pytest.raises(ConfigError, match=r"spool .*spool\.sqlite; got .*expected") as caught:
@@ -253,3 +286,123 @@ def test_a_missing_spool_has_no_counters_and_is_not_made(path: Path) -> None:
     with pytest.raises(ConfigError, match="spool"):
         read_counters(path)
     assert not path.exists()
+
+
+def test_a_spool_made_in_one_thread_works_in_another(path: Path) -> None:
+    spool = open_spool(path)
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(spool.put(report)))
+    thread.start()
+    thread.join()
+    assert found == [1]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A message in the model of the spool."""
+
+    boot: str
+    seq: int
+    kind: str
+    size: int
+
+
+class SpoolBesideItsModel(RuleBasedStateMachine):
+    """Any sequence of what an agent may do, beside a list that says what must come out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # In memory where there is such a folder: this asks nothing of the disk.
+        shm = Path("/dev/shm")
+        self.folder = tempfile.TemporaryDirectory(dir=shm if os.access(shm, os.W_OK) else None)
+        self.path = Path(self.folder.name) / "spool.sqlite"
+        self.boots = 0
+        self.held: list[Held] = []
+        self.consumed: set[str] = set()
+        self.total = {"report": 0, "alert": 0}
+        self.dropped = {"report": 0, "alert": 0}
+        self.session = 1000
+        self.open(LARGE)
+
+    def open(self, bound: int) -> None:
+        self.bound, self.seq = bound, 0
+        self.boot = f"{self.boots:016x}"
+        self.boots += 1
+        self.spool = Spool(self.path, boot=self.boot, max_bytes=bound, clock=lambda: 1000.0)
+
+    @rule(channels=st.none() | st.integers(0, 40), names=st.sets(st.sampled_from("abcd")))
+    def put(self, channels: int | None, names: set[str]) -> None:
+        def build(boot: str, seq: int) -> Report | Alert:
+            if channels is None:
+                return alert(boot, seq)
+            return report(boot, seq, activation=ActivationMean(inputs=1, mean=(0.5,) * channels))
+
+        assert self.spool.put(build, names) == self.seq + 1
+        self.seq += 1
+        kind = "alert" if channels is None else "report"
+        self.consumed |= names
+        self.total[kind] += 1
+        self.held.append(Held(self.boot, self.seq, kind, len(encode(build(self.boot, self.seq)))))
+        while sum(held.size for held in self.held) > self.bound and len(self.held) > 1:
+            oldest = next((held for held in self.held[:-1] if held.kind == "report"), self.held[0])
+            self.held.remove(oldest)
+            self.dropped[oldest.kind] += 1
+
+    @rule(names=st.lists(st.sampled_from("abcd"), max_size=2))
+    def put_what_cannot_be_committed(self, names: list[Any]) -> None:
+        names.append(object())
+        with pytest.raises(ConfigError):
+            self.spool.put(report, names)
+
+    @rule(back=st.integers(0, 3), through=st.integers(0, 12), gaps=st.sets(st.integers(1, 12)))
+    def forget(self, back: int, through: int, gaps: set[int]) -> None:
+        boot = f"{max(0, self.boots - 1 - back):016x}"
+        stored = {held for held in self.held if held.boot == boot and held.seq <= through and held.seq not in gaps}
+        assert len(self.spool.forget(Ack(boot=boot, through_seq=through, gaps=tuple(gaps)))) == len(stored)
+        self.held = [held for held in self.held if held not in stored]
+
+    @rule()
+    def clear_consumed(self) -> None:
+        self.spool.clear_consumed()
+        self.consumed.clear()
+
+    @rule()
+    def next_session(self) -> None:
+        self.session += 1
+        assert self.spool.next_session() == self.session
+
+    @rule(bound=st.sampled_from([1, 1000, 3000, LARGE]))
+    def start_again(self, bound: int) -> None:
+        self.spool.close()
+        self.open(bound)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), limit=st.integers(1, 5))
+    def look_behind_a_position(self, data: st.DataObject, limit: int) -> None:
+        entries = self.spool.pending()
+        index = data.draw(st.integers(0, len(entries) - 1))
+        assert self.spool.pending(entries[index].position, limit) == entries[index + 1 :][:limit]
+        assert self.spool.positions(entries[index].boot, [entries[index].seq]) == {entries[index].position}
+
+    @invariant()
+    def it_holds_what_the_model_holds(self) -> None:
+        found = [Held(entry.boot, entry.seq, entry.kind, len(entry.payload)) for entry in self.spool.pending()]
+        assert found == self.held
+        assert self.spool.pending_count == len(self.held)
+        assert set(self.spool.consumed()) == self.consumed
+        assert read_counters(self.path) == Counters(
+            session=self.session,
+            reports_total=self.total["report"],
+            alerts_total=self.total["alert"],
+            reports_dropped=self.dropped["report"],
+            alerts_dropped=self.dropped["alert"],
+            pending=len(self.held),
+        )
+
+    def teardown(self) -> None:
+        self.spool.close()
+        self.folder.cleanup()
+
+
+TestSpoolBesideItsModel = SpoolBesideItsModel.TestCase
+TestSpoolBesideItsModel.settings = settings(deadline=None, max_examples=60, stateful_step_count=30)

@@ -10,30 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeguard.agent.window import AlertLimit, Window, alert_builder
-from edgeguard.contract.guard import Calibration, Detector, Environment, GuardMetadata, ModelInput, Tap
+from edgeguard.agent.window import AlertLimit, Identity, Window, alert_builder
 from edgeguard.contract.messages import MAX_EVIDENCE, MAX_PAYLOAD, Alert, Report, decode, encode
 from edgeguard.contract.scores import EDGES
 from edgeguard.detection.verdict import Verdict, judge
 
 BOOT = "00000000000000aa"
-
-
-def metadata(size: int = 4) -> GuardMetadata:
-    return GuardMetadata(
-        model_digest="a" * 64,
-        guard_digest="b" * 64,
-        detectors=(Detector(name="linf", threshold=1.0),),
-        taps=(Tap(tensor="t", source_layer="conv", kind="linf", offset=0, channels=size),),
-        class_output=0,
-        classes=("a", "b"),
-        input=ModelInput(shape=(2,), dtype="uint8", range=(0, 255)),
-        fpr=0.01,
-        fpr_upper=(0.02, 0.02),
-        score_to_p=(),
-        calibration=Calibration(n_fit=1, n_threshold=1, digest="c" * 64),
-        environment=Environment(runtime="litert", version="1", threads=1, cpu="x"),
-    )
+IDENTITY = Identity("a" * 64, "b" * 64)
 
 
 def verdict(label: int | None, score: float) -> Verdict:
@@ -61,7 +44,7 @@ INPUTS = st.lists(
 
 @given(INPUTS)
 def test_counts_add_up_whatever_comes(inputs: list[tuple[int | None, float, list[float]]]) -> None:
-    window = Window(metadata(3), started_ms=1)
+    window = Window(IDENTITY, 3, started_ms=1)
     for label, score, values in inputs:
         window.add(verdict(label, score), features(*values))
     report = close(window)
@@ -76,7 +59,7 @@ def test_counts_add_up_whatever_comes(inputs: list[tuple[int | None, float, list
 def test_evidence_is_the_mean_and_spread_of_flagged_and_unflagged() -> None:
     rng = np.random.default_rng(0)
     flagged, unflagged = rng.normal(5, 1, (7, 4)).astype(np.float32), rng.normal(0, 2, (30, 4)).astype(np.float32)
-    window = Window(metadata(), started_ms=1)
+    window = Window(IDENTITY, 4, started_ms=1)
     for row in unflagged:
         window.add(verdict(3, 0.5), row)
     for row in flagged:
@@ -89,7 +72,7 @@ def test_evidence_is_the_mean_and_spread_of_flagged_and_unflagged() -> None:
 
 
 def test_a_constant_feature_has_no_spread() -> None:
-    window = Window(metadata(1), started_ms=1)
+    window = Window(IDENTITY, 1, started_ms=1)
     for _ in range(9):
         window.add(verdict(0, 0.5), features(123.456))
     window.add(verdict(0, 1.5), features(1))
@@ -97,7 +80,7 @@ def test_a_constant_feature_has_no_spread() -> None:
 
 
 def test_a_label_without_unflagged_inputs_has_no_unflagged_vectors() -> None:
-    window = Window(metadata(1), started_ms=1)
+    window = Window(IDENTITY, 1, started_ms=1)
     window.add(verdict(0, 2.0), features(1))
     report = close(window)
     assert (report.evidence[0].unflagged_mean, report.evidence[0].unflagged_std) == ((), ())
@@ -105,7 +88,7 @@ def test_a_label_without_unflagged_inputs_has_no_unflagged_vectors() -> None:
 
 
 def test_a_clean_window_carries_no_evidence_but_its_activations() -> None:
-    window = Window(metadata(2), started_ms=1)
+    window = Window(IDENTITY, 2, started_ms=1)
     window.add(verdict(0, 0.5), features(1, 3))
     window.add(verdict(1, 0.5), features(3, 5))
     window.add_unchecked()
@@ -116,20 +99,20 @@ def test_a_clean_window_carries_no_evidence_but_its_activations() -> None:
 
 
 def test_a_model_without_classes_counts_under_minus_one() -> None:
-    window = Window(metadata(1), started_ms=1)
+    window = Window(IDENTITY, 1, started_ms=1)
     window.add(verdict(None, 0.5), features(1))
     assert close(window).labels[0].label == -1
 
 
 def test_features_that_are_not_finite_are_not_checked() -> None:
-    window = Window(metadata(1), started_ms=1)
+    window = Window(IDENTITY, 1, started_ms=1)
     window.add(verdict(0, 2.0), features(math.inf))
     report = close(window)
     assert (report.inputs, report.unchecked, report.labels) == (1, 1, ())
 
 
 def test_the_labels_with_most_flags_bring_the_evidence() -> None:
-    window = Window(metadata(1), started_ms=1)
+    window = Window(IDENTITY, 1, started_ms=1)
     for label in range(MAX_EVIDENCE + 6):
         for _ in range(2 if label >= 6 else 1):
             window.add(verdict(label, 2.0), features(1))
@@ -138,7 +121,7 @@ def test_the_labels_with_most_flags_bring_the_evidence() -> None:
 
 def test_the_largest_report_fits_a_message() -> None:
     size = 4096
-    window = Window(metadata(size), started_ms=1)
+    window = Window(IDENTITY, size, started_ms=1)
     rng = np.random.default_rng(0)
     for label in range(40):
         for score in (0.5, 2.0, *([2.0] if label == 17 else [])):
@@ -170,7 +153,7 @@ def test_alerts_refill_with_time_up_to_a_minutes_worth() -> None:
 
 
 def test_an_alert_tells_label_and_scores_and_survives_infinity() -> None:
-    build = alert_builder(verdict(2, math.inf), metadata(), at_ms=5)
+    build = alert_builder(verdict(2, math.inf), IDENTITY, at_ms=5)
     message = decode(Alert, encode(build(BOOT, 4)))
     assert (message.seq, message.label, message.model_digest) == (4, 2, "a" * 64)
     assert message.score == message.scores["linf"] > 1e38

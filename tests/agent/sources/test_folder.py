@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
+import selectors
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from edgeguard.agent.source import MAX_FILE_BYTES, FolderSource, numpy_format, read_batch
+from edgeguard.agent.sources.folder import MAX_FILE_BYTES, FolderSource, numpy_format, read_batch
+from edgeguard.contract.guard import ModelInput
 from edgeguard.errors import ConfigError
 
 SHAPE = (2, 2)
+EXPECTED = ModelInput(shape=SHAPE, dtype="uint8", range=(0, 255))
+PIXELS = ModelInput(shape=(8, 8, 1), dtype="uint8", range=(0, 255))
 
 
 def npy(array: object, *, allow_pickle: bool = False) -> bytes:
@@ -33,7 +39,13 @@ GOOD = npy(batch())
 
 @pytest.fixture
 def source(tmp_path: Path) -> FolderSource:
-    return FolderSource(tmp_path, shape=SHAPE, dtype="uint8")
+    return made(tmp_path)
+
+
+def made(folder: Path, expected: ModelInput = EXPECTED, *, keep: bool = False) -> FolderSource:
+    """A source whose clock goes on by a minute at each look, so that it looks through the folder each time."""
+    minutes = itertools.count(0, 60)
+    return FolderSource(folder, expected, keep=keep, clock=lambda: float(next(minutes)))
 
 
 def test_batches_come_in_the_order_of_their_names(tmp_path: Path, source: FolderSource) -> None:
@@ -51,24 +63,24 @@ def test_a_batch_is_read_as_it_was_written(tmp_path: Path, source: FolderSource)
     np.testing.assert_array_equal(taken.inputs, inputs)
 
 
-def test_a_taken_batch_stays_until_it_is_discarded(tmp_path: Path, source: FolderSource) -> None:
+def test_a_taken_batch_stays_until_it_is_counted(tmp_path: Path, source: FolderSource) -> None:
     (tmp_path / "a.npy").write_bytes(GOOD)
     assert source.take() is not None
     assert source.take() is None
     assert (tmp_path / "a.npy").exists()
-    source.discard(["a.npy"])
+    source.counted(["a.npy"])
     assert not (tmp_path / "a.npy").exists()
 
 
-def test_a_new_source_finds_what_was_taken_but_not_discarded(tmp_path: Path, source: FolderSource) -> None:
+def test_a_new_source_finds_what_was_taken_but_not_counted(tmp_path: Path, source: FolderSource) -> None:
     (tmp_path / "a.npy").write_bytes(GOOD)
     source.take()
-    again = FolderSource(tmp_path, shape=SHAPE, dtype="uint8").take()
+    again = made(tmp_path).take()
     assert again is not None and again.name == "a.npy"
 
 
-def test_discarding_what_is_gone_is_fine(source: FolderSource) -> None:
-    source.discard(["gone.npy"])
+def test_counting_what_is_gone_is_fine(source: FolderSource) -> None:
+    source.counted(["gone.npy"])
 
 
 @pytest.mark.parametrize("name", [".hidden.npy", "a.npy.tmp", "a.txt", "a"])
@@ -117,7 +129,7 @@ def test_a_bad_file_is_set_aside_and_the_next_one_is_taken(
     (tmp_path / "b.npy").write_bytes(GOOD)
     taken = source.take()
     assert taken is not None and taken.name == "b.npy"
-    assert source.rejected == 1
+    assert source.dropped == 1
     assert (tmp_path / "rejected" / "a.npy").read_bytes() == content
 
 
@@ -129,7 +141,7 @@ def test_what_is_no_regular_file_is_set_aside(tmp_path: Path, source: FolderSour
     (tmp_path / "sparse.npy").touch()
     os.truncate(tmp_path / "sparse.npy", MAX_FILE_BYTES + 1)
     assert source.take() is None
-    assert source.rejected == 4
+    assert source.dropped == 4
 
 
 def test_a_file_that_cannot_be_set_aside_is_ignored_from_then_on(tmp_path: Path, source: FolderSource) -> None:
@@ -139,7 +151,7 @@ def test_a_file_that_cannot_be_set_aside_is_ignored_from_then_on(tmp_path: Path,
     taken = source.take()
     assert taken is not None and taken.name == "b.npy"
     assert source.take() is None
-    assert source.rejected == 1
+    assert source.dropped == 1
 
 
 @given(st.one_of(st.binary(max_size=300), st.binary(max_size=120).map(lambda b: GOOD[:10] + b + GOOD[10 + len(b) :])))
@@ -149,18 +161,18 @@ def test_whatever_bytes_are_dropped_in_the_source_goes_on(
     folder = tmp_path_factory.mktemp("source")
     (folder / "a.npy").write_bytes(content)
     (folder / "b.npy").write_bytes(GOOD)
-    source = FolderSource(folder, shape=SHAPE, dtype="uint8")
+    source = made(folder)
     names = []
     while (taken := source.take()) is not None:
         assert taken.inputs.shape[1:] == SHAPE and taken.inputs.dtype == np.uint8
         names.append(taken.name)
     assert names[-1] == "b.npy"
-    assert source.rejected == 2 - len(names)
+    assert source.dropped == 2 - len(names)
 
 
 def test_a_missing_folder_is_an_error_of_configuration(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nowhere"):
-        FolderSource(tmp_path / "nowhere", shape=SHAPE, dtype="uint8")
+        made(tmp_path / "nowhere")
 
 
 def test_a_lying_header_allocates_nothing(tmp_path: Path) -> None:
@@ -170,3 +182,63 @@ def test_a_lying_header_allocates_nothing(tmp_path: Path) -> None:
         numpy_format.write_array_header_1_0(file, header)
     with pytest.raises(ValueError, match="0 bytes of data, expected 400000000000000"):
         read_batch(path, shape=SHAPE, dtype=np.dtype("uint8"))
+
+
+def test_files_to_be_kept_are_moved_once_they_are_counted(tmp_path: Path) -> None:
+    source = made(tmp_path, keep=True)
+    (tmp_path / "a.npy").write_bytes(GOOD)
+    assert source.take() is not None
+    source.counted(["a.npy", "gone.npy"])
+    assert (tmp_path / "done" / "a.npy").read_bytes() == GOOD
+    assert source.take() is None
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".JPEG"])
+def test_an_image_is_one_input_of_the_models_shape(tmp_path: Path, suffix: str) -> None:
+    image = Image.fromarray(np.full((20, 30), 200, np.uint8))
+    image.save(tmp_path / f"a{suffix}", format="PNG" if suffix == ".png" else "JPEG")
+    taken = made(tmp_path, PIXELS).take()
+    assert taken is not None
+    assert taken.inputs.shape == (1, 8, 8, 1)
+    assert abs(int(taken.inputs.mean()) - 200) <= 2
+
+
+def test_what_only_claims_to_be_an_image_is_set_aside(tmp_path: Path) -> None:
+    source = made(tmp_path, PIXELS)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n and nothing more")
+    assert source.take() is None
+    assert source.dropped == 1
+    assert (tmp_path / "rejected" / "a.png").exists()
+
+
+def test_a_file_moved_in_wakes_the_loop_at_once(tmp_path: Path) -> None:
+    folder = tmp_path / "inbox"
+    folder.mkdir()
+    source = FolderSource(folder, EXPECTED)
+    with selectors.DefaultSelector() as selector:
+        source.open(selector)
+        assert source.take() is None
+        (tmp_path / "a.npy").write_bytes(GOOD)
+        assert selector.select(0) == []
+        (tmp_path / "a.npy").rename(folder / "a.npy")
+        ((key, mask),) = selector.select(5)
+        key.data.ready(key, mask)
+        taken = source.take()
+        assert taken is not None and taken.name == "a.npy"
+        source.close()
+
+
+def test_a_folder_that_vanishes_is_waited_for(tmp_path: Path) -> None:
+    folder = tmp_path / "inbox"
+    folder.mkdir()
+    source = made(folder)
+    with selectors.DefaultSelector() as selector:
+        source.open(selector)
+        folder.rmdir()
+        assert source.take() is None
+        folder.mkdir()
+        (folder / "a.npy").write_bytes(GOOD)
+        taken = source.take()
+        assert taken is not None and taken.name == "a.npy"
+        assert len(selector.get_map()) == 1
+        source.close()

@@ -1,0 +1,588 @@
+"""What happens behind the inference, in a thread of its own: spool, network, updates, results, quarantine.
+
+Rules enforced here:
+
+* the inference never waits for this thread, nor for a disk or a network: it hands over finished windows, and where the
+  disk does not take them it keeps adding to the one that is open, so that nothing is lost and memory does not grow;
+* the report and the names of its files are committed first, the files are let go of after that; what a killed agent
+  left between the two is cleared up at the next start;
+* a fetched model is checked and staged here; the inference only exchanges one model for the other, between two inputs.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy.typing as npt
+
+import edgeguard
+from edgeguard import broker
+from edgeguard.agent import startup
+from edgeguard.agent.commands import Commands, Outcome
+from edgeguard.agent.config import AgentConfig
+from edgeguard.agent.inference import Running
+from edgeguard.agent.link import Connected, Event, Hint, Link, Outflow
+from edgeguard.agent.quarantine import About, Quarantine
+from edgeguard.agent.ranks import Activations, rank, vote
+from edgeguard.agent.spool import Spool
+from edgeguard.agent.update import Fetched, Progress, Updater, admit
+from edgeguard.agent.window import Identity, Window
+from edgeguard.contract import topics
+from edgeguard.contract.messages import Ack, Alert, Alive, Birth, Command, Health, Report, Reported, Restarting, Status
+from edgeguard.detection.guarded import GuardedModel
+from edgeguard.errors import ConfigError, ModelError, TrustError
+from firmware_bridge import board as boards
+from firmware_bridge import resources
+
+SPOOL_FILE = "spool.sqlite"
+UPDATE_FOLDER = "update"
+COMMANDS_FILE = "commands.sqlite"
+ACTIVATIONS_FILE = "activations.json"
+
+UNWRITTEN = 2
+"""Windows that may wait for the disk; then the open one stays open."""
+WAITING = 10_000
+"""Results for a topic that may wait."""
+SUSPECTS = 64
+"""Flagged inputs that may wait for the quarantine."""
+LOOK_S = 1.0
+TURN_S = 0.05
+"""How long this thread sleeps at most before it looks at what was handed over."""
+RETRY_S = 2.0
+"""Wait before a disk that refused is tried again."""
+COMPLAIN_S = 60.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Closed:
+    """A finished window, the files that it counts, and its lines for ``[results]``."""
+
+    window: Window
+    files: tuple[str, ...] = ()
+    lines: tuple[dict[str, object], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alarm:
+    """One flagged input to be told at once."""
+
+    build: Callable[[str, int], Alert]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suspect:
+    """One flagged input for the quarantine."""
+
+    x: npt.NDArray[Any]
+    about: About
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One result for ``[results] topic``."""
+
+    line: dict[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swapped:
+    """From now on inputs meet this model."""
+
+    running: Running
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """No more will come."""
+
+
+Handed = Closed | Alarm | Suspect | Line | Swapped | Stop
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pulse:
+    """How the loop fares: totals since the start, the median time of one input, and the level of service."""
+
+    inputs: int
+    dropped: int
+    p50_us: float
+    level: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What board and process say of themselves. Reading it takes milliseconds, so this thread does."""
+
+    at_s: float
+    board: boards.Board
+    resources: resources.Resources
+
+    @classmethod
+    def now(cls) -> Look:
+        """Look once."""
+        return cls(
+            at_s=time.monotonic(), board=boards.read(architecture=platform.machine()), resources=resources.read()
+        )
+
+
+@dataclass(kw_only=True)
+class _Disk:
+    """What the disk has not taken yet."""
+
+    windows: list[Closed] = field(default_factory=list)
+    counted: list[str] = field(default_factory=list)
+    lines: list[dict[str, object]] = field(default_factory=list)
+    retry_at: float = 0.0
+    complained_at: float = -COMPLAIN_S
+    error: ConfigError | None = None
+
+
+class Reporter:
+    """The thread. Made and started by the agent; everything wrong with its configuration is found before it starts.
+
+    Args:
+        config: the agent's.
+        boot: id of this process.
+        state: what :func:`edgeguard.agent.startup.open_state` found.
+        running: the model that runs at first.
+        let_go: forgets files that are counted (the folder source's).
+        pulse: how the loop fares, for health messages.
+
+    Raises:
+        ConfigError: the spool, the broker's settings, or the results file.
+    """
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        *,
+        boot: str,
+        state: startup.State,
+        running: Running,
+        let_go: Callable[[Sequence[str]], None],
+        pulse: Callable[[], Pulse],
+    ) -> None:
+        self._config = config
+        self._boot = boot
+        self._state = state
+        self._running = running
+        self._confirmed = state.slots.confirmed
+        self._let_go = let_go
+        self._pulse = pulse
+        self._health_at = time.monotonic()
+        self.look = Look.now()
+        """What board and process said of themselves a second ago at most."""
+        self._handed: queue.SimpleQueue[Handed] = queue.SimpleQueue()
+        self._unwritten = 0
+        self._disk = _Disk()
+        self._results = Results(config.results.path) if config.results and config.results.path else None
+        self._spool = Spool(config.state_dir / SPOOL_FILE, boot=boot, max_bytes=config.spool.max_mib << 20)
+        broker.check_files(config.broker)
+        self._link = Link(
+            config.broker, fleet=config.fleet, device=config.device, boot=boot, next_session=self._spool.next_session
+        )
+        self._outflow = Outflow(first_s=config.spool.resend_s)
+        self._updater = Updater(config.update, config.state_dir / UPDATE_FOLDER)
+        self._quarantine = _quarantine(config)
+        self._activations = Activations(config.state_dir / ACTIVATIONS_FILE)
+        self._commands = Commands(
+            config.state_dir / COMMANDS_FILE,
+            {
+                "ping": self._ping,
+                "restart": self._restart,
+                "rank": lambda command: rank(self._activations.activity(command.model_digest), command),
+                "vote": lambda command: vote(self._activations.activity(command.model_digest), command),
+            },
+        )
+        self._started_at = time.monotonic()
+        self.restart_asked = False
+        """True once the hub asked for an end of this process."""
+        self._told: Progress | None = None
+        self._admitted = False
+        self._successor: Running | None = None
+        self._stopping = False
+        self.failure: BaseException | None = None
+        """What ended the thread before it was told to stop."""
+        self._thread = threading.Thread(target=self._work, name="reporter", daemon=True)
+
+    @property
+    def has_room(self) -> bool:
+        """False while so many windows wait for the disk that another one should stay open."""
+        return self._unwritten < UNWRITTEN
+
+    @property
+    def has_ended(self) -> bool:
+        """True once the loop should end: this thread broke, or the hub asked for a restart."""
+        return self.failure is not None or self.restart_asked
+
+    def start(self) -> None:
+        """Clear up after a killed agent, and start.
+
+        Raises:
+            ConfigError: the source cannot let go of what was counted.
+        """
+        counted = self._spool.consumed()
+        if counted:
+            log.info("letting go of %d files that were counted before the restart", len(counted))
+            self._let_go(counted)
+            self._spool.clear_consumed()
+        self._thread.start()
+
+    def hand(self, what: Handed) -> bool:
+        """Hand something over. Never waits. False for a line or an input where too much waits: it is lost."""
+        limit = {Line: WAITING, Suspect: SUSPECTS}.get(type(what))
+        if limit is not None and self._handed.qsize() >= limit:
+            return False
+        if isinstance(what, Closed):
+            self._unwritten += 1
+        self._handed.put(what)
+        return True
+
+    def successor(self) -> Running | None:
+        """A checked and staged model that is to run from now on; the caller answers with :class:`Swapped`."""
+        found, self._successor = self._successor, None
+        return found
+
+    def stop(self) -> None:
+        """Write what is there, give the hub ``linger_s`` to acknowledge it, say goodbye.
+
+        Raises:
+            ConfigError: the disk refuses what is left.
+        """
+        self.hand(Stop())
+        self._thread.join()
+        if self.failure is not None:
+            raise self.failure
+
+    def _work(self) -> None:
+        try:
+            while not self._stopping:
+                self._take()
+                self._write()
+                self._serve_if_possible()
+                if time.monotonic() - self.look.at_s >= LOOK_S:
+                    self.look = Look.now()
+                    if self._quarantine is not None:
+                        self._quarantine.tidy()
+            self._end()
+        except BaseException as error:  # the loop must hear of it, whatever it is
+            self.failure = error
+
+    def _take(self) -> None:
+        """Take what was handed over, in its order."""
+        with suppress(queue.Empty):
+            while True:
+                what = self._handed.get_nowait()
+                if isinstance(what, Closed):
+                    self._disk.windows.append(what)
+                    self._write()
+                elif isinstance(what, Alarm):
+                    self._alarm(what)
+                elif isinstance(what, Suspect):
+                    if self._quarantine is not None:
+                        self._quarantine.put(what.x, what.about)
+                elif isinstance(what, Line):
+                    assert self._config.results is not None and self._config.results.topic is not None
+                    self._link.send(self._config.results.topic, msgspec.json.encode(what.line))
+                elif isinstance(what, Swapped):
+                    self._swapped(what.running)
+                else:
+                    self._stopping = True
+
+    def _alarm(self, alarm: Alarm) -> None:
+        try:
+            self._spool.put(alarm.build)
+        except ConfigError as error:
+            # Its window counts it too.
+            self._complain(error)
+
+    def _write(self, *, at_once: bool = False) -> None:
+        """Bring to the disk what waits for it; what it refuses is tried again later."""
+        disk, now = self._disk, time.monotonic()
+        if not (disk.windows or disk.counted or disk.lines) or (now < disk.retry_at and not at_once):
+            return
+        try:
+            while disk.windows:
+                closed = disk.windows[0]
+                self._spool.put(partial(_report, closed.window, _now_ms()), consumed=closed.files)
+                disk.windows.pop(0)
+                self._unwritten -= 1
+                disk.counted += closed.files
+                disk.lines += closed.lines
+                self._learn(closed.window)
+                self._confirm(closed.window.identity)
+            if self._results and disk.lines:
+                self._results.write(disk.lines)
+            disk.lines = []
+            if disk.counted:
+                self._let_go(disk.counted)
+                self._spool.clear_consumed()
+            disk.counted = []
+        except ConfigError as error:
+            disk.retry_at = now + RETRY_S
+            self._complain(error)
+        else:
+            if disk.error is not None:
+                log.info("the disk takes reports again")
+            disk.error = None
+
+    def _learn(self, window: Window) -> None:
+        """Keep the activations of this device's own model for federated pruning."""
+        metadata = self._running.model.metadata
+        count, total = window.unflagged()
+        if count and window.identity.model_digest == metadata.model_digest and window.size == metadata.feature_count:
+            self._activations.add(metadata, total, inputs=count)
+            self._activations.save(time.monotonic())
+
+    def _ping(self, _: Command) -> Outcome:
+        uptime = time.monotonic() - self._started_at
+        return Outcome(state="ok", result=Alive(boot=self._boot, session=self._link.session, uptime_s=uptime))
+
+    def _restart(self, _: Command) -> Outcome:
+        self.restart_asked = True
+        return Outcome(state="ok", result=Restarting(boot=self._boot))
+
+    def _complain(self, error: ConfigError) -> None:
+        now = time.monotonic()
+        self._disk.error = error
+        if now - self._disk.complained_at >= COMPLAIN_S:
+            self._disk.complained_at = now
+            log.error("inference goes on, but nothing can be recorded: %s", error)
+
+    def _confirm(self, identity: Identity) -> None:
+        """A model that filled a window has proved itself."""
+        if self._confirmed or identity != Identity.of(self._running.model.metadata):
+            return
+        try:
+            self._state.slots.confirm()
+            self._confirmed = True
+            self._state.trial.end(self._running.model.file_digest)
+        except (ConfigError, TrustError) as error:
+            log.warning("the model cannot be confirmed: %s", error)
+
+    def _serve_if_possible(self) -> None:
+        try:
+            self._serve(wait_s=TURN_S)
+        except ConfigError as error:
+            # A full disk: not even the number of the next connection can be kept.
+            self._complain(error)
+            time.sleep(TURN_S)
+
+    def _serve(self, wait_s: float) -> None:
+        """Look after the network and the update; wait at most ``wait_s`` for something to happen."""
+        for event in self._link.poll(wait_s):
+            try:
+                self._heard(event)
+            except ConfigError as error:
+                # An ack that the disk did not take is no loss: the hub knows what it has, and says so again.
+                self._complain(error)
+        now = time.monotonic()
+        if not self._admitted and not self._stopping:
+            progress = self._updater.step(
+                model_digest=self._running.model.metadata.model_digest,
+                running_sequence=self._running.sequence,
+                now_s=now,
+            )
+            if isinstance(progress, Fetched):
+                self._admit(progress)
+            else:
+                self._tell(progress)
+        if self._link.connected:
+            for entry in self._outflow.take(self._spool.pending, now):
+                self._link.publish(topics.REPORT if entry.kind == "report" else topics.ALERT, entry.payload)
+            if now - self._health_at >= self._config.health_s:
+                self._health_at = now
+                self._link.publish(topics.HEALTH, self._health(), qos=0)
+
+    def _heard(self, event: Event) -> None:
+        now = time.monotonic()
+        if isinstance(event, Connected):
+            self._announce(event.session)
+            self._outflow.restart()
+        elif isinstance(event, Ack):
+            stored, gaps = self._spool.forget(event), self._spool.positions(event.boot, event.gaps)
+            self._outflow.acknowledged(stored, now, gaps=gaps)
+        elif isinstance(event, Command):
+            answer = self._commands.take(event)
+            if answer is not None:
+                self._link.publish(answer.channel, answer.payload)
+        elif isinstance(event, Hint):
+            self._tell(self._updater.hint(event, running_sequence=self._running.sequence, now_s=now))
+
+    def _admit(self, fetched: Fetched) -> None:
+        """Check and stage a fetched model; on any doubt the old one runs on."""
+        now = time.monotonic()
+        try:
+            model = self._checked(fetched)
+            slots = self._state.slots
+            slots.activate(slots.stage(fetched.path, sha256=fetched.file_digest, sequence=fetched.sequence))
+        except (TrustError, ModelError) as error:
+            self._tell(self._updater.defer(fetched.sequence, "refused", str(error), now_s=now))
+        except (ConfigError, OSError) as error:
+            self._tell(self._updater.defer(fetched.sequence, "failed", str(error), now_s=now))
+        else:
+            self._admitted = True
+            sidecar = startup.sidecar_of(self._config, model.metadata)
+            self._successor = Running(model=model, sidecar=sidecar, sequence=fetched.sequence)
+        finally:
+            with suppress(OSError):
+                fetched.path.unlink()
+
+    def _checked(self, fetched: Fetched) -> GuardedModel:
+        if self._state.trial.failed(fetched.file_digest):
+            raise ModelError("fetched model", got="one that ran and never filled a window", do="release a repaired one")
+        return admit(fetched.path.read_bytes(), fetched, self._running.model, load=self._state.load)
+
+    def _swapped(self, running: Running) -> None:
+        """The inference took the new model."""
+        self._running, self._confirmed, self._admitted = running, False, False
+        self._updater.settle(running.sequence)
+        self._tell(Progress(state="updated", sequence=running.sequence))
+        if self._link.connected:
+            self._announce(self._link.session)
+
+    def _health(self) -> Health:
+        pulse = self._pulse()
+        return Health(
+            session=self._link.session,
+            boot=self._boot,
+            rss_bytes=self.look.resources.resident_bytes or 0,
+            spooled=self._spool.pending_count,
+            inputs=pulse.inputs,
+            p50_us=pulse.p50_us,
+            anonymous_bytes=self.look.resources.anonymous_bytes,
+            temperature_c=self.look.board.temperature_c,
+            throttled=self.look.board.throttled,
+            under_voltage=self.look.board.under_voltage,
+            dropped=pulse.dropped,
+            unwritten=len(self._disk.windows),
+            quarantined=None if self._quarantine is None else self._quarantine.count,
+            level=pulse.level,
+            reason=pulse.reason,
+        )
+
+    def _announce(self, session: int) -> None:
+        """Publish what is retained: a new connection begins with it."""
+        model = self._running.model
+        status = Status(state="online", session=session, boot=self._boot)
+        self._link.publish(topics.STATUS, status, retain=True)
+        there = {"commands": True, "update": self._config.update, "cascade": self._running.sidecar}
+        birth = Birth(
+            session=session,
+            boot=self._boot,
+            edgeguard=edgeguard.__version__,
+            python=platform.python_version(),
+            board=(self.look.board.model or platform.machine())[:512],
+            runtime=model.runtime.name,
+            runtime_version=model.runtime.version,
+            model_digest=model.metadata.model_digest,
+            guard_digest=model.metadata.guard_digest,
+            file_digest=model.file_digest,
+            sequence=self._running.sequence,
+            detectors=tuple(detector.name for detector in model.metadata.detectors),
+            capabilities=tuple(name for name, part in there.items() if part),
+        )
+        self._link.publish(topics.BIRTH, birth, retain=True)
+        self._report_model()
+
+    def _tell(self, progress: Progress | None) -> None:
+        """Publish what became of the hint, once per change."""
+        if progress is not None and progress != self._told:
+            log.info("model of sequence %d: %s %s", progress.sequence, progress.state, progress.reason)
+            self._told = progress
+            self._report_model()
+
+    def _report_model(self) -> None:
+        told, model = self._told, self._running.model
+        reported = Reported(
+            session=self._link.session,
+            boot=self._boot,
+            state=told.state if told else "running",
+            model_digest=model.metadata.model_digest,
+            guard_digest=model.metadata.guard_digest,
+            file_digest=model.file_digest,
+            sequence=self._running.sequence,
+            desired_sequence=told.sequence if told else None,
+            reason=told.reason if told else "",
+        )
+        self._link.publish(topics.MODEL_REPORTED, reported, retain=True)
+
+    def _end(self) -> None:
+        self._take()
+        self._write(at_once=True)
+        deadline = time.monotonic() + self._config.linger_s
+        while self._spool.pending_count and time.monotonic() < deadline:
+            self._serve_if_possible()
+        self._updater.close()
+        self._link.close()
+        pending = self._spool.pending_count
+        if pending:
+            log.warning("%d messages wait in the spool for the next start", pending)
+        self._spool.close()
+        self._commands.close()
+        if self._disk.windows:
+            lost = sum(closed.window.inputs for closed in self._disk.windows)
+            log.error("%d inputs are in no report; those that lie in a folder stay there", lost)
+        if self._disk.error is not None:
+            self.failure = self._disk.error
+        self._state.trial.end(self._running.model.file_digest)
+
+
+class Results:
+    """``[results] path``: a file with one line of JSON per counted input; a file named ``-`` is standard output.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.write([])
+
+    def write(self, lines: Sequence[dict[str, object]]) -> None:
+        """Append lines. Raises ConfigError where they cannot be written."""
+        content = msgspec.json.Encoder().encode_lines(lines)
+        try:
+            if self._path.name == "-":
+                sys.stdout.buffer.write(content)
+                sys.stdout.buffer.flush()
+                return
+            with self._path.open("ab") as file:
+                file.write(content)
+        except OSError as error:
+            raise ConfigError(f"results file {self._path}", got=error.strerror, expected="a writable file") from error
+
+
+def _quarantine(config: AgentConfig) -> Quarantine | None:
+    wanted = config.quarantine
+    if wanted is None:
+        return None
+    return Quarantine(
+        wanted.path,
+        max_bytes=int(wanted.max_mib * (1 << 20)),
+        max_count=wanted.max_inputs,
+        max_age_s=wanted.max_days * 86400.0,
+    )
+
+
+def _report(window: Window, ended_ms: int, boot: str, seq: int) -> Report:
+    return window.report(boot=boot, seq=seq, ended_ms=ended_ms)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
