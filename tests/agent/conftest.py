@@ -7,7 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -59,6 +59,8 @@ class Device:
     more: str = ""
     window: str = ""
     resend_s: float = 0.5
+    sources: str = '[sources.folder]\npath = "inbox"\n'
+    top: str = ""
     _fed: int = 0
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
@@ -85,7 +87,7 @@ class Device:
         path = self.folder / "agent.toml"
         path.write_text(
             f'fleet = "demo"\ndevice = "{self.name}"\nmodel = "{self.model}"\nstate_dir = "state"\nlinger_s = 10\n'
-            f'[broker]\nhost = "127.0.0.1"\nport = {self.port}\n[sources.folder]\npath = "inbox"\n'
+            f'{self.top}[broker]\nhost = "127.0.0.1"\nport = {self.port}\n{self.sources}'
             f"[window]\n{self.window}\n[spool]\nresend_s = {self.resend_s}\n{self.more}\n"
         )
         return path
@@ -108,7 +110,9 @@ class Device:
         """Return once at most ``count`` batches lie in the source."""
         wait_until(lambda: self.waiting() <= count, f"at most {count} batches waiting")
 
-    def start(self, *arguments: str, limit: int | None = None) -> subprocess.Popen[bytes]:
+    def start(
+        self, *arguments: str, limit: int | None = None, environment: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
         """Start the process; no file of it may grow beyond ``limit`` bytes."""
 
         def bound() -> None:
@@ -119,9 +123,14 @@ class Device:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "edgeguard.agent", "--config", str(self.config()), *arguments],
                 stderr=log,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
                 preexec_fn=bound,  # noqa: PLW1509  (no other thread allocates between fork and exec here)
             )
+        return self._process
+
+    def process(self) -> subprocess.Popen[bytes]:
+        """The process."""
+        assert self._process is not None
         return self._process
 
     def running(self) -> bool:
@@ -152,9 +161,10 @@ def device(tmp_path: Path, mosquitto: Mosquitto, digit_models: tuple[Path, Path]
     made: list[Device] = []
 
     def make(
-        name: str = "camera-1", more: str = "", *, window: str = "inputs = 64\nseconds = 0.5", resend_s: float = 0.5
+        name: str = "camera-1", more: str = "", *, window: str = "inputs = 64\nseconds = 0.5", **settings: Any
     ) -> Device:
-        made.append(Device(tmp_path / name, name, digit_models[0], mosquitto.port, more, window, resend_s))
+        port = settings.pop("port", mosquitto.port)
+        made.append(Device(tmp_path / name, name, digit_models[0], port, more, window, **settings))
         return made[-1]
 
     yield make

@@ -63,6 +63,11 @@ class Mosquitto:
         )
         wait_for_port(self.port)
 
+    def signal(self, number: int) -> None:
+        """Send a signal: SIGSTOP makes a broker that hangs."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
     def kill(self) -> None:
         """SIGKILL: nothing is flushed."""
         self._end("kill")

@@ -13,13 +13,26 @@ import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
 from edgeguard.contract import topics
-from edgeguard.contract.messages import Ack, Alert, Birth, Desired, Message, Report, Reported, Status, decode, encode
+from edgeguard.contract.messages import (
+    Ack,
+    Alert,
+    Birth,
+    Desired,
+    Health,
+    Message,
+    Report,
+    Reported,
+    Status,
+    decode,
+    encode,
+)
 
 M = TypeVar("M", bound=Message)
 
 _KINDS: dict[str, type[Message]] = {
     topics.STATUS: Status,
     topics.BIRTH: Birth,
+    topics.HEALTH: Health,
     topics.REPORT: Report,
     topics.ALERT: Alert,
     topics.MODEL_REPORTED: Reported,
@@ -49,6 +62,8 @@ class TinyHub:
         self.heard: Counter[tuple[str, int]] = Counter()
         self.said: list[Message] = []
         """Everything else, in the order of arrival."""
+        self.replies: list[bytes] = []
+        """Replies to commands, as they came."""
         self._fleet = fleet
         self._ready = threading.Event()
         self._client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id="tiny-hub", clean_session=False)
@@ -97,6 +112,8 @@ class TinyHub:
 
     def _on_message(self, client: mqtt.Client, _userdata: object, message: mqtt.MQTTMessage) -> None:
         address = topics.parse(message.topic)
+        if address.channel.startswith("reply/"):
+            self.replies.append(bytes(message.payload))
         if address.channel not in _KINDS or not message.payload:
             return
         decoded = decode(_KINDS[address.channel], bytes(message.payload))
