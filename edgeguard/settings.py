@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,8 @@ else:
     import tomli as tomllib
 
 _MAX_BYTES = 1 << 20
+CREDENTIAL = "broker-password"
+"""Name of the broker's password among a service's credentials."""
 
 NonEmpty = Annotated[str, Meta(min_length=1, max_length=2000)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
@@ -337,12 +340,17 @@ def check_broker(broker: BrokerConfig, name: str) -> None:
 
 
 def password(broker: BrokerConfig) -> str | None:
-    """The first line of the password file, None where none is named. Raises ConfigError where it cannot be read."""
+    """The first line of the password file, None where none is named. Raises ConfigError where it cannot be read.
+
+    A service reads the copy that systemd has made for its user (``LoadCredential``, systemd.exec(5)).
+    """
     if broker.password_file is None:
         return None
-    what = f"password file {broker.password_file}"
+    credential = Path(os.environ.get("CREDENTIALS_DIRECTORY", "")) / CREDENTIAL
+    path = credential if credential.is_absolute() and credential.is_file() else broker.password_file
+    what = f"password file {path}"
     try:
-        lines = broker.password_file.read_text().splitlines()
+        lines = path.read_text().splitlines()
     except (OSError, ValueError) as error:
         raise ConfigError(what, got=error, expected="a text file") from error
     if not lines or not lines[0]:

@@ -27,6 +27,7 @@ from edgeguard.cli.config import Daemon
 from edgeguard.errors import ConfigError
 from edgeguard.hub import config as hub
 from edgeguard.settings import NonEmpty, Section
+from firmware_bridge import systemd
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -384,3 +385,14 @@ def test_check_refuses_a_file_with_the_error(edgeguard: CliRunner, text: str, me
     error = run(edgeguard, "check", "it.toml").exception
     assert isinstance(error, ConfigError)
     assert re.search(message, str(error))
+
+
+def test_a_service_reads_the_password_that_systemd_hands_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "password").write_text("from the file\n")
+    (tmp_path / systemd.CREDENTIAL).write_text("from systemd\n")
+    broker = settings.BrokerConfig(host="h", username="u", password_file=tmp_path / "password")
+    assert settings.password(broker) == "from the file"
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert settings.password(broker) == "from systemd"
+    (tmp_path / systemd.CREDENTIAL).unlink()
+    assert settings.password(broker) == "from the file"

@@ -108,7 +108,7 @@ class BudgetConfig(Section, frozen=True, kw_only=True):
         audit_share: share of unsuspicious inputs that are looked at too.
         cpu_share: share of one processor core that the guard's own work may take.
         memory_mib: anonymous memory of the agent.
-        temperature_c: of the board, in degrees Celsius.
+        temperature_c: of the board; 125 is as good as no limit.
     """
 
     inferences_per_second: Annotated[float, Meta(ge=0, le=100_000)] = 9.3
@@ -116,7 +116,7 @@ class BudgetConfig(Section, frozen=True, kw_only=True):
     audit_share: Annotated[float, Meta(ge=0, le=1)] = 0.005
     cpu_share: Annotated[float, Meta(gt=0, le=64)] | None = None
     memory_mib: Annotated[float, Meta(gt=0, le=1_000_000)] | None = None
-    temperature_c: Annotated[float, Meta(gt=0, le=125)] | None = 80.0
+    temperature_c: Annotated[float, Meta(gt=0, le=125)] = 80.0
 
 
 Policy = Literal["pass", "mark", "withhold"]
@@ -200,7 +200,7 @@ class SpoolConfig(Section, frozen=True, kw_only=True):
     """``[spool]``: reports that wait for the hub.
 
     Attributes:
-        max_mib: beyond this the oldest are dropped, and counted.
+        max_mib: beyond this the oldest are dropped, reports first, and counted.
         resend_s: without an ack for so long everything is sent again; it doubles up to 12 times this.
     """
 

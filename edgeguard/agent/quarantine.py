@@ -121,7 +121,10 @@ class Quarantine:
             self._make_room(size=0, files=0)
         except OSError as error:
             raise ConfigError(
-                f"quarantine {folder}", got=error.strerror, expected="a folder that can be read and written"
+                f"quarantine {folder}",
+                got=error.strerror,
+                expected="a folder that can be read and written",
+                do="check its path and its owner",
             ) from error
         self._next = 1 + max((_order(name) for name in self._stock), default=0)
 

@@ -90,7 +90,7 @@ def is_image(content: bytes) -> bool:
 def _pixels(content: bytes, height: int, width: int, channels: int) -> Pixels:
     """Pixels [H, W, C], 0 to 255. Raises anything on hostile content."""
     with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as file:
-        if not 0 < file.width * file.height <= MAX_PIXELS:
+        if file.width * file.height > MAX_PIXELS:
             raise ValueError(f"{file.width}x{file.height} pixels, at most {MAX_PIXELS} in all")
         if file.format != "PNG" and content.count(_START_OF_SCAN) > MAX_SCANS:
             raise ValueError(f"more than {MAX_SCANS} scans")

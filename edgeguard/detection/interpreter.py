@@ -233,7 +233,7 @@ class Interpreter(_Over):
     def _doubt(self, row: int, count: int) -> str | None:
         if self._resized:
             return "inputs of another shape than the guard was calibrated for"
-        if any(len(rows) != count or rows[row] for rows in self._not_finite):
+        if any(len(rows) != count or rows.any() for rows in self._not_finite):
             return "NaN or infinite values in the input"
         return None
 
@@ -291,6 +291,8 @@ class _Guard:
     scores: int
     features: int
     classes: int | None
+    sizes: tuple[int, int, int]
+    """How many detectors, features and classes there are."""
     float_inputs: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
     """Of the inputs, without the batch axis."""
@@ -304,6 +306,7 @@ class _Guard:
             scores=int(outputs[layout.scores]["index"]),
             features=int(outputs[layout.features]["index"]),
             classes=None if layout.classes is None else int(outputs[layout.classes]["index"]),
+            sizes=(len(description.detectors), description.feature_count, len(description.classes)),
             float_inputs=tuple(int(i["index"]) for i in inputs if np.issubdtype(i["dtype"], np.floating)),
             shapes=_shapes(inputs),
         )
@@ -322,13 +325,13 @@ class _Guard:
         """What the last run left in the outputs; None where their shapes do not fit each other."""
         scores, features = bare.get_tensor(self.scores), bare.get_tensor(self.features)
         count = scores.shape[0] if scores.ndim else 0
-        expected = (count, len(self.description.detectors)), (count, self.description.feature_count)
-        if (scores.shape, features.shape) != expected:
+        detectors, width, classes = self.sizes
+        if scores.shape != (count, detectors) or features.shape != (count, width):
             return None
         if self.classes is None:
             return _Raw(scores, features, [None] * count)
         answers = bare.get_tensor(self.classes)
-        if answers.shape != (count, len(self.description.classes)):
+        if answers.shape != (count, classes):
             return None
         return _Raw(scores, features, answers.argmax(axis=1).tolist())
 
@@ -343,7 +346,7 @@ class _Guard:
             scores=tuple(min(score, _LARGEST) if checked else None for score in verdict.scores.values()),
             detectors=tuple(verdict.scores),
             p_value=verdict.p_value,
-            features=self.description.feature_count,
+            features=self.sizes[1],
         )
         return frames.encode(scored, features.astype("<f4").tobytes())
 

@@ -8,8 +8,8 @@ Rules enforced here:
   seq can still be read: a device must not send it for ever. It is kept as a dead letter and counted, never as data;
 * a message of an older session than the stored one changes nothing, so that a late will never beats a new birth;
   within one session, offline and stopped are final;
-* a device sends oldest first, drops oldest first, and has at most ``MAX_GAPS`` messages unacknowledged at once. So
-  when more than that are missing, the older ones are gone: they leave the list of gaps.
+* a device sends oldest first, and what it has under way of one boot spans at most ``MAX_GAPS`` numbers. So when more
+  than that are missing, the older ones are gone: they leave the list of gaps.
 """
 
 from __future__ import annotations

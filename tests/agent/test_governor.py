@@ -141,6 +141,11 @@ def test_the_hold_doubles_up_to_its_bound_with_each_step_up_that_was_taken_back(
     assert relapses(6, lasting=20) == [61, 121, 241, 481, 481, 481]
 
 
+def test_several_levels_down_are_no_relapse() -> None:
+    steps = run(every_second(HIGH, 0, 100) + every_second(LOW, 100, 200))
+    assert (steps[-1].level, steps[-1].at_s) == (Level.EVERY_4TH, 160.0)
+
+
 def test_a_step_up_that_lasted_as_long_as_the_longest_hold_was_no_mistake() -> None:
     assert relapses(3, lasting=int(LONGEST)) == [61, 61, 61]
 

@@ -314,28 +314,29 @@ def put_many(spool: Spool, boot: str, tell: Callable[[int], None], *, count: int
 
 def test_a_process_killed_at_any_write_of_the_log_has_what_it_printed(path: Path) -> None:
     with closing(open_spool(path)) as spool:
-        put_many(spool, BOOT, lambda _: None, count=3, channels=600)
+        begin = log_of(path).stat().st_size
+        put_many(spool, BOOT, lambda _: None, count=2, channels=300)
         end = log_of(path).stat().st_size
     deaths = 0
-    for limit in cuts(2 * HEADER, end, within=(24, 2000)):
+    for limit in cuts(begin, end, within=(24, 2000)):
         victim = path.with_name(f"killed-at-{limit}")
 
         def work(tell: Callable[[int], None], victim: Path = victim, limit: int = limit) -> None:
             spool = open_spool(victim)
             with no_file_beyond(limit):
-                put_many(spool, BOOT, tell, count=3, channels=600)
+                put_many(spool, BOOT, tell, count=2, channels=300)
 
         printed, killed_by = Child(work).end()
         deaths += killed_by == signal.SIGXFSZ
         check_found(victim, {BOOT: printed})
-        assert (len(printed) == 3) == (killed_by is None)
+        assert (len(printed) == 2) == (killed_by is None)
     assert deaths > 30
 
 
 def test_a_process_killed_at_any_write_of_its_first_start_starts_again(path: Path) -> None:
     with closing(open_spool(path)):
         end = max(file.stat().st_size for file in path.parent.iterdir())
-    limits = [*range(0, 4096, 500), *cuts(HEADER, end + FRAME, within=(24, 2000))]
+    limits = [*range(0, 4096, 500), *cuts(HEADER, end + FRAME, within=(24,))]
     ends = set()
     for limit in limits:
         victim = path.with_name(f"killed-at-{limit}")
@@ -351,9 +352,9 @@ def test_a_process_killed_at_any_write_of_its_first_start_starts_again(path: Pat
 
 
 def test_a_process_killed_at_any_write_of_a_checkpoint_has_what_it_printed(path: Path) -> None:
-    count = 5
+    count = 3
     with closing(open_spool(path)) as spool:
-        put_many(spool, BOOT, lambda _: None, count=count, channels=600)
+        put_many(spool, BOOT, lambda _: None, count=count, channels=300)
         checkpoint(path)
         begin, end = 4096, path.stat().st_size
     deaths = 0
@@ -361,7 +362,7 @@ def test_a_process_killed_at_any_write_of_a_checkpoint_has_what_it_printed(path:
         victim = path.with_name(f"killed-at-{limit}")
 
         def work(tell: Callable[[int], None], victim: Path = victim, limit: int = limit) -> None:
-            put_many(open_spool(victim), BOOT, tell, count=count, channels=600)
+            put_many(open_spool(victim), BOOT, tell, count=count, channels=300)
             with no_file_beyond(limit):
                 checkpoint(victim)
 
@@ -369,13 +370,13 @@ def test_a_process_killed_at_any_write_of_a_checkpoint_has_what_it_printed(path:
         deaths += killed_by == signal.SIGXFSZ
         assert len(printed) == count
         check_found(victim, {BOOT: printed})
-    assert deaths > 10
+    assert deaths > 5
 
 
 def test_processes_killed_at_any_time_one_after_the_other_have_what_they_printed(path: Path) -> None:
     source = random.Random(SEED)
     printed: dict[str, list[int]] = {}
-    for number in range(25):
+    for number in range(20):
         boot = f"{number:016x}"
 
         def work(tell: Callable[[int], None], boot: str = boot) -> None:

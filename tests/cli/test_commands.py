@@ -71,7 +71,10 @@ def test_the_installed_script_prints_its_version() -> None:
     assert done.stdout == f"edgeguard {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["demo", "convert", "calibrate", "inspect", "score", "run", "hub"])
+COMMANDS = ("demo", "convert", "calibrate", "inspect", "score", "bench", "run", "doctor", "hub")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_explains_itself_with_an_example(edgeguard: Run, command: str) -> None:
     code, out, _ = edgeguard(command, "--help")
     assert code == 0

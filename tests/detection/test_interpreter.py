@@ -497,6 +497,9 @@ def test_an_input_that_is_not_finite_hides_no_other_of_its_batch(heads: Files) -
     runner(**{name: np.concatenate([heads.clean[:1], not_finite, heads.triggered[:1]])})
     assert [verdict.status for verdict in interpreter.verdicts] == ["clean", "not checked", "flagged"]
     assert interpreter.verdict == interpreter.verdicts[2]
+    runner(**{name: np.concatenate([heads.clean[:1], not_finite])})
+    assert interpreter.verdict is not None
+    assert interpreter.verdict.status == "not checked"
 
 
 def test_an_input_of_another_size_than_the_guard_was_calibrated_for_is_not_checked(any_size: bytes) -> None:
@@ -511,6 +514,16 @@ def test_an_input_of_another_size_than_the_guard_was_calibrated_for_is_not_check
     interpreter.resize_tensor_input(interpreter.get_input_details()[0]["index"], (2, 8, 8, 1))
     interpreter.allocate_tensors()
     assert "synthetic" in verdict_on(interpreter, np.ones((2, 8, 8, 1), np.float32)).reason
+
+
+def test_a_signature_that_failed_after_it_resized_the_input_leaves_no_doubt_out(any_size: bytes) -> None:
+    interpreter = opened(any_size)
+    runner = interpreter.get_signature_runner()
+    (name,) = runner.get_input_details()
+    with pytest.raises(ValueError, match="type"):
+        runner(**{name: np.ones((1, 16, 16, 1), np.int32)})
+    del runner
+    assert "another shape" in verdict_on(interpreter, np.ones((1, 16, 16, 1), np.float32)).reason
 
 
 # What the agent hears.
@@ -575,7 +588,7 @@ def test_a_model_without_a_guard_is_not_reported(digits: Files, listener: Listen
 
 
 def test_an_agent_that_does_not_read_changes_neither_outputs_nor_verdicts(digits: Files, listener: Listener) -> None:
-    interpreter, alone = opened(digits.guarded), opened(digits.guarded, runtime=None)
+    interpreter, alone = opened(digits.guarded), opened(digits.guarded)
     assert interpreter.reports_dropped == 0
     for x in np.concatenate([digits.clean] * 30):
         run(interpreter, x[np.newaxis])
