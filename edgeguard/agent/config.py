@@ -114,7 +114,7 @@ class BudgetConfig(Section, frozen=True, kw_only=True):
     inferences_per_second: Annotated[float, Meta(ge=0, le=100_000)] = 9.3
     burst: Annotated[float, Meta(ge=0, le=1_000_000)] = 15.0
     audit_share: Annotated[float, Meta(ge=0, le=1)] = 0.005
-    cpu_share: Annotated[float, Meta(gt=0, le=64)] | None = None
+    cpu_share: Annotated[float, Meta(gt=0, le=1)] | None = None
     memory_mib: Annotated[float, Meta(gt=0, le=1_000_000)] | None = None
     temperature_c: Annotated[float, Meta(gt=0, le=125)] = 80.0
 

@@ -233,7 +233,7 @@ class Interpreter(_Over):
     def _doubt(self, row: int, count: int) -> str | None:
         if self._resized:
             return "inputs of another shape than the guard was calibrated for"
-        if any(len(rows) != count or rows.any() for rows in self._not_finite):
+        if any(len(rows) != count or rows[row] for rows in self._not_finite):
             return "NaN or infinite values in the input"
         return None
 
@@ -343,7 +343,7 @@ class _Guard:
             guard_digest=self.description.guard_digest,
             predicted=verdict.predicted,
             # JSON has no infinity.
-            scores=tuple(min(score, _LARGEST) if checked else None for score in verdict.scores.values()),
+            scores=tuple(score if checked else None for score in verdict.scores.values()),
             detectors=tuple(verdict.scores),
             p_value=verdict.p_value,
             features=self.sizes[1],
