@@ -28,11 +28,12 @@ from edgeguard.agent import governor, startup
 from edgeguard.agent.config import AgentConfig
 from edgeguard.agent.inference import Engine, Running, line_of, policy_of, result_of
 from edgeguard.agent.quarantine import About
-from edgeguard.agent.reporter import Alarm, Closed, Line, Pulse, Reporter, Suspect, Swapped
+from edgeguard.agent.reporter import Alarm, Closed, Line, Pulse, Reporter, Seen, Suspect, Swapped
 from edgeguard.agent.sources.base import Answer, Item, Told
 from edgeguard.agent.sources.folder import NAME as FOLDER
 from edgeguard.agent.window import AlertLimit, Identity, Window, alert_builder
 from edgeguard.contract.frames import Result
+from edgeguard.contract.scores import joint
 from edgeguard.detection.cascade import Budget
 from edgeguard.detection.verdict import Verdict, judge
 from firmware_bridge.systemd import Notifier, Watchdog
@@ -78,6 +79,7 @@ class Agent:
         self._windows_at = time.monotonic()
         self._files: list[str] = []
         self._lines: list[dict[str, object]] = []
+        self._seen: list[Seen] = []
         self._alerts = AlertLimit.full(config.alerts.per_minute, time.monotonic())
         self._governor, self._governor_state = _governor(config), governor.State()
         self._governed = (time.monotonic(), 0.0, 0)
@@ -153,6 +155,7 @@ class Agent:
                 window.add_unchecked()
             else:
                 window.add(verdict, inference.features)
+                self._see(verdict)
             if verdict.flagged:
                 self._alarm(verdict, window.identity)
                 self._quarantine(x, verdict, result, window.identity)
@@ -162,6 +165,11 @@ class Agent:
         self.inputs += len(item.inputs)
         if item.source == FOLDER:
             self._files.append(item.name)
+
+    def _see(self, verdict: Verdict) -> None:
+        score = joint(verdict.scores.values())
+        if verdict.status != "not checked" and len(self._seen) < LINES:
+            self._seen.append(Seen(score, verdict.predicted, verdict.flagged))
 
     def _count_told(self, told: Told) -> None:
         """Count what a program's own interpreter scored."""
@@ -259,10 +267,12 @@ class Agent:
         """Hand over what is open. The files and lines go with the window of this device's own model."""
         for window in self._windows.values():
             own = window.identity == Identity.of(self._engine.running.model.metadata)
-            files, lines = (tuple(self._files), tuple(self._lines)) if own else ((), ())
-            self._reporter.hand(Closed(window=window, files=files, lines=lines))
-            if own:
-                self._files, self._lines = [], []
+            if not own:
+                self._reporter.hand(Closed(window=window))
+                continue
+            files, lines, seen = tuple(self._files), tuple(self._lines), tuple(self._seen)
+            self._reporter.hand(Closed(window=window, files=files, lines=lines, seen=seen))
+            self._files, self._lines, self._seen = [], [], []
         self._windows = {}
 
     def _govern(self, now: float) -> None:

@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy.typing as npt
@@ -41,7 +41,9 @@ from edgeguard.agent.update import Fetched, Progress, Updater, admit
 from edgeguard.agent.window import Identity, Window
 from edgeguard.contract import topics
 from edgeguard.contract.messages import Ack, Alert, Alive, Birth, Command, Health, Report, Reported, Restarting, Status
+from edgeguard.detection import drift
 from edgeguard.detection.guarded import GuardedModel
+from edgeguard.detection.verdict import p_value
 from edgeguard.errors import ConfigError, ModelError, TrustError
 from firmware_bridge import board as boards
 from firmware_bridge import resources
@@ -67,13 +69,22 @@ COMPLAIN_S = 60.0
 log = logging.getLogger(__name__)
 
 
+class Seen(NamedTuple):
+    """What drift is judged by: the one-pass score of a checked input, its prediction, and whether it was flagged."""
+
+    score: float
+    predicted: int | None
+    flagged: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class Closed:
-    """A finished window, the files that it counts, and its lines for ``[results]``."""
+    """A finished window, the files that it counts, its lines for ``[results]``, and what drift is judged by."""
 
     window: Window
     files: tuple[str, ...] = ()
     lines: tuple[dict[str, object], ...] = ()
+    seen: tuple[Seen, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +220,7 @@ class Reporter:
                 "vote": lambda command: vote(self._activations.activity(command.model_digest), command),
             },
         )
+        self._drift = drift.resume(None, running.model.metadata)
         self._started_at = time.monotonic()
         self.restart_asked = False
         """True once the hub asked for an end of this process."""
@@ -325,6 +337,7 @@ class Reporter:
                 disk.counted += closed.files
                 disk.lines += closed.lines
                 self._learn(closed.window)
+                self._watch(closed)
                 self._confirm(closed.window.identity)
             if self._results and disk.lines:
                 self._results.write(disk.lines)
@@ -348,6 +361,19 @@ class Reporter:
         if count and window.identity.model_digest == metadata.model_digest and window.size == metadata.feature_count:
             self._activations.add(metadata, total, inputs=count)
             self._activations.save(time.monotonic())
+
+    def _watch(self, closed: Closed) -> None:
+        """Has the site moved away from the calibration? Said once, and in each health message from then on."""
+        metadata = self._running.model.metadata
+        if closed.window.identity != Identity.of(metadata):
+            return
+        before = self._drift.found
+        self._drift = drift.resume(self._drift, metadata)
+        for score, predicted, flagged in closed.seen:
+            p = p_value(score, metadata.score_to_p)
+            self._drift = drift.update(self._drift, drift.Observation(p_value=p, predicted=predicted, flagged=flagged))
+        if before is None and self._drift.found is not None:
+            log.warning("recalibrate: %s", self._drift.found.why)
 
     def _ping(self, _: Command) -> Outcome:
         uptime = time.monotonic() - self._started_at
@@ -474,6 +500,7 @@ class Reporter:
             quarantined=None if self._quarantine is None else self._quarantine.count,
             level=pulse.level,
             reason=pulse.reason,
+            drift=drift.judge(self._drift).state,
         )
 
     def _announce(self, session: int) -> None:

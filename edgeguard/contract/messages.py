@@ -86,7 +86,8 @@ class Health(Message, frozen=True, kw_only=True):
     """Every now and then, lossy: how the device fares. What it does not know is None.
 
     ``dropped``: inputs, results and foreign scores that there was no room for. ``level``: what the guard's budget lets
-    it do, and ``reason`` why it is not everything. ``unwritten``: windows that the disk does not take.
+    it do, and ``reason`` why it is not everything. ``unwritten``: windows that the disk does not take. ``drift``: is
+    the site still what the guard was calibrated to? "steady", "recalibrate" or "too early".
     """
 
     session: Count
@@ -104,6 +105,7 @@ class Health(Message, frozen=True, kw_only=True):
     quarantined: Count | None = None
     level: Text = "everything"
     reason: Text = ""
+    drift: Text | None = None
 
 
 class LabelCount(msgspec.Struct, frozen=True, kw_only=True):

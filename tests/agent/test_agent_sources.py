@@ -264,6 +264,22 @@ def test_a_budget_that_is_exceeded_lowers_the_level_of_service_and_says_why(hub:
     assert camera.stop() == 0
 
 
+def test_a_site_that_changed_is_said_to_need_calibration_and_one_that_did_not_is_not(
+    hub: TinyHub, device: Make, digits: Digits
+) -> None:
+    camera = device(sources=SOCKET, top="health_s = 0.5\n", window="inputs = 50")
+    camera.start()
+    program = Program(camera)
+    program.ask(digits[:400])
+    wait_until(lambda: (health := hub.latest(Health)) is not None and health.inputs == 400, "a health message")
+    health = hub.latest(Health)
+    assert health is not None and health.drift == "steady"
+    program.ask((digits * 0.5 + 40).astype(np.uint8))
+    wait_until(lambda: (h := hub.latest(Health)) is not None and h.drift == "recalibrate", "drift", timeout_s=10)
+    assert "recalibrate" in camera.log
+    assert camera.stop() == 0
+
+
 def test_an_idle_agent_feeds_the_watchdog_with_self_tests_and_a_wedged_one_does_not(
     hub: TinyHub, device: Make, tmp_path: Path
 ) -> None:
