@@ -8,10 +8,13 @@ which one runs. Rules enforced here:
   file is replaced, and written after the new file is safe on disk;
 * the slot that runs is never written to; one rename of ``slots.json`` moves the pointer;
 * content is handed out only after its SHA-256 was compared with the record: damage is an error, not a model;
-* a staged model must be newer than the active one, by its sequence number.
+* a staged model must be newer than the active one, by its sequence number; only one that this device
+  re-calibrated itself has the number of the active one, which it was made of;
+* nobody signed such a local file. Its record names the released file that it goes back to and is authenticated
+  with HMAC-SHA-256 under a key of this device's own, made on first use; without that it is not handed out.
 
-The digests here find damage, not forgery: whoever may write to the folder may write the record too.
-Signatures are checked before a model is staged.
+The digests of released files find damage, not forgery: whoever may write to the folder may write their record too.
+Signatures are checked before a model is staged. The key makes a local record as good as its secrecy.
 
 Transitions are pure functions on a frozen ``State``; ``Slots`` is the shell that reads and writes it. The
 record is read again at each call, so that what is on disk is always what counts.
@@ -25,8 +28,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import hmac
 import logging
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,16 +43,32 @@ from msgspec import Meta
 from edgeguard.errors import ConfigError, TrustError
 
 RECORD = "slots.json"
+KEY = "local.key"
+_KEY_BYTES = 32
 LOG = logging.getLogger(__name__)
 
 Name = Literal["a", "b"]
 
 
-class Content(msgspec.Struct, frozen=True, kw_only=True):
-    """What a slot is known to hold."""
+class Local(msgspec.Struct, frozen=True, kw_only=True):
+    """What is recorded of a file that this device made itself.
+
+    ``parent``: digest of the released file that it goes back to, over however many re-calibrations; ``guard_digest``:
+    of the guard that was fitted here; ``mac``: HMAC-SHA-256 (RFC 2104) over both and the rest of :class:`Content`.
+    """
+
+    # Not bound to a pattern: what is damaged here costs this slot only, and not the record of both.
+    parent: str
+    guard_digest: str
+    mac: str = ""
+
+
+class Content(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a slot is known to hold; ``local`` where this device made it."""
 
     sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
     sequence: Annotated[int, Meta(ge=0, le=2**53)]
+    local: Local | None = None
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -71,12 +92,13 @@ class State(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """One slot whose file was verified against the record."""
+    """One slot whose file was verified against the record. ``parent`` as in :class:`Local`, None for a release."""
 
     name: Name
     path: Path
     sha256: str
     sequence: int
+    parent: str | None = None
 
 
 def emptied(state: State) -> State:
@@ -95,6 +117,23 @@ def staged(state: State, content: Content) -> State:
             do="release the model again under a new sequence",
         )
     return _with(state, state.inactive, content, previous=None)
+
+
+def recalibrated(state: State, content: Content, *, made_of: str) -> State:
+    """The inactive slot holds ``content``, made here of the file with the digest ``made_of``.
+
+    Raises TrustError unless that one still runs, and under the same sequence.
+    """
+    active = _known(state, state.active)
+    if (active.sha256, active.sequence) != (made_of, content.sequence):
+        raise TrustError("re-calibrated model", got="one made of another model than runs now", do="re-calibrate again")
+    return _with(state, state.inactive, content, previous=None)
+
+
+def mac_of(content: Content, local: Local, key: bytes) -> str:
+    """What authenticates the record of a file that this device made itself, in hex."""
+    fields = ("edgeguard local model", content.sha256, content.sequence, local.parent, local.guard_digest)
+    return hmac.digest(key, msgspec.json.encode(fields), "sha256").hex()
 
 
 def activated(state: State, name: Name) -> State:
@@ -201,11 +240,26 @@ class Slots:
         with _disk_errors(path):
             content = path.read_bytes()
         _check(f"model to stage {path}", content, sha256)
-        with _disk_errors(self._folder):
-            target = _path(self._folder, state.inactive)
-            _replace(target, content, before=lambda: self._write(emptied(state)))
-            self._write(after)
-        return self._verified(state.inactive)[0]
+        return self._put(content, state, after)
+
+    def stage_local(self, content: bytes, *, made_of: Slot, guard_digest: str) -> Slot:
+        """Put a re-calibrated copy of the active model into the inactive slot, under the same sequence.
+
+        Args:
+            content: the file; the caller checked that it is the same model with another guard.
+            made_of: the active slot, as :meth:`active` returned it when the re-calibration began.
+            guard_digest: of the new guard, in hex.
+
+        Raises:
+            TrustError: another model runs by now, or the device's key is damaged. The slots stay as they were.
+            ConfigError: the slot or the key cannot be written.
+        """
+        state = self._state()
+        new = Content(sha256=hashlib.sha256(content).hexdigest(), sequence=made_of.sequence)
+        local = Local(parent=made_of.parent or made_of.sha256, guard_digest=guard_digest)
+        local = msgspec.structs.replace(local, mac=mac_of(new, local, self._made_key()))
+        new = msgspec.structs.replace(new, local=local)
+        return self._put(content, state, recalibrated(state, new, made_of=made_of.sha256))
 
     def activate(self, slot: Slot) -> None:
         """Let a staged slot run from now on, by one atomic rename.
@@ -240,6 +294,22 @@ class Slots:
             with _disk_errors(self._folder):
                 self._write(confirmed(state))
 
+    def _put(self, content: bytes, state: State, after: State) -> Slot:
+        """Write the inactive slot; ``after`` is what its record says then."""
+        with _disk_errors(self._folder):
+            target = _path(self._folder, state.inactive)
+            _replace(target, content, before=lambda: self._write(emptied(state)))
+            self._write(after)
+        return self._verified(state.inactive)[0]
+
+    def _made_key(self) -> bytes:
+        """The device's own key, made where there is none."""
+        path = self._folder / KEY
+        with _disk_errors(path):
+            if not path.exists():
+                _replace(path, secrets.token_bytes(_KEY_BYTES), mode=0o600)
+        return _read_key(path)
+
     def _state(self) -> State:
         path = self._folder / RECORD
         try:
@@ -269,17 +339,40 @@ class Slots:
         except OSError as error:
             raise TrustError(f"model slot {path}", got=error.strerror, expected="the model put there") from error
         _check(f"model slot {path}", content, known.sha256)
-        return Slot(name=name, path=path, sha256=known.sha256, sequence=known.sequence), content
+        local = known.local
+        if local is not None:
+            _check_mac(f"model slot {path}", known, local, _read_key(self._folder / KEY))
+        parent = None if local is None else local.parent
+        return Slot(name=name, path=path, sha256=known.sha256, sequence=known.sequence, parent=parent), content
 
 
 def _path(folder: Path, name: Name) -> Path:
     return folder / f"slot-{name}.tflite"
 
 
+def _read_key(path: Path) -> bytes:
+    try:
+        key = path.read_bytes()
+    except OSError as error:
+        raise TrustError(f"key {path}", got=error.strerror, expected="the key that this device made") from error
+    if len(key) != _KEY_BYTES:
+        raise TrustError(
+            f"key {path}", got=f"{len(key)} bytes", expected=_KEY_BYTES, do="remove it, and calibrate again"
+        )
+    return key
+
+
 def _check(what: str, content: bytes, sha256: str) -> None:
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise TrustError(what, got=f"SHA-256 {found}", expected=sha256, do="fetch the model again")
+
+
+def _check_mac(what: str, content: Content, local: Local, key: bytes) -> None:
+    if not hmac.compare_digest(mac_of(content, local, key).encode(), local.mac.encode()):
+        raise TrustError(
+            what, got="a record of a re-calibration that this device did not write", do="re-calibrate again"
+        )
 
 
 @contextlib.contextmanager
@@ -294,11 +387,11 @@ def _disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _replace(path: Path, content: bytes, *, before: Callable[[], None] = lambda: None) -> None:
+def _replace(path: Path, content: bytes, *, before: Callable[[], None] = lambda: None, mode: int = 0o666) -> None:
     """Write ``content`` beside ``path``; once it is safe on disk call ``before``, then rename it."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -196,6 +196,18 @@ class UpdateConfig(Section, frozen=True, kw_only=True):
     retry_s: Seconds = 5.0
 
 
+class RecalibrateConfig(Section, frozen=True, kw_only=True):
+    """``[recalibrate]``: the hub may have the guard fitted anew on this device. Without this section it may not.
+
+    Attributes:
+        data: the owner's clean inputs: an npz or npy file, or an image folder. Without it only the sidecar's are left.
+        timeout_s: seconds for one re-calibration.
+    """
+
+    data: Path | None = None
+    timeout_s: Seconds = 900.0
+
+
 class SpoolConfig(Section, frozen=True, kw_only=True):
     """``[spool]``: reports that wait for the hub.
 
@@ -249,6 +261,7 @@ class AgentConfig(Section, frozen=True, kw_only=True):
         policy: what a program gets for an input of each verdict.
         quarantine: where flagged inputs are kept.
         update: signed models.
+        recalibrate: fitting the guard anew when the hub asks for it.
         spool: reports that wait for the hub.
         runtime: what runs the model.
         results: what came out for each input.
@@ -269,6 +282,7 @@ class AgentConfig(Section, frozen=True, kw_only=True):
     policy: PolicyConfig = PolicyConfig()
     quarantine: QuarantineConfig | None = None
     update: UpdateConfig | None = None
+    recalibrate: RecalibrateConfig | None = None
     spool: SpoolConfig = SpoolConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     results: ResultsConfig | None = None

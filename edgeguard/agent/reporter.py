@@ -6,7 +6,8 @@ Rules enforced here:
   disk does not take them it keeps adding to the one that is open, so that nothing is lost and memory does not grow;
 * the report and the names of its files are committed first, the files are let go of after that; what a killed agent
   left between the two is cleared up at the next start;
-* a fetched model is checked and staged here; the inference only exchanges one model for the other, between two inputs.
+* a fetched or re-calibrated model is checked and staged here; the inference only exchanges one model for the other,
+  between two inputs.
 """
 
 from __future__ import annotations
@@ -29,27 +30,42 @@ import numpy.typing as npt
 
 import edgeguard
 from edgeguard import broker
-from edgeguard.agent import startup
+from edgeguard.agent import recalibration, startup
 from edgeguard.agent.commands import Commands, Outcome
 from edgeguard.agent.config import AgentConfig
 from edgeguard.agent.inference import Running
 from edgeguard.agent.link import Connected, Event, Hint, Link, Outflow
 from edgeguard.agent.quarantine import About, Quarantine
 from edgeguard.agent.ranks import Activations, rank, vote
+from edgeguard.agent.recalibration import Calibrated, Recalibrator, clean_data
 from edgeguard.agent.spool import Spool
 from edgeguard.agent.update import Fetched, Progress, Updater, admit
 from edgeguard.agent.window import Identity, Window
 from edgeguard.contract import topics
-from edgeguard.contract.messages import Ack, Alert, Alive, Birth, Command, Health, Report, Reported, Restarting, Status
-from edgeguard.detection import drift
+from edgeguard.contract.messages import (
+    Ack,
+    Alert,
+    Alive,
+    Birth,
+    Command,
+    Health,
+    Recalibrate,
+    Recalibration,
+    Report,
+    Reported,
+    Restarting,
+    Status,
+)
+from edgeguard.detection import drift, sidecar
 from edgeguard.detection.guarded import GuardedModel
 from edgeguard.detection.verdict import p_value
-from edgeguard.errors import ConfigError, ModelError, TrustError
+from edgeguard.errors import ConfigError, EdgeGuardError, ModelError, TrustError
 from firmware_bridge import board as boards
 from firmware_bridge import resources
 
 SPOOL_FILE = "spool.sqlite"
 UPDATE_FOLDER = "update"
+RECALIBRATION_FOLDER = "recalibration"
 COMMANDS_FILE = "commands.sqlite"
 ACTIVATIONS_FILE = "activations.json"
 
@@ -218,8 +234,13 @@ class Reporter:
                 "restart": self._restart,
                 "rank": lambda command: rank(self._activations.activity(command.model_digest), command),
                 "vote": lambda command: vote(self._activations.activity(command.model_digest), command),
+                "recalibrate": self._recalibrate,
             },
         )
+        self._recalibrator = Recalibrator(config.state_dir / RECALIBRATION_FOLDER)
+        self._recalibrating: str | None = None
+        """Transaction of the re-calibration at work, until its last word is on disk."""
+        self._last_word: Outcome | None = None
         self._drift = drift.resume(None, running.model.metadata)
         self._started_at = time.monotonic()
         self.restart_asked = False
@@ -383,6 +404,69 @@ class Reporter:
         self.restart_asked = True
         return Outcome(state="ok", result=Restarting(boot=self._boot))
 
+    def _recalibrate(self, command: Recalibrate) -> Outcome:
+        config, model = self._config.recalibrate, self._running.model
+        if config is None:
+            return Outcome(state="refused", reason="this device has no [recalibrate] section in its configuration")
+        data = self._not_now() or clean_data(command.source, config, model.metadata, self._running.sidecar)
+        if isinstance(data, Outcome):
+            return data
+        self._recalibrator.begin(
+            self._state.slots.active(),
+            data,
+            runtime_name=model.runtime.name,
+            timeout_s=config.timeout_s,
+            now_s=time.monotonic(),
+        )
+        self._recalibrating = command.id
+        return Outcome(state="ok", result=Recalibration(guard_digest=None), final=False)
+
+    def _not_now(self) -> Outcome | None:
+        """The refusal while no re-calibration can begin."""
+        if self._recalibrating is not None:
+            reason = "a re-calibration is at work already"
+        elif self._admitted or self._stopping:
+            reason = "another model is about to run, or the agent to stop"
+        elif not self._confirmed:
+            # It takes the other slot: that of the model to go back to.
+            reason = "the model that runs has filled no window yet"
+        else:
+            return None
+        return Outcome(state="refused", reason=f"{reason}; send it again later")
+
+    def _follow_recalibration(self) -> None:
+        """Look at the re-calibration at work, and say what became of it."""
+        found = self._recalibrator.step(now_s=time.monotonic())
+        if isinstance(found, Outcome):
+            self._last_word = found
+        elif found is not None:
+            self._admit_calibrated(found)
+        if self._recalibrating is not None and self._last_word is not None:
+            # On a disk that refuses it raises, and is tried again.
+            answer = self._commands.finish(self._recalibrating, self._last_word)
+            log.info("re-calibration: %s %s", self._last_word.state, self._last_word.reason)
+            self._recalibrating = self._last_word = None
+            self._link.publish(answer.channel, answer.payload)
+
+    def _admit_calibrated(self, done: Calibrated) -> None:
+        """Check and stage a re-calibrated model; on any doubt the old one runs on."""
+        try:
+            model = recalibration.admit(done, self._running.model, load=self._state.load)
+            if self._state.trial.failed(model.file_digest):
+                raise ModelError("re-calibrated model", got="one that ran and never filled a window")
+            slots, metadata = self._state.slots, model.metadata
+            slot = slots.stage_local(done.content, made_of=done.made_of, guard_digest=metadata.guard_digest)
+            if done.sidecar is not None:
+                name = f"{metadata.sidecar_digest}{sidecar.SUFFIX}"
+                startup.keep(self._config.state_dir / startup.SLOTS_FOLDER / name, done.sidecar)
+            slots.activate(slot)
+        except EdgeGuardError as error:
+            self._last_word = Outcome(state="failed", reason=str(error))
+        else:
+            self._admitted = True
+            held = startup.sidecar_of(self._config, metadata)
+            self._successor = Running(model=model, sidecar=held, sequence=slot.sequence)
+
     def _complain(self, error: ConfigError) -> None:
         now = time.monotonic()
         self._disk.error = error
@@ -434,6 +518,8 @@ class Reporter:
             if now - self._health_at >= self._config.health_s:
                 self._health_at = now
                 self._link.publish(topics.HEALTH, self._health(), qos=0)
+        if not self._stopping:
+            self._follow_recalibration()
 
     def _heard(self, event: Event) -> None:
         now = time.monotonic()
@@ -476,9 +562,14 @@ class Reporter:
 
     def _swapped(self, running: Running) -> None:
         """The inference took the new model."""
+        is_release = running.sequence > self._running.sequence
         self._running, self._confirmed, self._admitted = running, False, False
         self._updater.settle(running.sequence)
-        self._tell(Progress(state="updated", sequence=running.sequence))
+        if is_release:
+            self._tell(Progress(state="updated", sequence=running.sequence))
+        else:
+            result = Recalibration(guard_digest=running.model.metadata.guard_digest)
+            self._last_word = Outcome(state="ok", result=result)
         if self._link.connected:
             self._announce(self._link.session)
 
@@ -508,7 +599,12 @@ class Reporter:
         model = self._running.model
         status = Status(state="online", session=session, boot=self._boot)
         self._link.publish(topics.STATUS, status, retain=True)
-        there = {"commands": True, "update": self._config.update, "cascade": self._running.sidecar}
+        there = {
+            "commands": True,
+            "update": self._config.update,
+            "recalibrate": self._config.recalibrate,
+            "cascade": self._running.sidecar,
+        }
         birth = Birth(
             session=session,
             boot=self._boot,
@@ -550,6 +646,7 @@ class Reporter:
         self._link.publish(topics.MODEL_REPORTED, reported, retain=True)
 
     def _end(self) -> None:
+        self._recalibrator.close()
         self._take()
         self._write(at_once=True)
         deadline = time.monotonic() + self._config.linger_s

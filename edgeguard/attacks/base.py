@@ -53,12 +53,6 @@ class Trainer(Protocol):
     def fit(self, task: Task, *, seed: int, model: Any = None) -> Any:
         """A model trained on the task with the usual recipe, from scratch or from ``model`` (changed in place)."""
 
-    def unrolled(self, task: Task, *, seed: int) -> tuple[Task, Trainer]:
-        """The inputs of the whole training, augmented, and what trains on them as they are: for who poisons after that.
-
-        Where the recipe does not augment, the task and this trainer themselves.
-        """
-
 
 @dataclass(frozen=True, kw_only=True)
 class Victim:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from edgeguard.data import Labels
 
 AUGMENTATION = 2
 """What a cache of trained models knows the way by in which inputs are augmented: raise it when that changes."""
-_CHUNK = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,21 +66,6 @@ class Training:
             architecture=self.architecture,
             augment=self.augment,
         )[0]
-
-    def unrolled(self, task: Task, *, seed: int) -> tuple[Task, Training]:
-        """See :class:`edgeguard.attacks.base.Trainer`: a copy of the inputs for each epoch, to be trained on once."""
-        if not self.augment:
-            return task, self
-        import tensorflow as tf
-
-        augmented = _augmentation(seed)
-        images = np.empty((self.epochs * len(task.images), *task.shape), np.uint8)
-        for start in range(0, len(images), _CHUNK):
-            place = np.arange(start, min(start + _CHUNK, len(images))) % len(task.images)
-            batch, _ = augmented(tf.constant(task.images[place]), None)
-            images[start : start + len(place)] = np.rint(batch.numpy()).astype(np.uint8)
-        labels = np.tile(task.labels, self.epochs)
-        return replace(task, images=images, labels=labels), replace(self, epochs=1, augment=False)
 
 
 def train(

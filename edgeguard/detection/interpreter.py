@@ -343,7 +343,7 @@ class _Guard:
             guard_digest=self.description.guard_digest,
             predicted=verdict.predicted,
             # JSON has no infinity.
-            scores=tuple(min(score, _LARGEST) if True else None for score in verdict.scores.values()),
+            scores=tuple(min(score, _LARGEST) if checked else None for score in verdict.scores.values()),
             detectors=tuple(verdict.scores),
             p_value=verdict.p_value,
             features=self.sizes[1],

@@ -15,7 +15,19 @@ import msgspec
 import pytest
 
 from edgeguard.errors import ConfigError, TrustError
-from firmware_bridge.slots import RECORD, Content, Slot, Slots, State, activated, emptied, reverted, staged
+from firmware_bridge.slots import (
+    KEY,
+    RECORD,
+    Content,
+    Slot,
+    Slots,
+    State,
+    activated,
+    emptied,
+    recalibrated,
+    reverted,
+    staged,
+)
 
 ONE, TWO, THREE = (bytes([number]) * 10_000 for number in (1, 2, 3))
 
@@ -34,6 +46,13 @@ def stage(slots: Slots, content: bytes, sequence: int) -> Slot:
 def update(slots: Slots, content: bytes, sequence: int) -> Slot:
     """Stage and activate ``content``."""
     slot = stage(slots, content, sequence)
+    slots.activate(slot)
+    return slot
+
+
+def recalibrate(slots: Slots, content: bytes) -> Slot:
+    """Stage and activate ``content`` as a re-calibrated copy of what runs."""
+    slot = slots.stage_local(content, made_of=slots.active(), guard_digest=sha256(b"guard" + content))
     slots.activate(slot)
     return slot
 
@@ -208,12 +227,106 @@ def test_transitions_never_touch_the_active_slot(active: str) -> None:
     content = Content(sha256="0" * 64, sequence=7)
     state = msgspec.convert({"active": active, "previous": None, "confirmed": True, "a": content, "b": content}, State)
     newer = Content(sha256="1" * 64, sequence=8)
-    for after in (emptied(state), staged(state, newer)):
+    for after in (emptied(state), staged(state, newer), recalibrated(state, content, made_of="0" * 64)):
         assert after.active == state.active
         assert after.content(state.active) == content
     there = activated(staged(state, newer), state.inactive)
     assert there.content(there.active) == newer
     assert reverted(there).active == state.active
+
+
+# --- files that the device re-calibrated itself ---------------------------------------------------
+
+
+def test_a_recalibrated_model_runs_unconfirmed_under_the_sequence_of_its_release(slots: Slots, tmp_path: Path) -> None:
+    update(slots, TWO, 2)
+    slots.confirm()
+    recalibrate(slots, THREE)
+    again = Slots(tmp_path / "slots")
+    assert again.load() == THREE
+    assert (again.active().sequence, again.active().parent) == (2, sha256(TWO))
+    assert not again.confirmed
+    assert again.revert("it crashed").parent is None
+    assert again.load() == TWO
+
+
+def test_a_model_that_was_recalibrated_again_goes_back_to_the_same_release(slots: Slots) -> None:
+    recalibrate(slots, TWO)
+    recalibrate(slots, THREE)
+    previous = slots.previous()
+    assert previous is not None
+    assert slots.active().parent == previous.parent == sha256(ONE)
+
+
+def test_a_release_replaces_a_recalibrated_model(slots: Slots) -> None:
+    recalibrate(slots, TWO)
+    with pytest.raises(TrustError, match="expected more than 1"):
+        stage(slots, THREE, 1)
+    update(slots, THREE, 2)
+    assert (slots.load(), slots.active().parent) == (THREE, None)
+
+
+def test_a_recalibration_that_an_update_overtook_is_not_staged(slots: Slots) -> None:
+    before = slots.active()
+    update(slots, TWO, 2)
+    with pytest.raises(TrustError, match="another model than runs now"):
+        slots.stage_local(THREE, made_of=before, guard_digest=sha256(b"guard"))
+    assert slots.load() == TWO
+    assert slots.revert("still possible").sequence == 1
+
+
+def test_the_devices_key_is_made_once_is_its_own_and_is_for_nobody_else(slots: Slots, tmp_path: Path) -> None:
+    key = tmp_path / "slots" / KEY
+    assert not key.exists()
+    recalibrate(slots, TWO)
+    first = key.read_bytes()
+    recalibrate(slots, THREE)
+    assert key.read_bytes() == first
+    assert key.stat().st_mode & 0o777 == 0o600
+    recalibrate(Slots.install(tmp_path / "other", ONE, sequence=1), TWO)
+    assert (tmp_path / "other" / KEY).read_bytes() != first
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (sha256(ONE), sha256(THREE)),
+        (sha256(b"guard" + TWO), sha256(b"guard")),
+        ('"mac":"', '"mac":"0'),
+        ('"mac":"', '"mac":"\u00e9'),
+        ('"mac":', '"was":'),
+        ('"sequence":1,"local"', '"sequence":9,"local"'),
+        (sha256(TWO), sha256(THREE)),
+    ],
+    ids=["parent", "guard", "mac", "no hex", "no mac", "sequence", "file"],
+)
+def test_a_forged_record_of_a_recalibration_falls_back_to_the_release(
+    slots: Slots, tmp_path: Path, old: str, new: str
+) -> None:
+    slot = recalibrate(slots, TWO)
+    record = tmp_path / "slots" / RECORD
+    before, mark, local = record.read_text().partition('"b":')
+    assert old in local
+    record.write_text(before + mark + local.replace(old, new))
+    if new == sha256(THREE):
+        slot.path.write_bytes(THREE)
+    with pytest.raises(TrustError):
+        slots.load()
+    assert slots.revert("forged").sequence == 1
+    assert slots.load() == ONE
+
+
+@pytest.mark.parametrize("key", [None, b"", bytes(32)], ids=["removed", "emptied", "another"])
+def test_a_recalibrated_model_without_the_key_that_vouches_for_it_falls_back_to_the_release(
+    slots: Slots, tmp_path: Path, key: bytes | None
+) -> None:
+    recalibrate(slots, TWO)
+    path = tmp_path / "slots" / KEY
+    path.unlink() if key is None else path.write_bytes(key)
+    with pytest.raises(TrustError):
+        slots.load()
+    slots.revert("no key")
+    assert slots.load() == ONE
 
 
 # --- power cuts -----------------------------------------------------------------------------------
@@ -306,6 +419,7 @@ class Disk:
 ACTIONS: dict[str, tuple[Callable[[Slots], object], list[bytes]]] = {
     "stage": (lambda slots: stage(slots, THREE, 3), [TWO]),
     "stage and activate": (lambda slots: update(slots, THREE, 3), [TWO, THREE]),
+    "re-calibrate": (lambda slots: recalibrate(slots, THREE), [TWO, THREE]),
     "revert": (lambda slots: slots.revert("a reason"), [TWO, ONE]),
     "confirm": (lambda slots: slots.confirm(), [TWO]),
     "two updates": (lambda slots: [update(slots, *new) for new in ((THREE, 3), (ONE, 4))], [TWO, THREE, ONE]),
