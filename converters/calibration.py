@@ -438,7 +438,8 @@ def _fit(
     layout = guard.layout(plan)
     features, predicted = measured.features, measured.predicted[split.threshold]
     blocks = guard.blocks(layout)
-    statistics = fit(features[split.fit], blocks, logit_columns(layout), max_factors=factors)
+    together = None if groups is None else groups[split.fit]
+    statistics = fit(features[split.fit], blocks, logit_columns(layout), max_factors=factors, groups=together)
     scale = tails(raw_scores(statistics, features[split.fit]), fpr) * np.asarray([block.stretch for block in blocks])
     return statistics, set_thresholds(
         raw_scores(statistics, features[split.threshold]),
@@ -489,7 +490,9 @@ def _as_fresh(features: Floats, groups: Ints, described: GuardMetadata, factors:
         held = folds == fold
         # A group that is most of the half has none to be judged by: then by what was fitted to it too.
         others = ~held if (~held).sum() >= len(features) / 2 else np.ones(len(features), dtype=bool)
-        statistics = fit(features[others], guard.blocks(taps), logit_columns(taps), max_factors=factors)
+        statistics = fit(
+            features[others], guard.blocks(taps), logit_columns(taps), max_factors=factors, groups=groups[others]
+        )
         found[held] = (raw_scores(statistics, features[held]) / thresholds).max(axis=1)
     return found
 

@@ -13,9 +13,10 @@ beyond what the activations before it explain. With M such that M^T M = psi^-1 L
 
     raw(x) = sum_d (x_d - m_d)^2 / psi_d  -  sum_j (M (x - m))_j^2        (squared Mahalanobis distance)
 
-so that a graph needs one product each for expectation, factors and weighted sum. A score is raw / threshold. The two
+so that a graph needs one product each for expectation, factors and weighted sum. The covariance is that around means
+which the input's own group had no part in. A score is raw / threshold. The two
 large matrices, M and that of the classes' m_c, hold whole multiples of 1/127 in units of their own: a file can store
-them in a byte each. The covariance is that of what rounding leaves of the m_c; rounded rows of M count a little less,
+them in a byte each. What rounding leaves of the m_c is in the covariance too; rounded rows of M count a little less,
 so that the distance stays one.
 
 Rules enforced here:
@@ -48,6 +49,7 @@ MAX_FACTORS = 12
 STEPS = 127  # of the two matrices that are stored in a byte an entry
 _INPUTS_PER_FACTOR = 40  # with fewer, factors fit the noise of the fit half
 _FACTOR_ROUNDS = 20
+_FOLDS = 10  # of groups, one left out at a time
 _MEAN_PRIOR = 0.5  # pseudo-inputs that pull a class mean towards the mean of all
 _VARIANCE_FLOOR = 0.05  # of a part's mean variance: a channel that is silent on clean data must not divide by zero
 _UNIQUE_FLOOR = 0.02  # of the mean variance: what factors do not explain of a column
@@ -107,7 +109,12 @@ class Thresholds:
 
 
 def fit(
-    features: Floats, blocks: Sequence[Block], logits: Sequence[int] = (), *, max_factors: int = MAX_FACTORS
+    features: Floats,
+    blocks: Sequence[Block],
+    logits: Sequence[int] = (),
+    *,
+    max_factors: int = MAX_FACTORS,
+    groups: Ints | None = None,
 ) -> Statistics:
     """Fit the expected features and the factor-analysis covariance around them on clean features.
 
@@ -116,6 +123,7 @@ def fit(
         blocks: one per detector.
         logits: which features are the classes' logits; none for a model without classes.
         max_factors: of each detector.
+        groups: which inputs [N] belong together.
 
     Raises:
         ModelError: too few inputs, or features that are not finite.
@@ -127,11 +135,12 @@ def fit(
     answers = shares(features, logits)
     expected = _expectations(features, answers)
     overall = features.mean(axis=0)
-    deviation = _floored(features - answers @ expected, blocks)
+    unseen = features - _expected_by_others(features, answers, groups)
+    deviation = _floored(unseen, blocks)
     unit = np.maximum(deviation, np.abs(expected - overall).max(axis=0))
-    centre, table = overall / unit, _rounded((expected - overall) / unit)
-    residuals = features / unit - centre - answers @ table
-    freedom = max(1.0, count - float((answers.max(axis=0) > 0.5).sum()))
+    centre, exact = overall / unit, (expected - overall) / unit
+    table = _rounded(exact)
+    residuals = unseen / unit + answers @ (exact - table)
     weights = np.zeros((len(blocks), width))
     projections: list[Floats] = []
     factor_weights: list[Floats] = []
@@ -141,7 +150,7 @@ def fit(
         standard = residuals[:, columns] / scale
         most = max_factors if block.factors is None else min(max_factors, block.factors)
         factors = max(0, min(most, len(columns) // 4, count // _INPUTS_PER_FACTOR))
-        covariance = standard.T @ standard / freedom
+        covariance = standard.T @ standard / count
         # A channel below the floor counts as if its variance were the floor's: else the few clean inputs that wake a
         # dormant channel score a hundred times the median, and the threshold has to follow.
         covariance += np.diag(np.maximum(1.0 - np.diag(covariance), 0.0))
@@ -200,6 +209,28 @@ def _expectations(features: Floats, answers: Floats) -> Floats:
     overall = features.mean(axis=0)
     normal = answers.T @ answers + _MEAN_PRIOR * np.eye(answers.shape[1])
     return np.asarray(np.linalg.solve(normal, answers.T @ features + _MEAN_PRIOR * overall))
+
+
+def _expected_by_others(features: Floats, answers: Floats, groups: Ints | None) -> Floats:
+    """The features expected of each input [N, D] by what other groups' inputs show.
+
+    An input lies closer to a mean that it is part of than a fresh one does, and so do all of its group: with a few
+    tracks a class, the covariance around such means knows nothing of how tracks differ. Where no other group shows the
+    class, or one group is most of all, the mean of all inputs must do.
+    """
+    expected = answers @ _expectations(features, answers)
+    number = np.arange(len(features)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    folds = np.random.default_rng(0).permutation(int(number.max()) + 1)[number] % _FOLDS
+    likeliest = answers.argmax(axis=1)
+    for fold in np.unique(folds):
+        others = folds != fold
+        if others.sum() < len(features) / 2:
+            continue
+        known = answers[others].sum(axis=0) >= 1.0
+        held = np.flatnonzero(~others & known[likeliest])
+        if len(held):
+            expected[held] = answers[held] @ _expectations(features[others], answers[others])
+    return np.asarray(expected)
 
 
 def _floored(residuals: Floats, blocks: Sequence[Block]) -> Floats:
