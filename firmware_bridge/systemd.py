@@ -306,6 +306,9 @@ SystemCallFilter=@system-service
 SystemCallFilter=~@privileged @resources
 # The agent gives its socket to the group. PrivateUsers is left out for the same reason: it hides the group.
 SystemCallFilter=@chown
+# Its re-calibrating child makes way for the inference, and if memory runs out it is the child that goes.
+SystemCallFilter=setpriority
+OOMPolicy=continue
 {devices}{network}
 [Install]
 WantedBy=multi-user.target

@@ -267,3 +267,23 @@ def test_features_that_are_not_finite_are_refused() -> None:
     features[3, 3] = np.nan
     with pytest.raises(ModelError):
         statistics.fit(features, [Block(detector="a", parts=((0, 1, 2, 3),))])
+
+
+def test_how_groups_differ_is_in_the_covariance_though_each_class_has_few() -> None:
+    rng = np.random.default_rng(0)
+
+    def tracks(count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Features and groups of inputs in tracks of 20, classes in turn: tracks differ much, inputs of one hardly."""
+        groups = np.repeat(np.arange(count), 20)
+        features = rng.normal(size=(count, 24))[groups] + rng.normal(scale=0.1, size=(20 * count, 24))
+        return answered(features, 0.99 * np.eye(10)[groups % 10] + 0.001), groups
+
+    features, groups = tracks(20)
+    fresh, _ = tracks(200)
+    distance = {}
+    for name, known in (("known", groups), ("unknown", None)):
+        fitted = statistics.fit(
+            features, [Block(detector="all", parts=(tuple(range(24)),), factors=0)], tuple(range(24, 34)), groups=known
+        )
+        distance[name] = statistics.raw_scores(fitted, fresh).mean()
+    assert distance["known"] < 1.5 * 24 < distance["unknown"]
