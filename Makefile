@@ -15,10 +15,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint conversion zoo bench-detection art-strip conformance fuzz wheel clean
+.PHONY: help demo test test-all test-arm64 lint conversion zoo bench-detection art-strip conformance fuzz wheel clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(STAMP): setup.cfg pyproject.toml
 	@if [ -z "$(PYTHON)" ]; then echo "EdgeGuard needs one of Python $(SUPPORTED) with venv; found none." \
@@ -41,6 +41,9 @@ test-all: ## the test suite on every supported interpreter found, each in its ow
 		if [ -z "$$p" ]; then echo "Python $$v: not found, not tested"; continue; fi; \
 		echo "=== Python $$v ($$p)"; ran=1; $(MAKE) --no-print-directory test PYTHON=$$p VENV=.venv-$$v || exit 1; done; \
 	if [ $$ran = 0 ]; then echo "no supported interpreter found" >&2; exit 2; fi
+
+test-arm64: $(STAMP) ## the package on an emulated arm64 Debian 12 (as root; debootstrap, qemu-user-static, mosquitto)
+	tests/arm64/run.sh $(BIN)/python
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

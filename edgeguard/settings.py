@@ -339,6 +339,20 @@ def check_broker(broker: BrokerConfig, name: str) -> None:
         raise ConfigError(name, got="broker.password_file without broker.username", do="give both or neither")
 
 
+def check_topic(topic: str, name: str, key: str, *, is_filter: bool = False) -> None:
+    """Raise ConfigError unless this may be published to, or subscribed to as a filter (MQTT 3.1.1, 4.7)."""
+    levels = topic.split("/")
+    wild = [level for level in levels if "+" in level or "#" in level]
+    fits = is_filter and all(level in ("+", "#") for level in wild) and "#" not in levels[:-1]
+    if "\0" in topic or len(topic.encode(errors="replace")) > 65535 or (wild and not fits):
+        raise ConfigError(
+            f"{name}: {key}",
+            got=repr(topic[:200]),
+            expected="a topic filter" if is_filter else "a topic without wildcards",
+            do="correct this key",
+        )
+
+
 def password(broker: BrokerConfig) -> str | None:
     """The first line of the password file, None where none is named. Raises ConfigError where it cannot be read.
 

@@ -314,6 +314,10 @@ def parse(raw: dict[str, Any], *, base: Path, name: str = "configuration") -> Ag
     topics.check_fleet(config.fleet)
     topics.check_device(config.device)
     settings.check_broker(config.broker, name)
+    if config.results and config.results.topic:
+        settings.check_topic(config.results.topic, name, "results.topic")
+    if config.sources.mqtt:
+        settings.check_topic(config.sources.mqtt.topic, name, "sources.mqtt.topic", is_filter=True)
     if not any(getattr(config.sources, kind) is not None for kind in config.sources.__struct_fields__):
         raise ConfigError(
             name, got="no source of inputs", expected="one section [sources.NAME]", do="add [sources.folder]"

@@ -28,10 +28,10 @@ from edgeguard.agent import governor, startup
 from edgeguard.agent.config import AgentConfig
 from edgeguard.agent.inference import Engine, Running, line_of, policy_of, result_of
 from edgeguard.agent.quarantine import About
-from edgeguard.agent.reporter import Alarm, Closed, Line, Pulse, Reporter, Seen, Suspect, Swapped
-from edgeguard.agent.sources.base import Answer, Item, Told
+from edgeguard.agent.reporter import LINES, Alarm, Closed, Line, Pulse, Reporter, Seen, Suspect, Swapped
+from edgeguard.agent.sources.base import Answer, Item, Refused, Told
 from edgeguard.agent.sources.folder import NAME as FOLDER
-from edgeguard.agent.window import AlertLimit, Identity, Window, alert_builder
+from edgeguard.agent.window import MAX_CELLS, AlertLimit, Identity, Window, alert_builder
 from edgeguard.contract.frames import Result
 from edgeguard.contract.scores import joint
 from edgeguard.detection.cascade import Budget
@@ -40,10 +40,10 @@ from firmware_bridge.systemd import Notifier, Watchdog
 
 IDLE_S = 0.2
 """How long the loop sleeps at most when no input waits; a source wakes it earlier."""
-WINDOWS = 8
+WINDOWS = 5
 """Models that may be reported about at once: this device's own, and those of programs with interpreters of theirs."""
-LINES = 10_000
-"""Lines for ``[results]`` that may wait for the disk; beyond that the newest are dropped and counted."""
+TOLD_CELLS = 1 << 20
+"""Labels times features of a window of another program's model."""
 GOVERN_S = 1.0
 
 log = logging.getLogger(__name__)
@@ -75,12 +75,14 @@ class Agent:
         self._selector = selectors.DefaultSelector()
         self._notifier = Notifier(os.environ)
         self._watchdog = Watchdog.from_environment(os.environ, os.getpid())
-        self._windows: dict[Identity, Window] = {}
+        self._windows: dict[tuple[Identity, bool], Window] = {}
         self._windows_at = time.monotonic()
         self._files: list[str] = []
         self._lines: list[dict[str, object]] = []
         self._seen: list[Seen] = []
-        self._alerts = AlertLimit.full(config.alerts.per_minute, time.monotonic())
+        full = AlertLimit.full(config.alerts.per_minute, time.monotonic())
+        self._alerts = {True: full, False: full}
+        """Of what this agent ran, and of what it was told: neither takes the other's place."""
         self._governor, self._governor_state = _governor(config), governor.State()
         self._governed = (time.monotonic(), 0.0, 0)
         self._durations: deque[float] = deque(maxlen=512)
@@ -118,13 +120,13 @@ class Agent:
             taken = self._next()
             if isinstance(taken, Item):
                 self._process(taken)
-            elif taken is not None:
+            elif isinstance(taken, Told):
                 self._count_told(taken)
-            wait_s = 0.0 if taken is not None else self._idle()
             self._between()
+            wait_s = 0.0 if taken is not None else self._idle_s()
         self._stop()
 
-    def _next(self) -> Item | Told | None:
+    def _next(self) -> Item | Told | Refused | None:
         """What is next; the sources take turns."""
         for _ in self._sources:
             self._turn = (self._turn + 1) % len(self._sources)
@@ -143,7 +145,8 @@ class Agent:
 
     def _process(self, item: Item) -> None:
         """Run an item's inputs, one by one."""
-        window = self._window(Identity.of(self._engine.running.model.metadata))
+        metadata = self._engine.running.model.metadata
+        window = self._window(Identity.of(metadata), metadata.feature_count, own=True)
         source = self._sources[self._turn]
         for index, x in enumerate(item.inputs):
             started = time.perf_counter()
@@ -157,11 +160,12 @@ class Agent:
                 window.add(verdict, inference.features)
                 self._see(verdict)
             if verdict.flagged:
-                self._alarm(verdict, window.identity)
+                self._alarm(verdict, window.identity, own=True)
                 self._quarantine(x, verdict, result, window.identity)
             if self._config.results is not None:
                 self._tell(line_of(item.source, item.name, index, result))
-            self._completed()
+            if inference is not None:
+                self._completed()
         self.inputs += len(item.inputs)
         if item.source == FOLDER:
             self._files.append(item.name)
@@ -172,15 +176,16 @@ class Agent:
             self._seen.append(Seen(score, verdict.predicted, verdict.flagged))
 
     def _count_told(self, told: Told) -> None:
-        """Count what a program's own interpreter scored."""
+        """Count what a program's own interpreter scored: in a window of its own, whatever model it says that was."""
         scored = told.scored
         identity = Identity(scored.model_digest, scored.guard_digest)
-        if identity not in self._windows and len(self._windows) >= WINDOWS and self._reporter.has_room:
+        known = (identity, False) in self._windows
+        if not known and len(self._windows) >= WINDOWS and self._reporter.has_room:
             self._close_windows()
-        if identity not in self._windows and len(self._windows) >= WINDOWS:
+        if not known and len(self._windows) >= WINDOWS:
             self.dropped += 1
             return
-        window = self._window(identity, size=len(told.features))
+        window = self._window(identity, len(told.features), own=False)
         if window.size != len(told.features):
             self.dropped += 1
             return
@@ -189,20 +194,21 @@ class Agent:
         window.add(verdict, told.features)
         self.inputs += 1
         if verdict.flagged:
-            self._alarm(verdict, identity)
+            self._alarm(verdict, identity, own=False)
 
-    def _window(self, identity: Identity, size: int | None = None) -> Window:
-        """The open window of a model."""
-        window = self._windows.get(identity)
+    def _window(self, identity: Identity, size: int, *, own: bool) -> Window:
+        """The open window of a model; what this agent ran itself is never mixed with what it was told."""
+        window = self._windows.get((identity, own))
         if window is None:
             if not self._windows:
                 self._windows_at = time.monotonic()
-            features = self._engine.running.model.metadata.feature_count if size is None else size
-            window = self._windows[identity] = Window(identity, features, started_ms=time.time_ns() // 1_000_000)
+            cells = MAX_CELLS if own else TOLD_CELLS
+            window = Window(identity, size, started_ms=time.time_ns() // 1_000_000, max_cells=cells)
+            self._windows[identity, own] = window
         return window
 
-    def _alarm(self, verdict: Verdict, identity: Identity) -> None:
-        allowed, self._alerts = self._alerts.take(time.monotonic())
+    def _alarm(self, verdict: Verdict, identity: Identity, *, own: bool) -> None:
+        allowed, self._alerts[own] = self._alerts[own].take(time.monotonic())
         if allowed:
             at_ms = time.time_ns() // 1_000_000
             self._reporter.hand(Alarm(build=alert_builder(verdict, identity, at_ms=at_ms)))
@@ -235,19 +241,20 @@ class Agent:
         if self._watchdog is not None and self._watchdog.completed(time.monotonic()):
             self._notifier.watchdog()
 
-    def _idle(self) -> float:
-        """Nothing waits: run a self-test where one is due; how long the loop may sleep, in seconds."""
-        if self._watchdog is None:
-            return IDLE_S
-        if self._watchdog.self_test_due(time.monotonic()):
+    def _self_test(self) -> None:
+        """No input was completed for long: run one of nobody's, which is not counted and gets no further look."""
+        if self._watchdog is not None and self._watchdog.self_test_due(time.monotonic()):
             expected = self._engine.running.model.metadata.input
-            # Through the model alone: an input of nobody's is not counted, and no look is spent on it.
             self._engine.running.model.infer(np.zeros(expected.shape, expected.dtype))
             self._completed()
-        return min(IDLE_S, self._watchdog.wait_s(time.monotonic()))
+
+    def _idle_s(self) -> float:
+        """Nothing waits: how long the loop may sleep, in seconds."""
+        return IDLE_S if self._watchdog is None else min(IDLE_S, self._watchdog.wait_s(time.monotonic()))
 
     def _between(self) -> None:
-        """What happens between two items: windows, the next model, the budget."""
+        """What happens between two items: self-test, windows, the next model, the budget."""
+        self._self_test()
         now = time.monotonic()
         limit = self._config.window
         if self._windows and self._reporter.has_room:
@@ -265,10 +272,9 @@ class Agent:
 
     def _close_windows(self) -> None:
         """Hand over what is open. The files and lines go with the window of this device's own model."""
-        for window in self._windows.values():
-            own = window.identity == Identity.of(self._engine.running.model.metadata)
+        for (_, own), window in self._windows.items():
             if not own:
-                self._reporter.hand(Closed(window=window))
+                self._reporter.hand(Closed(window=window, own=False))
                 continue
             files, lines, seen = tuple(self._files), tuple(self._lines), tuple(self._seen)
             self._reporter.hand(Closed(window=window, files=files, lines=lines, seen=seen))

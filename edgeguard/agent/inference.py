@@ -72,6 +72,11 @@ class Engine:
         """Run one input ``[*shape]`` in the owner's type. The inference is None where the model refused the input."""
         level = self.level
         try:
+            self.running.model.check(x)
+        except ModelError as error:
+            # Shape and type were checked by the source, so this one input holds NaN or infinity.
+            return None, not_checked(None, {}, str(error))
+        try:
             if level.score_every > 1 and self._rng.integers(level.score_every):
                 inference = self.running.model.infer(x)
                 reason = f"one input in {level.score_every} is scored, to save work"
@@ -81,8 +86,7 @@ class Engine:
             started = self._clock()
             inference, took = self._cascade.infer(x, looks=level.looks_further)
         except ModelError as error:
-            # Shape and type were checked by the source, so this one input holds NaN or infinity.
-            return None, not_checked(None, {}, str(error))
+            return None, not_checked(None, {}, f"the runtime failed: {error}")
         if took > 1:
             self.extra_inferences += took - 1
             self.extra_s += (self._clock() - started) * (took - 1) / took

@@ -12,7 +12,9 @@ Rules enforced here:
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import platform
 import queue
 import sys
@@ -22,6 +24,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,6 +76,8 @@ UNWRITTEN = 2
 """Windows that may wait for the disk; then the open one stays open."""
 WAITING = 10_000
 """Results for a topic that may wait."""
+LINES = 10_000
+"""Lines for ``[results]`` that may wait for the disk; beyond that the newest are dropped and counted."""
 SUSPECTS = 64
 """Flagged inputs that may wait for the quarantine."""
 LOOK_S = 1.0
@@ -101,6 +106,8 @@ class Closed:
     files: tuple[str, ...] = ()
     lines: tuple[dict[str, object], ...] = ()
     seen: tuple[Seen, ...] = ()
+    own: bool = True
+    """What this agent ran itself, not what a program told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +144,7 @@ class Stop:
     """No more will come."""
 
 
-Handed = Closed | Alarm | Suspect | Line | Swapped | Stop
+Handed = Closed | Alarm | Line | Swapped | Stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +222,8 @@ class Reporter:
         self.look = Look.now()
         """What board and process said of themselves a second ago at most."""
         self._handed: queue.SimpleQueue[Handed] = queue.SimpleQueue()
+        self._suspects: queue.SimpleQueue[Suspect] = queue.SimpleQueue()
+        self._lost_lines = 0
         self._unwritten = 0
         self._disk = _Disk()
         self._results = Results(config.results.path) if config.results and config.results.path else None
@@ -276,10 +285,14 @@ class Reporter:
             self._spool.clear_consumed()
         self._thread.start()
 
-    def hand(self, what: Handed) -> bool:
+    def hand(self, what: Handed | Suspect) -> bool:
         """Hand something over. Never waits. False for a line or an input where too much waits: it is lost."""
-        limit = {Line: WAITING, Suspect: SUSPECTS}.get(type(what))
-        if limit is not None and self._handed.qsize() >= limit:
+        if isinstance(what, Suspect):
+            if self._suspects.qsize() >= SUSPECTS:
+                return False
+            self._suspects.put(what)
+            return True
+        if isinstance(what, Line) and self._handed.qsize() >= WAITING:
             return False
         if isinstance(what, Closed):
             self._unwritten += 1
@@ -318,24 +331,25 @@ class Reporter:
 
     def _take(self) -> None:
         """Take what was handed over, in its order."""
-        with suppress(queue.Empty):
-            while True:
-                what = self._handed.get_nowait()
-                if isinstance(what, Closed):
-                    self._disk.windows.append(what)
-                    self._write()
-                elif isinstance(what, Alarm):
-                    self._alarm(what)
-                elif isinstance(what, Suspect):
-                    if self._quarantine is not None:
-                        self._quarantine.put(what.x, what.about)
-                elif isinstance(what, Line):
-                    assert self._config.results is not None and self._config.results.topic is not None
-                    self._link.send(self._config.results.topic, msgspec.json.encode(what.line))
-                elif isinstance(what, Swapped):
-                    self._swapped(what.running)
-                else:
-                    self._stopping = True
+        # No more than what waits now: the loop may hand over as fast as this writes, and the network waits too.
+        for _ in range(self._handed.qsize()):
+            what = self._handed.get_nowait()
+            if isinstance(what, Closed):
+                self._disk.windows.append(what)
+                self._write()
+            elif isinstance(what, Alarm):
+                self._alarm(what)
+            elif isinstance(what, Line):
+                assert self._config.results is not None and self._config.results.topic is not None
+                self._link.send(self._config.results.topic, msgspec.json.encode(what.line))
+            elif isinstance(what, Swapped):
+                self._swapped(what.running)
+            else:
+                self._stopping = True
+        for _ in range(self._suspects.qsize()):
+            suspect = self._suspects.get_nowait()
+            if self._quarantine is not None:
+                self._quarantine.put(suspect.x, suspect.about)
 
     def _alarm(self, alarm: Alarm) -> None:
         try:
@@ -356,10 +370,13 @@ class Reporter:
                 disk.windows.pop(0)
                 self._unwritten -= 1
                 disk.counted += closed.files
-                disk.lines += closed.lines
-                self._learn(closed.window)
-                self._watch(closed)
-                self._confirm(closed.window.identity)
+                room = LINES - len(disk.lines)
+                disk.lines += closed.lines[:room]
+                self._lost_lines += max(0, len(closed.lines) - room)
+                if closed.own:
+                    self._learn(closed.window)
+                    self._watch(closed)
+                    self._confirm(closed.window)
             if self._results and disk.lines:
                 self._results.write(disk.lines)
             disk.lines = []
@@ -379,9 +396,14 @@ class Reporter:
         """Keep the activations of this device's own model for federated pruning."""
         metadata = self._running.model.metadata
         count, total = window.unflagged()
-        if count and window.identity.model_digest == metadata.model_digest and window.size == metadata.feature_count:
-            self._activations.add(metadata, total, inputs=count)
+        if not count or window.identity != Identity.of(metadata):
+            return
+        self._activations.add(metadata, total, inputs=count)
+        try:
             self._activations.save(time.monotonic())
+        except ConfigError as error:
+            # What is lost on a restart is what was learnt, no report.
+            log.warning("%s", error)
 
     def _watch(self, closed: Closed) -> None:
         """Has the site moved away from the calibration? Said once, and in each health message from then on."""
@@ -474,9 +496,10 @@ class Reporter:
             self._disk.complained_at = now
             log.error("inference goes on, but nothing can be recorded: %s", error)
 
-    def _confirm(self, identity: Identity) -> None:
-        """A model that filled a window has proved itself."""
-        if self._confirmed or identity != Identity.of(self._running.model.metadata):
+    def _confirm(self, window: Window) -> None:
+        """A model that filled a window, and could score something of it, has proved itself."""
+        is_running = window.identity == Identity.of(self._running.model.metadata)
+        if self._confirmed or not is_running or window.unchecked == window.inputs:
             return
         try:
             self._state.slots.confirm()
@@ -586,7 +609,7 @@ class Reporter:
             temperature_c=self.look.board.temperature_c,
             throttled=self.look.board.throttled,
             under_voltage=self.look.board.under_voltage,
-            dropped=pulse.dropped,
+            dropped=pulse.dropped + self._lost_lines,
             unwritten=len(self._disk.windows),
             quarantined=None if self._quarantine is None else self._quarantine.count,
             level=pulse.level,
@@ -647,7 +670,8 @@ class Reporter:
 
     def _end(self) -> None:
         self._recalibrator.close()
-        self._take()
+        while not (self._handed.empty() and self._suspects.empty()):
+            self._take()
         self._write(at_once=True)
         deadline = time.monotonic() + self._config.linger_s
         while self._spool.pending_count and time.monotonic() < deadline:
@@ -662,7 +686,7 @@ class Reporter:
         if self._disk.windows:
             lost = sum(closed.window.inputs for closed in self._disk.windows)
             log.error("%d inputs are in no report; those that lie in a folder stay there", lost)
-        if self._disk.error is not None:
+        if self._disk.windows or self._disk.counted or self._disk.lines:
             self.failure = self._disk.error
         self._state.trial.end(self._running.model.file_digest)
 
@@ -686,10 +710,23 @@ class Results:
                 sys.stdout.buffer.write(content)
                 sys.stdout.buffer.flush()
                 return
-            with self._path.open("ab") as file:
-                file.write(content)
+            with self._path.open("ab", buffering=0) as file:
+                before = file.seek(0, os.SEEK_END)
+                _write_all(file, content, before)
         except OSError as error:
             raise ConfigError(f"results file {self._path}", got=error.strerror, expected="a writable file") from error
+
+
+def _write_all(file: RawIOBase, content: bytes, before: int) -> None:
+    """Append all of it, or nothing: a part of a line would spoil the next one, and all are written again."""
+    try:
+        written = file.write(content)
+    except OSError:
+        file.truncate(before)
+        raise
+    if written != len(content):
+        file.truncate(before)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _quarantine(config: AgentConfig) -> Quarantine | None:

@@ -28,6 +28,8 @@ from edgeguard.detection.verdict import Verdict
 Vector = npt.NDArray[np.float64]
 
 NO_CLASS = -1
+MAX_CELLS = 1 << 23
+"""Labels times features that one window holds sums of; an input of one label more is counted as unchecked."""
 _LARGEST = float(np.finfo(np.float32).max)
 _RESERVE = 1024
 """Bytes kept for what a report holds beside its lists."""
@@ -79,10 +81,12 @@ class Window:
         identity: the model and guard that all inputs of this window run through.
         size: D, how many features they have.
         started_ms: the device's clock.
+        max_cells: labels times features that it may hold sums of.
     """
 
-    def __init__(self, identity: Identity, size: int, *, started_ms: int) -> None:
+    def __init__(self, identity: Identity, size: int, *, started_ms: int, max_cells: int = MAX_CELLS) -> None:
         self.identity = identity
+        self._max_labels = min(messages.MAX_LABELS, max(1, max_cells // size))
         self.size = size
         self._started_ms = started_ms
         self._labels: dict[int, _Label] = {}
@@ -102,10 +106,13 @@ class Window:
         if math.isnan(verdict.score) or not math.isfinite(np.dot(wide, wide)):
             self.add_unchecked()
             return
-        self.inputs += 1
-        self._histogram[bin_of(verdict.score)] += 1
         number = NO_CLASS if verdict.predicted is None else verdict.predicted
         label = self._labels.get(number)
+        if label is None and len(self._labels) >= self._max_labels:
+            self.add_unchecked()
+            return
+        self.inputs += 1
+        self._histogram[bin_of(verdict.score)] += 1
         if label is None:
             label = self._labels[number] = _Label(self.size)
         (label.flagged if verdict.flagged else label.unflagged).add(wide)

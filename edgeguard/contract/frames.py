@@ -126,9 +126,10 @@ def encode(frame: AnyFrame, body: bytes = b"") -> bytes:
 
 
 class Reader:
-    """Puts frames together from the pieces in which a stream brings them."""
+    """Puts frames together from the pieces in which a stream brings them. ``max_body``: larger ones are refused."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_body: int = MAX_BODY) -> None:
+        self._max_body = max_body
         self._buffer = bytearray()
         self._frame: AnyFrame | None = None
 
@@ -166,9 +167,12 @@ class Reader:
         header = bytes(self._buffer[_LENGTH.size : end])
         del self._buffer[:end]
         try:
-            return _decoder.decode(header)
+            frame = _decoder.decode(header)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise _refused(header, error) from error
+        if frame.bytes > self._max_body:
+            raise LinkError("frame", got=f"a body of {frame.bytes} bytes", expected=f"at most {self._max_body}")
+        return frame
 
 
 def _check(header: int, body: int) -> None:

@@ -168,6 +168,29 @@ def test_scores_of_a_programs_own_interpreter_are_reported_under_its_own_model(
     assert camera.stop() == 0
 
 
+def test_scores_under_the_agents_own_digests_are_kept_apart_and_stop_nothing(
+    hub: TinyHub, device: Make, digits: Digits, digit_models: tuple[Path, Path]
+) -> None:
+    camera = device(sources=SOCKET)
+    camera.start()
+    liar, honest = Program(camera), Program(camera)
+    own = GuardedModel.load(digit_models[0].read_bytes()).metadata
+    lie = frames.Scored(
+        model_digest=own.model_digest,
+        guard_digest=own.guard_digest,
+        predicted=1,
+        scores=(9.0,),
+        detectors=("l1",),
+        p_value=None,
+        features=1,
+    )
+    liar.connection.sendall(frames.encode(lie, bytes(4)))
+    assert len(honest.ask(digits[:30])) == 30
+    wait_until(lambda: hub.inputs() == 31, "both reports")
+    assert sorted(report.inputs for report in hub.reports()) == [1, 30]
+    assert camera.stop() == 0
+
+
 def test_standard_input_is_read_to_its_end_and_results_go_to_standard_output(
     hub: TinyHub, device: Make, digits: Digits
 ) -> None:

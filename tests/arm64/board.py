@@ -87,11 +87,11 @@ class Places:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the model says here of the inputs [N, 8, 8, 1]: ``edgeguard score``'s lines, and its outputs' bytes."""
+    """What the model says here of inputs [N, 8, 8, 1]: ``edgeguard score``'s N lines, and its outputs [N, classes]."""
 
     inputs: npt.NDArray[np.uint8]
     lines: list[dict[str, Any]]
-    outputs: list[bytes]
+    outputs: npt.NDArray[np.int8]
 
 
 def printed(outcome: Outcome, *, code: int = 0) -> list[dict[str, Any]]:
@@ -116,8 +116,7 @@ def prepare(places: Places) -> Expected:
     np.savez(places.work / INPUTS, x=inputs, y=np.concatenate([digits.y_test, digits.y_test[:TRIGGERED]]))
     lines = printed(places.here("score", MODEL, "--data", INPUTS, "--json"), code=1)
     model = GuardedModel.load((places.work / MODEL).read_bytes(), runtime="litert")
-    outputs = [b"".join(output.tobytes() for output in model.infer(x).outputs) for x in inputs]
-    return Expected(inputs=inputs, lines=lines, outputs=outputs)
+    return Expected(inputs=inputs, lines=lines, outputs=np.stack([model.infer(x).outputs[0] for x in inputs]))
 
 
 def compare(expected: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]], *exactly: str) -> str:
@@ -130,12 +129,12 @@ def compare(expected: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, 
     for name in exactly:
         other = [index for index, (a, b) in enumerate(zip(expected, found, strict=True)) if a[name] != b[name]]
         require(not other, f"{name} differs for {len(other)} of {len(expected)} inputs, first for input {other[:1]}")
-    a, b = (np.array([list(line["scores"].values()) for line in lines]) for lines in (expected, found))
+    a, b = (np.array([list(line["scores"].values()) for line in lines], np.float64) for lines in (expected, found))
     off = np.abs(a - b) / np.maximum(1.0, a)
     require(np.all(off <= SCORE_TOLERANCE), f"a score is off by {off.max():.3g}, at most {SCORE_TOLERANCE} is allowed")
     return (
-        f"{len(found)} inputs, {', '.join(exactly)} equal, {int((a == b).sum())} of {a.size} scores equal to the bit, "
-        f"the others off by at most {off.max():.1e}"
+        f"{len(found)} inputs, {' and '.join(exactly)} equal; scores {int((a == b).sum())} of {a.size} equal to the "
+        f"bit, the others off by at most {off.max():.1e}"
     )
 
 
@@ -254,15 +253,17 @@ def through_socket(path: Path, inputs: npt.NDArray[np.uint8]) -> list[tuple[fram
 
 def compare_answers(expected: Expected, answers: Iterable[tuple[frames.AnyFrame, bytes]]) -> str:
     """Classes, scores and outputs that came back over the socket. What an audit adds is random, and not compared."""
-    lines, same = [], 0
+    lines, outputs = [], []
     for number, (frame, body) in enumerate(answers, start=IN_FOLDER):
         if not isinstance(frame, frames.Result):
             raise WrongError(f"input {number}: {frame}")
         require(frame.id == str(number), f"answer to input {frame.id}, expected {number}")
         lines.append({"predicted": frame.predicted, "scores": frame.scores})
-        same += body == expected.outputs[number]
+        outputs.append(np.frombuffer(body, np.int8))
     compared = compare(expected.lines[IN_FOLDER:], lines, "predicted")
-    return f"over the socket {compared}, {same} of {len(lines)} outputs equal to the bit"
+    steps = np.abs(np.stack(outputs).astype(np.int64) - expected.outputs[IN_FOLDER:]).max(axis=1)
+    same = f"outputs {int((steps == 0).sum())} of {len(steps)}, the others off by at most {steps.max()} of 255 steps"
+    return f"over the socket {compared}; {same}"
 
 
 def compare_reports(hub: TinyHub, lines: Sequence[Mapping[str, Any]]) -> str:

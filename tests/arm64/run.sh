@@ -10,7 +10,6 @@
 # * mounts are made in a mount namespace, so that they end with this script however it ends; its temporary folder, what
 #   it started, and its entry with the kernel's binfmt_misc go when it is interrupted too.
 set -euo pipefail
-set -m  # each step gets a process group of its own, which can be ended as a whole
 
 python=$1
 PATH=$PATH:/usr/sbin:/sbin
@@ -18,7 +17,7 @@ MIRROR=http://deb.debian.org/debian
 INDEX=${PIP_INDEX_URL:-https://pypi.org/simple/}
 MADE="bookworm arm64 python3 python3-venv"
 BINFMT=/proc/sys/fs/binfmt_misc
-ENTRY=$BINFMT/edgeguard-arm64
+ENTRY=$BINFMT/edgeguard-arm64-$$
 # The first 20 bytes of an executable or shared 64-bit little-endian ELF file for AArch64 (machine 183), and which of
 # their bits count.
 MAGIC='\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00'
@@ -35,9 +34,10 @@ failed() {  # what, and a log to show the end of
     exit 1
 }
 
-# In the background, because the shell acts on a signal only once what runs in its foreground has ended.
+# In the background, because the shell acts on a signal only once what runs in its foreground has ended; in a session
+# of its own, so that it can be ended with all that it started.
 step() {
-    "$@" </dev/null &
+    setsid "$@" </dev/null &
     job=$!
     local code=0
     wait "$job" || code=$?
@@ -81,7 +81,6 @@ flock --nonblock 9 || failed "another run is at work in $cache"
 if [ ! -e $BINFMT/register ]; then
     why=$(mount -t binfmt_misc binfmt_misc $BINFMT 2>&1) || skipped "no binfmt_misc, and it cannot be mounted: $why"
 fi
-[ ! -e "$ENTRY" ] || echo -1 >"$ENTRY"  # of a run that was killed
 # F: the kernel opens qemu now, so that it need not lie within the root.
 why=$( (printf %s ":${ENTRY##*/}:M::$MAGIC:$MASK:$(command -v qemu-aarch64-static):F" >$BINFMT/register) 2>&1) ||
     skipped "binfmt_misc takes no entry: $why"

@@ -13,6 +13,7 @@ import math
 import selectors
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +25,9 @@ from edgeguard.detection import images
 from edgeguard.errors import ModelError
 
 _LITTLE = {name: np.dtype(name).newbyteorder("<") for name in ("uint8", "int8", "int16", "float32")}
+
+
+MAX_PICTURE = 8 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,12 @@ class Answer:
     body: bytes
 
 
+class Refused(Enum):
+    """Something was taken and was no input; there may be more."""
+
+    NO_INPUT = "no input"
+
+
 class Source(Protocol):
     """One source."""
 
@@ -77,8 +87,8 @@ class Source(Protocol):
     def ready(self, key: selectors.SelectorKey, mask: int) -> None:
         """One of its descriptors is ready."""
 
-    def take(self) -> Item | Told | None:
-        """What is next, or None when nothing waits now."""
+    def take(self) -> Item | Told | Refused | None:
+        """What is next, or None when nothing waits now. One thing at a time: what is refused has had its turn."""
 
     def answer(self, answer: Answer) -> None:
         """Give an outcome back to who sent the input, where somebody waits for it."""
@@ -92,6 +102,12 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Let go of everything."""
+
+
+def most_bytes(expected: ModelInput) -> int:
+    """How large one input of this model may be on its way in, as an array or as a picture."""
+    size = _LITTLE[expected.dtype].itemsize * math.prod(expected.shape)
+    return max(size, MAX_PICTURE)
 
 
 def array_of(frame: frames.Input, body: bytes, expected: ModelInput) -> npt.NDArray[Any]:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgeguard.agent.sources.base import Answer, Item
+from edgeguard.agent.sources.base import Answer, Item, Refused
 from edgeguard.agent.sources.handover import Handover
 from edgeguard.contract.guard import ModelInput
 from edgeguard.detection import images
@@ -63,7 +63,7 @@ class CameraSource:
         self._expected = expected
         self._wait_s = 0.0 if per_second is None else 1.0 / per_second
         self._handover: Handover[npt.NDArray[np.uint8]] = Handover(1 if self._live else 4)
-        self._frames = 0
+        self._frames = self._bad = 0
         self._last = threading.Event()
         self._selector: selectors.BaseSelector | None = None
         self._capture = self._opened()
@@ -75,8 +75,8 @@ class CameraSource:
 
     @property
     def dropped(self) -> int:
-        """Frames that were overtaken by newer ones."""
-        return self._handover.dropped
+        """Frames that were overtaken by newer ones, or are no pictures."""
+        return self._bad + self._handover.dropped
 
     @property
     def ended(self) -> bool:
@@ -93,7 +93,7 @@ class CameraSource:
         """See :class:`edgeguard.agent.sources.base.Source`."""
         self._handover.drain()
 
-    def take(self) -> Item | None:
+    def take(self) -> Item | Refused | None:
         """See :class:`edgeguard.agent.sources.base.Source`."""
         finished = not self._thread.is_alive()
         pixels = self._handover.take()
@@ -102,7 +102,12 @@ class CameraSource:
                 self._last.set()
             return None
         self._frames += 1
-        x = images.fit(pixels, self._expected)
+        try:
+            x = images.fit(pixels, self._expected)
+        except (ValueError, TypeError) as error:
+            self._bad += 1
+            log.warning("camera %s: a frame of shape %s is dropped: %s", self._device, pixels.shape, error)
+            return Refused.NO_INPUT
         return Item(source=NAME, name=str(self._frames), inputs=x[np.newaxis])
 
     def answer(self, answer: Answer) -> None:
@@ -123,10 +128,18 @@ class CameraSource:
         capture = self._cv2.VideoCapture(self._device)
         return capture if capture.isOpened() else None
 
+    def _read(self) -> Any:
+        """The next picture, or None. Whatever OpenCV raises is no picture."""
+        try:
+            return self._capture.read()[1] if self._capture is not None else None
+        except Exception as error:
+            log.warning("camera %s: %s", self._device, error)
+            return None
+
     def _run(self) -> None:
         while True:
             started = time.monotonic()
-            picture: Any = self._capture.read()[1] if self._capture is not None else None
+            picture = self._read()
             if picture is not None:
                 # OpenCV gives blue, green, red.
                 pixels = np.ascontiguousarray(picture[..., ::-1]) if picture.ndim == 3 else picture

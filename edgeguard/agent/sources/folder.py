@@ -29,7 +29,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from edgeguard.agent.sources.base import Answer, Item
+from edgeguard.agent.sources.base import Answer, Item, Refused
 from edgeguard.contract.guard import ModelInput
 from edgeguard.detection import images
 from edgeguard.errors import ConfigError
@@ -84,7 +84,10 @@ class FolderSource:
         self._dtype = np.dtype(expected.dtype)
         self._keep = keep
         self._clock = clock
+        self._place = _place(folder)
         self._taken: set[str] = set()
+        self._stuck: set[str] = set()
+        """Refused files that cannot be moved away."""
         self._listed: Iterator[str] = iter(())
         self._look_at = -math.inf
         self._missing = False
@@ -107,7 +110,7 @@ class FolderSource:
             self._watch.drain()
         self._look_at = -math.inf
 
-    def take(self) -> Item | None:
+    def take(self) -> Item | Refused | None:
         """See :class:`edgeguard.agent.sources.base.Source`."""
         if len(self._taken) >= UNCOUNTED:
             return None
@@ -120,7 +123,7 @@ class FolderSource:
             if now < self._look_at:
                 return None
             # The marker is looked at first: what was dropped in before it is in the listing.
-            marked = (self._folder / END_MARKER).exists()
+            marked = os.path.exists(self._folder / END_MARKER)  # noqa: PTH110  (Path.exists raises on a stale mount)
             names = self._list()
             self._listed = iter(names)
             if not names:
@@ -137,7 +140,9 @@ class FolderSource:
         Raises:
             ConfigError: the folder refuses it.
         """
+        names = list(names)
         try:
+            self._require_place()
             if self._keep:
                 (self._folder / DONE).mkdir(exist_ok=True)
             for name in names:
@@ -146,12 +151,17 @@ class FolderSource:
                         (self._folder / name).replace(self._folder / DONE / name)
                     else:
                         (self._folder / name).unlink()
-                self._taken.discard(name)
             _sync_folder(self._folder)
+            self._taken.difference_update(names)
         except OSError as error:
             raise ConfigError(
                 f"source folder {self._folder}", got=error.strerror, expected="a folder to delete from"
             ) from error
+
+    def _require_place(self) -> None:
+        """Raise OSError where this is an empty mount point: its files would be counted again once it is mounted."""
+        if _place(self._folder) != self._place:
+            raise OSError(errno.ESTALE, "another folder than the one that its files were taken from")
 
     def close(self) -> None:
         """See :class:`edgeguard.agent.sources.base.Source`."""
@@ -174,7 +184,7 @@ class FolderSource:
             self._missing = False
             log.info("source folder %s is there again", self._folder)
             self._rewatch()
-        return sorted(name for name in names if name not in self._taken)
+        return sorted(name for name in names if name not in self._taken and name not in self._stuck)
 
     def _rewatch(self) -> None:
         """The folder is another one now: watch that."""
@@ -183,8 +193,9 @@ class FolderSource:
             self.close()
             self.open(selector)
 
-    def _open(self, name: str) -> Item | None:
+    def _open(self, name: str) -> Item | Refused | None:
         try:
+            name.encode()  # a name that is no text cannot be told to anybody
             path = self._folder / name
             if name.lower().endswith(IMAGES):
                 inputs = images.decode(read_file(path), self._expected)[np.newaxis]
@@ -195,7 +206,7 @@ class FolderSource:
         except Exception as error:
             # NumPy's header parser raises whatever a hostile header provokes; no file may stop the agent.
             self._reject(name, " ".join(str(error).split())[:300])
-            return None
+            return Refused.NO_INPUT
         self._taken.add(name)
         return Item(source=NAME, name=name, inputs=inputs)
 
@@ -206,7 +217,7 @@ class FolderSource:
             (self._folder / REJECTED).mkdir(exist_ok=True)
             (self._folder / name).replace(self._folder / REJECTED / name)
         except OSError as error:
-            self._taken.add(name)
+            self._stuck.add(name)
             log.warning("input file %r cannot be moved to %s/, ignored: %s", name, REJECTED, error.strerror)
 
 
@@ -240,6 +251,12 @@ class Watch:
     def close(self) -> None:
         """Stop watching."""
         os.close(self.descriptor)
+
+
+def _place(folder: Path) -> tuple[int, int]:
+    """Which folder this is, whatever is mounted there."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _is_input(name: str) -> bool:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgeguard.agent.sources.base import Answer, Item, Told, array_of
+from edgeguard.agent.sources.base import Answer, Item, Refused, Told, array_of, most_bytes
 from edgeguard.contract import frames
 from edgeguard.contract.guard import ModelInput
 from edgeguard.errors import ConfigError, EdgeGuardError, LinkError, ModelError
@@ -36,7 +36,7 @@ WAITING = 32
 """Frames of one program that may wait; then it is not read for a while."""
 UNREAD = 4 << 20
 """Bytes of results that a program may leave unread; then it is not read for a while."""
-CONNECTIONS = 64
+CONNECTIONS = 16
 GROUP = "edgeguard"
 _PIECE = 256 << 10
 
@@ -46,13 +46,13 @@ log = logging.getLogger(__name__)
 class _Peer:
     """One stream: frames in, frames out. Never waits."""
 
-    def __init__(self, read_fd: int, connection: socket.socket | None = None) -> None:
+    def __init__(self, read_fd: int, max_body: int, connection: socket.socket | None = None) -> None:
         self.fd = read_fd
         self.connection = connection
         self.waiting: deque[tuple[frames.AnyFrame, bytes]] = deque()
         self.unsent = bytearray()
         self.ended = False
-        self._reader = frames.Reader()
+        self._reader = frames.Reader(max_body)
 
     @property
     def mask(self) -> int:
@@ -127,18 +127,17 @@ class StreamSource:
             self._read(peer)
         self._watch(peer)
 
-    def take(self) -> Item | Told | None:
+    def take(self) -> Item | Told | Refused | None:
         """See :class:`edgeguard.agent.sources.base.Source`."""
         for _ in range(len(self._turns)):
             peer = self._turns[0]
             self._turns.rotate(-1)
-            while peer.waiting:
+            if peer.waiting:
                 frame, body = peer.waiting.popleft()
                 taken = self._understood(peer, frame, body)
                 if self._masks.get(peer.fd) != peer.mask:
                     self._watch(peer)
-                if taken is not None:
-                    return taken
+                return taken
             if peer.ended and not peer.unsent:
                 self._drop(peer)
         return None
@@ -172,8 +171,8 @@ class StreamSource:
             log.warning("%s: a program is cut off: %s", self.name, error)
             self._drop(peer)
 
-    def _understood(self, peer: _Peer, frame: frames.AnyFrame, body: bytes) -> Item | Told | None:
-        """The work in a frame; None where it is refused."""
+    def _understood(self, peer: _Peer, frame: frames.AnyFrame, body: bytes) -> Item | Told | Refused:
+        """The work in a frame."""
         try:
             if isinstance(frame, frames.Input):
                 x = array_of(frame, body, self._expected)
@@ -187,7 +186,7 @@ class StreamSource:
             name = frame.id if isinstance(frame, frames.Input) else ""
             self.dropped += 1
             peer.send(frames.encode(frames.Refused(id=name, reason=str(error)[:500])))
-            return None
+            return Refused.NO_INPUT
 
     def _watch(self, peer: _Peer) -> None:
         """Wait for what this stream can do now."""
@@ -254,7 +253,7 @@ class SocketSource(StreamSource):
             connection.close()
             return
         connection.setblocking(False)
-        self.add(_Peer(connection.fileno(), connection))
+        self.add(_Peer(connection.fileno(), most_bytes(self._expected), connection))
 
     def close(self) -> None:
         """See :class:`edgeguard.agent.sources.base.Source`."""
@@ -267,15 +266,25 @@ class SocketSource(StreamSource):
 
 
 class StdinSource(StreamSource):
-    """Frames on standard input, or another readable descriptor."""
+    """Frames on standard input, or another readable descriptor.
+
+    Raises:
+        ConfigError: it is closed.
+    """
 
     name = "stdin"
 
     def __init__(self, expected: ModelInput, descriptor: int = 0) -> None:
         super().__init__(expected)
-        self._peer = _Peer(descriptor)
-        # A file is always ready, which a selector refuses to say.
-        self._is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        self._peer = _Peer(descriptor, most_bytes(expected))
+        try:
+            mode = os.fstat(descriptor).st_mode
+        except OSError as error:
+            raise ConfigError(
+                "[sources.stdin]", got=error.strerror, expected="standard input", do="start the agent with a pipe"
+            ) from error
+        # Files and devices like /dev/null are always ready, which a selector refuses to say.
+        self._is_file = not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or os.isatty(descriptor))
         if not self._is_file:
             os.set_blocking(descriptor, False)
 
@@ -288,7 +297,7 @@ class StdinSource(StreamSource):
             super().open(selector)
             self.add(self._peer)
 
-    def take(self) -> Item | Told | None:
+    def take(self) -> Item | Told | Refused | None:
         """See :class:`edgeguard.agent.sources.base.Source`."""
         while self._is_file and not self._peer.ended and not self._peer.waiting and self._peers:
             self._read(self._peer)

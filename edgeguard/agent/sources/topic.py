@@ -21,7 +21,7 @@ import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 
 from edgeguard import broker as brokers
-from edgeguard.agent.sources.base import Answer, Item, array_of
+from edgeguard.agent.sources.base import Answer, Item, Refused, array_of, most_bytes
 from edgeguard.agent.sources.handover import Handover
 from edgeguard.contract import frames
 from edgeguard.contract.guard import ModelInput
@@ -30,7 +30,7 @@ from edgeguard.errors import EdgeGuardError, LinkError
 from edgeguard.settings import BrokerConfig, password
 
 NAME = "mqtt"
-WAITING = 64
+WAITING = 16
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ class TopicSource:
         self._client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=mqtt.MQTTv311)
         brokers.prepare(self._client, broker, password(broker))
         self._client.on_connect = self._connected
+        self._client.on_subscribe = self._subscribed
         self._client.on_message = self._arrived
 
     @property
@@ -79,18 +80,20 @@ class TopicSource:
         """See :class:`edgeguard.agent.sources.base.Source`."""
         self._handover.drain()
 
-    def take(self) -> Item | None:
+    def take(self) -> Item | Refused | None:
         """See :class:`edgeguard.agent.sources.base.Source`."""
-        while (payload := self._handover.take()) is not None:
-            self._count += 1
-            try:
-                name, x = decode(payload, self._expected)
-            except EdgeGuardError as error:
-                self._bad += 1
+        payload = self._handover.take()
+        if payload is None:
+            return None
+        self._count += 1
+        try:
+            name, x = decode(payload, self._expected)
+        except EdgeGuardError as error:
+            self._bad += 1
+            if self._bad & (self._bad - 1) == 0:  # told at the first, second, fourth, eighth ...
                 log.warning("%s: message dropped (%d so far): %s", self._topic, self.dropped, error)
-                continue
-            return Item(source=NAME, name=name or str(self._count), inputs=x[np.newaxis])
-        return None
+            return Refused.NO_INPUT
+        return Item(source=NAME, name=name or str(self._count), inputs=x[np.newaxis])
 
     def answer(self, answer: Answer) -> None:
         """Nobody waits: results stand in ``[results]``."""
@@ -113,8 +116,14 @@ class TopicSource:
             client.subscribe(self._topic, qos=1)
 
     def _arrived(self, _c: mqtt.Client, _u: Any, message: mqtt.MQTTMessage) -> None:
-        if len(message.payload) <= frames.MAX_BODY:
+        if len(message.payload) <= most_bytes(self._expected) + frames.MAX_HEADER:
             self._handover.put(bytes(message.payload), wait=False)
+        else:
+            self._bad += 1
+
+    def _subscribed(self, _c: mqtt.Client, _u: Any, _m: int, reasons: Any, _p: Any) -> None:
+        if any(reason.is_failure for reason in reasons):
+            log.warning("%s: the broker does not let this device subscribe", self._topic)
 
 
 def decode(payload: bytes, expected: ModelInput) -> tuple[str, npt.NDArray[Any]]:

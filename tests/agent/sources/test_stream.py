@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeguard.agent.sources.base import Answer, Item, Told
+from edgeguard.agent.sources.base import MAX_PICTURE, Answer, Item, Refused, Told
 from edgeguard.agent.sources.stream import UNREAD, WAITING, SocketSource, StdinSource, StreamSource
 from edgeguard.contract import frames
 from edgeguard.contract.guard import ModelInput
@@ -59,7 +59,7 @@ class Loop:
         self.selector = selectors.DefaultSelector()
         source.open(self.selector)
 
-    def turn(self, wait_s: float = 0.0) -> Item | Told | None:
+    def turn(self, wait_s: float = 0.0) -> Item | Told | Refused | None:
         for key, mask in self.selector.select(wait_s):
             key.data.ready(key, mask)
         return self.source.take()
@@ -69,7 +69,7 @@ class Loop:
         until = time.monotonic() + 5
         while time.monotonic() < until:
             taken = self.turn(0.05)
-            if taken is not None:
+            if taken is not None and taken is not Refused.NO_INPUT:
                 assert isinstance(taken, Item)
                 return taken
         raise AssertionError("nothing came")
@@ -273,6 +273,21 @@ def test_a_file_in_the_way_is_left_alone(path: Path) -> None:
     with pytest.raises(ConfigError, match="another kind of file"):
         SocketSource(path, EXPECTED)
     assert path.read_text() == "precious"
+
+
+def test_an_input_larger_than_the_model_takes_ends_the_connection_before_it_is_read(path: Path, loop: Loop) -> None:
+    connection = program(path)
+    connection.sendall(frames.encode(frames.Input(encoding="image"), bytes(MAX_PICTURE + 1))[:1000])
+    assert loop.items() == []
+    assert connection.recv(10) == b""
+
+
+def test_standard_input_of_a_service_which_is_nothing_ends_at_once() -> None:
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    loop = Loop(StdinSource(EXPECTED, nothing))
+    assert loop.items(turns=1) == []
+    assert loop.source.ended
+    os.close(nothing)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "file"])
