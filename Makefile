@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-arm64 lint conversion zoo bench-detection art-strip conformance fuzz wheel clean
+.PHONY: help demo test test-all test-arm64 lint conversion zoo bench-detection art-strip bench-agent conformance fuzz wheel clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,7 +43,7 @@ test-all: ## the test suite on every supported interpreter found, each in its ow
 	if [ $$ran = 0 ]; then echo "no supported interpreter found" >&2; exit 2; fi
 
 test-arm64: $(STAMP) ## the package on an emulated arm64 Debian 12 (as root; debootstrap, qemu-user-static, mosquitto)
-	tests/arm64/run.sh $(BIN)/python
+	bash tests/arm64/run.sh $(BIN)/python
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
@@ -62,6 +62,9 @@ bench-detection: $(STAMP) ## our detector beside published ones on the zoo; resu
 
 art-strip: $(STAMP) ## our STRIP and cascade beside the Adversarial Robustness Toolbox's; writes benchmarks/results
 	$(BIN)/python -m benchmarks.art_strip --json benchmarks/results/art_strip.json $(ARGS)
+
+bench-agent: $(STAMP) ## what the daemon costs: memory, time per input, hours with a broker that dies; writes benchmarks/results
+	$(BIN)/python -m benchmarks.agent --json benchmarks/results/agent.json $(ARGS)
 
 conformance: $(STAMP) ## ONNX import against the onnx package's own tests; writes benchmarks/results
 	$(BIN)/python -m benchmarks.onnx_conformance --json benchmarks/results/onnx_conformance.json

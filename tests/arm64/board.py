@@ -91,7 +91,7 @@ class Expected:
 
     inputs: npt.NDArray[np.uint8]
     lines: list[dict[str, Any]]
-    outputs: npt.NDArray[np.int8]
+    outputs: npt.NDArray[np.generic]
 
 
 def printed(outcome: Outcome, *, code: int = 0) -> list[dict[str, Any]]:
@@ -259,10 +259,10 @@ def compare_answers(expected: Expected, answers: Iterable[tuple[frames.AnyFrame,
             raise WrongError(f"input {number}: {frame}")
         require(frame.id == str(number), f"answer to input {frame.id}, expected {number}")
         lines.append({"predicted": frame.predicted, "scores": frame.scores})
-        outputs.append(np.frombuffer(body, np.int8))
+        outputs.append(np.frombuffer(body, frame.outputs[0].dtype))
     compared = compare(expected.lines[IN_FOLDER:], lines, "predicted")
-    steps = np.abs(np.stack(outputs).astype(np.int64) - expected.outputs[IN_FOLDER:]).max(axis=1)
-    same = f"outputs {int((steps == 0).sum())} of {len(steps)}, the others off by at most {steps.max()} of 255 steps"
+    off = np.abs(np.stack(outputs) - expected.outputs[IN_FOLDER:]).max(axis=1)
+    same = f"outputs {int((off == 0).sum())} of {len(off)} equal, the others off by at most {off.max():.2g}"
     return f"over the socket {compared}; {same}"
 
 
