@@ -48,3 +48,18 @@ def guarded_file(attacked: Attacked, tmp_path_factory: pytest.TempPathFactory) -
     path = tmp_path_factory.mktemp("models") / "digits.guarded.tflite"
     path.write_bytes(attacked.conversion.guarded)
     return path
+
+
+@pytest.fixture(scope="session")
+def audited_file(attacked: Attacked, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The attacked model's guarded file with its sidecar beside it."""
+    from converters import calibration
+    from edgeguard.detection import sidecar
+
+    bare, plan = calibration.plan(attacked.conversion.bare)
+    done = calibration.guard_model(bare, plan, attacked.x_owner, sidecar=True)
+    assert done.sidecar is not None
+    path = tmp_path_factory.mktemp("audited") / "digits.guarded.tflite"
+    path.write_bytes(done.content)
+    sidecar.path_beside(path).write_bytes(done.sidecar)
+    return path

@@ -171,9 +171,8 @@ class Agent:
             self._files.append(item.name)
 
     def _see(self, verdict: Verdict) -> None:
-        score = joint(verdict.scores.values())
         if verdict.status != "not checked" and len(self._seen) < LINES:
-            self._seen.append(Seen(score, verdict.predicted, verdict.flagged))
+            self._seen.append(Seen(joint(verdict.scores.values()), verdict.predicted, verdict.flagged))
 
     def _count_told(self, told: Told) -> None:
         """Count what a program's own interpreter scored: in a window of its own, whatever model it says that was."""

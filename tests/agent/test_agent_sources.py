@@ -18,11 +18,11 @@ import paho.mqtt.client as mqtt
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
-from converters import pipeline, sources
 from edgeguard.agent import quarantine
 from edgeguard.contract import frames, messages, topics
 from edgeguard.contract.messages import Birth, Health, Ping, PingReply, Rank, RankReply, Restart, decode, encode
 from edgeguard.detection.guarded import GuardedModel
+from edgeguard.detection.sidecar import path_beside
 from tests.agent.conftest import Device
 from tests.simulators.attacked import Attacked
 from tests.simulators.mosquitto import Mosquitto, free_port
@@ -333,16 +333,13 @@ def test_an_idle_agent_feeds_the_watchdog_with_self_tests_and_a_wedged_one_does_
 
 
 def test_the_sidecar_beside_the_model_brings_further_looks_and_survives_a_move(
-    hub: TinyHub, device: Make, attacked: Attacked
+    hub: TinyHub, device: Make, attacked: Attacked, audited_file: Path
 ) -> None:
     camera = device(sources=SOCKET)
     camera.model = camera.folder / "m.guarded.tflite"
-    converted = pipeline.convert(sources.of_keras(attacked.keras), attacked.x_owner, attacked.y_owner, sidecar=True)
-    camera.model.write_bytes(converted.guarded)
-    sidecar = converted.result.sidecar
-    assert sidecar is not None
+    camera.model.write_bytes(audited_file.read_bytes())
     beside = camera.folder / "m.guard.npz"
-    beside.write_bytes(sidecar)
+    beside.write_bytes(path_beside(audited_file).read_bytes())
     for _ in range(2):
         camera.start()
         results = Program(camera).ask(attacked.data.x_test[:60].astype(np.uint8))

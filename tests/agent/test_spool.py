@@ -18,35 +18,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from edgeguard.agent.spool import Counters, Spool, read_counters
 from edgeguard.contract.messages import MAX_GAPS, Ack, ActivationMean, Alert, Report, decode, encode
-from edgeguard.contract.scores import BINS
 from edgeguard.errors import ConfigError
 from edgeguard.hub.ingest import Stream
+from tests.simulators.reports import alert, report
 
 BOOT, OTHER = "00000000000000aa", "00000000000000bb"
-DIGEST = "0" * 64
 LARGE = 1 << 30
 
 Build = Callable[[str, int], Report | Alert]
-
-
-def report(boot: str, seq: int, *, activation: ActivationMean | None = None) -> Report:
-    return Report(
-        boot=boot,
-        seq=seq,
-        model_digest=DIGEST,
-        guard_digest=DIGEST,
-        started_ms=1,
-        ended_ms=2,
-        inputs=0,
-        unchecked=0,
-        labels=(),
-        histogram=(0,) * BINS,
-        activation=activation,
-    )
-
-
-def alert(boot: str, seq: int) -> Alert:
-    return Alert(boot=boot, seq=seq, model_digest=DIGEST, guard_digest=DIGEST, at_ms=1, label=0, score=2.0, scores={})
 
 
 @pytest.fixture

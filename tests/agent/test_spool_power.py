@@ -27,11 +27,11 @@ import pytest
 
 from edgeguard.agent.spool import Counters, Entry, Spool, read_counters
 from edgeguard.contract.messages import Ack, ActivationMean, Alert, Report
-from edgeguard.contract.scores import BINS
 from edgeguard.errors import ConfigError
+from tests.simulators import reports
+from tests.simulators.reports import alert
 
 BOOT, OTHER = "00000000000000aa", "00000000000000bb"
-DIGEST = "0" * 64
 HEADER, FRAME = 32, 24 + 4096
 """Bytes of the log's header, and of one page in it behind its own header of 24."""
 SEED = 20
@@ -43,25 +43,10 @@ def report(channels: int = 0) -> Build:
     """A report of 8 bytes a channel and some."""
 
     def build(boot: str, seq: int) -> Report:
-        return Report(
-            boot=boot,
-            seq=seq,
-            model_digest=DIGEST,
-            guard_digest=DIGEST,
-            started_ms=1,
-            ended_ms=2,
-            inputs=0,
-            unchecked=0,
-            labels=(),
-            histogram=(0,) * BINS,
-            activation=ActivationMean(inputs=1, mean=tuple(i / 7 for i in range(channels))) if channels else None,
-        )
+        activation = ActivationMean(inputs=1, mean=tuple(i / 7 for i in range(channels))) if channels else None
+        return reports.report(boot, seq, activation=activation)
 
     return build
-
-
-def alert(boot: str, seq: int) -> Alert:
-    return Alert(boot=boot, seq=seq, model_digest=DIGEST, guard_digest=DIGEST, at_ms=1, label=0, score=2.0, scores={})
 
 
 @pytest.fixture(scope="module")

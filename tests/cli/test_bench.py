@@ -16,9 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import converters
-from converters import calibration
 from edgeguard.cli import bench
-from edgeguard.detection import sidecar as sidecars
 from edgeguard.detection.bench import MEANING, Reading
 from edgeguard.errors import ConfigError, ModelError, TrustError
 from tests.simulators.attacked import Attacked
@@ -40,18 +38,6 @@ def document(*arguments: object) -> dict[str, Any]:
 
 def names(found: dict[str, Any]) -> list[str]:
     return [row["name"] for row in found["rows"]]
-
-
-@pytest.fixture(scope="module")
-def audited_file(attacked: Attacked, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The attacked model's guarded file with its sidecar beside it."""
-    bare, plan = calibration.plan(attacked.conversion.bare)
-    done = calibration.guard_model(bare, plan, attacked.x_owner, sidecar=True)
-    assert done.sidecar is not None
-    path = tmp_path_factory.mktemp("audited") / "digits.guarded.tflite"
-    path.write_bytes(done.content)
-    sidecars.path_beside(path).write_bytes(done.sidecar)
-    return path
 
 
 @pytest.fixture

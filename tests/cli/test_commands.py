@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from converters import calibration
 from edgeguard import __version__
 from edgeguard.demo import run as demo_run
 from edgeguard.detection import metadata
@@ -25,18 +24,6 @@ from edgeguard.detection.guarded import GuardedModel, TfliteModel
 from tests.simulators.attacked import Attacked
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def audited_file(attacked: Attacked, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The attacked model's guarded file with its sidecar beside it."""
-    bare, plan = calibration.plan(attacked.conversion.bare)
-    done = calibration.guard_model(bare, plan, attacked.x_owner, sidecar=True)
-    assert done.sidecar is not None
-    path = tmp_path_factory.mktemp("audited") / "digits.guarded.tflite"
-    path.write_bytes(done.content)
-    sidecars.path_beside(path).write_bytes(done.sidecar)
-    return path
 
 
 @pytest.fixture

@@ -31,13 +31,13 @@ from edgeguard.agent.sources.base import Answer, Item, Refused, Told, array_of, 
 from edgeguard.contract import frames
 from edgeguard.contract.guard import ModelInput
 from edgeguard.errors import ConfigError, EdgeGuardError, LinkError, ModelError
+from firmware_bridge.systemd import GROUP
 
 WAITING = 32
 """Frames of one program that may wait; then it is not read for a while."""
 UNREAD = 4 << 20
 """Bytes of results that a program may leave unread; then it is not read for a while."""
 CONNECTIONS = 16
-GROUP = "edgeguard"
 _PIECE = 256 << 10
 
 log = logging.getLogger(__name__)
