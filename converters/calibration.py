@@ -275,6 +275,7 @@ def guard_model(
     synthetic: bool = False,
     sidecar: bool = False,
     groups: Ints | None = None,
+    expected: ModelInput | None = None,
     progress: Progress | None = None,
 ) -> Guarded:
     """Fit a guard to a canonical bare file and bake it in. What comes back is still to be verified.
@@ -289,6 +290,7 @@ def guard_model(
         synthetic: the inputs are no real ones; the file says so and its scores mean nothing.
         sidecar: also make one.
         groups: see :func:`halves`.
+        expected: what the file says that it takes; None: what ``inputs`` are.
         progress: called with a text, the steps done and the steps in total.
 
     Raises:
@@ -329,7 +331,7 @@ def guard_model(
             taps=guard.layout(plan),
             class_output=plan.class_output,
             classes=names,
-            input=_input(inputs),
+            input=expected or _input(inputs),
             fpr=fpr,
             fpr_upper=_rounded(limits.fpr_upper),
             score_to_p=tuple((_round(score), _round(p)) for score, p in limits.score_to_p),
@@ -413,6 +415,7 @@ def recalibrate(
         synthetic=synthetic,
         sidecar=described.sidecar_digest is not None if sidecar is None else sidecar,
         groups=groups,
+        expected=described.input,  # pictures are scaled to its range: other clean data must not move it
         progress=progress,
     )
 

@@ -443,12 +443,16 @@ def _images(folder: Path, files: Sequence[Path]) -> Array:
 
 def _pixels(file: Path) -> npt.NDArray[np.uint8]:
     """One image ``[H, W, C]``, grey or colour."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(file) as image:
-            mode = "L" if image.mode in {"1", "L", "I", "I;16", "LA"} else "RGB"
-            pixels = np.asarray(image.convert(mode), dtype=np.uint8)
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith("I"):  # grey of 16 bits, which Pillow would cut off at 255
+                pixels = (np.asarray(image) >> 8).astype(np.uint8)
+            else:
+                mode = "L" if image.mode in {"1", "L", "LA"} else "RGB"
+                pixels = np.asarray(image.convert(mode), dtype=np.uint8)
     except Exception as error:  # a hostile image makes the decoders raise whatever they like
         raise ModelError(f"image {file}", got=str(error)[:200], do="remove or replace it") from error
     return pixels[..., np.newaxis] if pixels.ndim == 2 else pixels

@@ -196,9 +196,9 @@ class Slots:
         if not (folder / RECORD).exists():
             with _disk_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                _replace(_path(folder, "a"), content)
+                write_whole(_path(folder, "a"), content)
                 first = Content(sha256=hashlib.sha256(content).hexdigest(), sequence=sequence)
-                _replace(
+                write_whole(
                     folder / RECORD,
                     msgspec.json.encode(State(active="a", previous=None, confirmed=True, a=first)),
                 )
@@ -298,7 +298,7 @@ class Slots:
         """Write the inactive slot; ``after`` is what its record says then."""
         with _disk_errors(self._folder):
             target = _path(self._folder, state.inactive)
-            _replace(target, content, before=lambda: self._write(emptied(state)))
+            write_whole(target, content, before=lambda: self._write(emptied(state)))
             self._write(after)
         return self._verified(state.inactive)[0]
 
@@ -307,7 +307,7 @@ class Slots:
         path = self._folder / KEY
         with _disk_errors(path):
             if not path.exists():
-                _replace(path, secrets.token_bytes(_KEY_BYTES), mode=0o600)
+                write_whole(path, secrets.token_bytes(_KEY_BYTES), mode=0o600)
         return _read_key(path)
 
     def _state(self) -> State:
@@ -329,7 +329,7 @@ class Slots:
             ) from error
 
     def _write(self, state: State) -> None:
-        _replace(self._folder / RECORD, msgspec.json.encode(state))
+        write_whole(self._folder / RECORD, msgspec.json.encode(state))
 
     def _verified(self, name: Name) -> tuple[Slot, bytes]:
         known = _known(self._state(), name)
@@ -387,7 +387,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _replace(path: Path, content: bytes, *, before: Callable[[], None] = lambda: None, mode: int = 0o666) -> None:
+def write_whole(path: Path, content: bytes, *, before: Callable[[], None] = lambda: None, mode: int = 0o666) -> None:
     """Write ``content`` beside ``path``; once it is safe on disk call ``before``, then rename it."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:

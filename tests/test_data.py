@@ -275,6 +275,16 @@ def test_a_flat_folder_of_images_calibrates_without_labels(tmp_path: Path) -> No
     assert classes == ()
 
 
+def test_a_picture_is_read_as_a_person_sees_it(tmp_path: Path) -> None:
+    upright = images(1)[0, ..., 0]
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was turned: the first row is the right-hand side
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "a.png", exif=turned)
+    Image.fromarray(upright.astype(np.uint16) << 8).save(tmp_path / "b.png")
+    inputs, _, _ = data.calibration(str(tmp_path))
+    assert np.array_equal(inputs[..., 0], np.stack([upright, upright]))
+
+
 def test_a_folder_per_class_calibrates_with_names_and_labels(tmp_path: Path) -> None:
     grey(tmp_path / "stop", 2)
     grey(tmp_path / "yield", 3)

@@ -298,7 +298,7 @@ class Agent:
         engine.level = self._governor_state.level
         if step is not None:
             log.warning("level of service %s (before: %s): %s", step.level.name, step.previous.name, step.reason)
-            self._reason = step.reason
+            self._reason = "" if step.level is governor.Level.EVERYTHING else step.reason
             self._notifier.status(f"{step.level.name}: {step.reason}")
 
     def _engine_of(self, running: Running) -> Engine:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from edgeguard import broker
-from edgeguard.agent.config import AgentConfig, RuntimeConfig, UpdateConfig
+from edgeguard.agent.config import AgentConfig, RecalibrateConfig, RuntimeConfig, UpdateConfig
 from edgeguard.agent.inference import Running
 from edgeguard.agent.sources import base, camera, folder, stream, topic
 from edgeguard.agent.trial import STARTS, Trial
@@ -28,9 +28,10 @@ from edgeguard.contract.guard import GuardMetadata, ModelInput
 from edgeguard.detection import runtime, sidecar
 from edgeguard.detection.guarded import GuardedModel
 from edgeguard.errors import ConfigError, EdgeGuardError, ModelError, TrustError
-from firmware_bridge.slots import RECORD, Slots
+from firmware_bridge.slots import RECORD, Slots, write_whole
 
 SLOTS_FOLDER = "slots"
+SIDECARS_KEPT = 4
 _LOCK_FILE = "lock"
 _TRIAL_FILE = "trial.json"
 
@@ -49,6 +50,7 @@ def check(config: AgentConfig) -> None:
     for source in open_sources(config, model.metadata.input):
         source.close()
     check_root(config.update)
+    check_clean_data(config.recalibrate)
     broker.check(config.broker)
 
 
@@ -73,6 +75,17 @@ def open_state(config: AgentConfig) -> tuple[State, Running]:
     slots, model = open_model(config, load)
     running = Running(model=model, sidecar=sidecar_of(config, model.metadata), sequence=slots.active().sequence)
     return State(lock=lock, slots=slots, trial=trial(config), load=load), running
+
+
+def check_clean_data(config: RecalibrateConfig | None) -> None:
+    """Raises ConfigError unless the owner's clean data, where some is named, is there."""
+    if config is not None and config.data is not None and not os.access(config.data, os.R_OK):
+        raise ConfigError(
+            f"recalibrate.data {config.data}",
+            got="nothing that can be read",
+            expected="an npz or npy file, or a folder of images",
+            do="put the clean inputs there, or leave the key out",
+        )
 
 
 def open_sources(config: AgentConfig, expected: ModelInput) -> list[base.Source]:
@@ -131,10 +144,11 @@ def sidecar_of(config: AgentConfig, metadata: GuardMetadata) -> sidecar.Sidecar 
 
 def keep(path: Path, content: bytes) -> None:
     """Keep a copy in the state folder; without one the device does with what it has."""
-    partial_path = path.with_name(f".{path.name}.tmp")
     try:
-        partial_path.write_bytes(content)
-        partial_path.replace(path)
+        write_whole(path, content)
+        others = sorted(path.parent.glob(f"*{sidecar.SUFFIX}"), key=lambda other: -other.stat().st_mtime_ns)
+        for old in others[SIDECARS_KEPT:]:
+            old.unlink()
     except OSError as error:
         log.warning("the sidecar is not kept: %s", error.strerror)
 

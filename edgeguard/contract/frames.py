@@ -133,7 +133,7 @@ class Reader:
         self._buffer = bytearray()
         self._frame: AnyFrame | None = None
 
-    def feed(self, piece: bytes) -> list[tuple[AnyFrame, bytes]]:
+    def feed(self, piece: bytes | memoryview) -> list[tuple[AnyFrame, bytes]]:
         """Take what arrived; the frames that are complete now, each with its body.
 
         Raises:

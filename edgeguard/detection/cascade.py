@@ -40,12 +40,13 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeguard.contract.guard import logit_columns
-from edgeguard.detection.guarded import GuardedModel, Inference
+from edgeguard.contract.scores import joint
+from edgeguard.detection.guarded import GuardedModel, Inference, Measured
 from edgeguard.detection.sidecar import Sidecar
 from edgeguard.detection.squeezing import smoothed
 from edgeguard.detection.statistics import allowed_of, inputs_needed, p_table, shares, threshold_of
 from edgeguard.detection.strip import Answer, superimpose
-from edgeguard.detection.verdict import ONE_PASS, Audit, Verdict, p_value
+from edgeguard.detection.verdict import ONE_PASS, Audit, Verdict, judge, not_checked, p_value
 from edgeguard.errors import ConfigError
 
 Array = npt.NDArray[Any]
@@ -351,44 +352,54 @@ class Cascade:
         Raises:
             ModelError: the input does not fit.
         """
-        first = self._model.infer(x)
-        verdict, limits = first.verdict, self.limits
-        if limits is None or verdict.status == "not checked" or self._overlays is None:
-            return first, 1
+        first = self._model.measure(x)
+        verdict, taken = self._verdict(x, first, looks=looks)
+        return Inference(first.outputs, first.features, verdict), 1 + taken
+
+    def _verdict(self, x: Array, first: Measured, *, looks: bool) -> tuple[Verdict, int]:
+        """The verdict on an input, and how many looks it took."""
+        limits, score = self.limits, joint(first.scores.values())
+        if first.doubt:
+            return not_checked(first.predicted, first.scores, first.doubt), 0
+        if limits is None or self._overlays is None or math.isnan(score):
+            return judge(first.predicted, first.scores, self._model.metadata.score_to_p), 0
         # Looks only ever add: one flagged already stays so, and is looked at for how sure that is.
-        flagged, doubtful = verdict.score > limits.threshold, verdict.score >= limits.grey
+        flagged, doubtful = score > limits.threshold, score >= limits.grey
         if not doubtful and self._rng.random() >= self.audit_share:
-            return replace(first, verdict=_decided(verdict, {}, limits, "not needed")), 1
+            return _decided(first, score, {}, limits, "not needed"), 0
         if not (looks and self._allowance.affords(flagged=flagged, now=self._clock())):
             if flagged or not doubtful:
-                return replace(first, verdict=_decided(verdict, {}, limits, "not needed")), 1
-            reason = f"{verdict.reason}; doubtful, but the budget for audits is spent"
-            return replace(first, verdict=replace(verdict, audit="no budget", reason=reason)), 1
-        before = self._shares(first.features)
-        values = look(x, verdict.score, before, self._answer, self._overlays, limits)
+                return _decided(first, score, {}, limits, "not needed"), 0
+            alone = judge(first.predicted, first.scores, self._model.metadata.score_to_p)
+            reason = f"{alone.reason}; doubtful, but the budget for audits is spent"
+            return replace(alone, audit="no budget", reason=reason), 0
+        values = look(x, score, self._shares(first.features), self._answer, self._overlays, limits)
         self._allowance.spend(len(values), flagged=flagged)
-        return replace(first, verdict=_decided(verdict, values, limits, "done")), 1 + len(values)
+        return _decided(first, score, values, limits, "done"), len(values)
 
     def _answer(self, x: Array) -> Floats:
-        return self._shares(self._model.infer(x).features)
+        return self._shares(self._model.measure(x).features)
 
     def _shares(self, features: npt.NDArray[np.float32]) -> Floats:
         return np.asarray(shares(features.astype(np.float64)[np.newaxis], self._logits)[0])
 
 
-def _decided(verdict: Verdict, values: Mapping[str, float], limits: Limits, audit: Audit) -> Verdict:
-    score = (combined(verdict.score, values, limits) if values else verdict.score) / limits.threshold
-    found = [
+def _decided(first: Measured, one_pass: float, values: Mapping[str, float], limits: Limits, audit: Audit) -> Verdict:
+    score = (combined(one_pass, values, limits) if values else one_pass) / limits.threshold
+    name = max(first.scores, key=first.scores.__getitem__)
+    found = [f"{name} {one_pass:.2f}"]
+    found += [
         f"{name} moves the answer by {value:.2f}, as for {rarity(name, limits.moved[name], value):.0%} of clean inputs"
         for name, value in values.items()
     ]
     found.append(f"together {score:.2f}, {'above' if score > 1.0 else 'within'} the threshold of 1")
-    return replace(
-        verdict,
+    return Verdict(
+        predicted=first.predicted,
         score=score,
+        scores=first.scores,
         p_value=p_value(score, limits.score_to_p),
         stages=(ONE_PASS, *values),
         evidence=dict(values),
         audit=audit,
-        reason="; ".join([verdict.reason.split(",")[0], *found]),
+        reason="; ".join(found),
     )

@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Literal
 
 from edgeguard.contract import scores as decision
@@ -86,5 +87,5 @@ def p_value(score: float, score_to_p: Sequence[tuple[float, float]]) -> float | 
     """Share of clean calibration inputs that score at least ``score``; never below the table's last entry."""
     if not score_to_p:
         return None
-    index = bisect_left(score_to_p, score, key=lambda pair: pair[0])
+    index = bisect_left(score_to_p, score, key=itemgetter(0))
     return score_to_p[min(index, len(score_to_p) - 1)][1]

@@ -322,6 +322,15 @@ def test_bad_input_is_one_line_and_exit_2(
     assert not [path for path in camera.folder.rglob("*") if ".tmp" in path.name]
 
 
+def test_clean_data_for_recalibration_that_is_not_there_is_one_line_and_exit_2(device: Make) -> None:
+    config = device().config()
+    config.write_text(config.read_text() + '\n[recalibrate]\ndata = "clean.npz"\n')
+    done = run(config, "--check")
+    assert done.returncode == 2
+    (error,) = lines_of_error(done)
+    assert "recalibrate.data" in error and "clean.npz" in error
+
+
 def test_a_check_needs_the_broker_and_leaves_nothing(mosquitto: Mosquitto, device: Make) -> None:
     camera = device()
     assert run(camera.config(), "--check").returncode == 0

@@ -44,8 +44,7 @@ class Program:
         self.connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.connection.settimeout(20)
         path = device.folder / "agent.sock"
-        wait_until(path.exists, "the agent's socket")
-        self.connection.connect(str(path))
+        wait_until(lambda: self.connection.connect_ex(str(path)) == 0, "the agent's socket")
         self._reader = frames.Reader()
 
     def ask(self, inputs: npt.NDArray[np.uint8]) -> list[tuple[frames.Result, bytes]]:

@@ -55,6 +55,13 @@ def test_calibrating_anew_keeps_the_model_digest_taps_and_classes_and_changes_th
     assert after.guard_digest != before.guard_digest
 
 
+def test_calibrating_anew_with_clean_data_of_another_range_keeps_what_the_file_takes(attacked: Attacked) -> None:
+    numbers = attacked.x_owner.astype(np.float32)
+    model = guarded(attacked, numbers)
+    darker = np.minimum(numbers, 0.9 * numbers.max())
+    assert calibration.recalibrate(model.content, darker).metadata.input == model.metadata.input
+
+
 def test_a_file_calibrated_anew_passes_verification(attacked: Attacked) -> None:
     done = calibration.recalibrate(attacked.conversion.guarded, other_half(attacked), fpr=0.02)
     verified = verify.verify(done.bare, done.content, done.compiled, attacked.x_owner)

@@ -17,7 +17,7 @@ from converters import calibration
 from edgeguard.detection import cascade
 from edgeguard.detection import sidecar as sidecars
 from edgeguard.detection.cascade import Budget, Cascade, Limits, combined, limits_of, rarity
-from edgeguard.detection.guarded import GuardedModel, Inference
+from edgeguard.detection.guarded import GuardedModel, Measured
 from edgeguard.detection.sidecar import Sidecar
 from edgeguard.detection.statistics import SLACK, allowed_exceedances, binomial_cdf
 from edgeguard.errors import ConfigError
@@ -612,13 +612,12 @@ def test_a_model_calibrated_on_made_up_inputs_stays_not_checked(attacked: Attack
 
 
 def test_an_input_that_no_score_speaks_about_is_not_audited(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = scene.model.infer(scene.clear)
-    lost = replace(known, verdict=replace(known.verdict, score=math.nan, scores={"linf": math.nan}))
+    lost = scene.model.measure(scene.clear)._replace(scores={"linf": math.nan})
 
-    def infer(_: Array) -> Inference:
+    def measure(_: Array) -> Measured:
         return lost
 
-    monkeypatch.setattr(scene.model, "infer", infer)
+    monkeypatch.setattr(scene.model, "measure", measure)
     found, inferences = scene.cascade(audit_share=1.0).infer(scene.clear)
     assert (found.verdict.status, inferences) == ("not checked", 1)
 

@@ -38,7 +38,8 @@ WAITING = 32
 UNREAD = 4 << 20
 """Bytes of results that a program may leave unread; then it is not read for a while."""
 CONNECTIONS = 16
-_PIECE = 256 << 10
+_piece = memoryview(bytearray(256 << 10))
+"""What every read goes to, one at a time: a new piece of this size for each would cost its pages each time."""
 
 log = logging.getLogger(__name__)
 
@@ -64,38 +65,42 @@ class _Peer:
     def read(self) -> None:
         """Take what is there. Raises LinkError where it is not frames, or ends within one."""
         try:
-            piece = os.read(self.fd, _PIECE)
+            size = os.readv(self.fd, [_piece])
         except BlockingIOError:
             return
         except OSError as error:
             raise LinkError("stream", got=error.strerror) from error
-        if not piece:
+        if not size:
             self.ended = True
             if not self._reader.empty:
                 raise LinkError("stream", got="an end within a frame", expected="whole frames")
             return
-        self.waiting.extend(self._reader.feed(piece))
+        self.waiting.extend(self._reader.feed(_piece[:size]))
 
     def send(self, content: bytes) -> None:
         """Send what goes at once, keep the rest."""
         if self.connection is None:
             return
-        self.unsent += content
-        self.flush()
+        if not self.unsent:
+            content = content[self._sent(content) :]
+        if content:
+            self.unsent += content
 
     def flush(self) -> None:
         """Send what is kept, as far as it goes."""
-        if self.connection is None or not self.unsent:
-            return
+        if self.unsent:
+            del self.unsent[: self._sent(self.unsent)]
+
+    def _sent(self, content: bytes | bytearray) -> int:
+        """How many bytes went."""
+        assert self.connection is not None
         try:
-            sent = self.connection.send(self.unsent)
+            return self.connection.send(content)
         except BlockingIOError:
-            return
+            return 0
         except OSError:
             # Nobody is there to read it; the next read says so too.
-            self.unsent.clear()
-            return
-        del self.unsent[:sent]
+            return len(content)
 
 
 class StreamSource:
