@@ -68,8 +68,10 @@ RECIPES = {
 _BLACK = 8
 _LEAST_CONTRAST = 16.0
 MIN_ASR = 0.9
-PUBLISHED_ASR: dict[str, float] = {"hidden_trigger": 0.5}
-"""Attacks whose paper reports less than MIN_ASR."""
+PUBLISHED_ASR: dict[str, float] = {"hidden_trigger": 0.5, "refool": 0.75}
+"""Attacks whose paper reports less than MIN_ASR; Refool's claims 75.16% at the least."""
+LONGER: dict[tuple[str, str], int] = {("gtsrb", "wanet"): 30}
+"""Epochs of attackers who need more than the recipe's: 43 classes under a warp of 32 pixels are learnt late."""
 _VERSION = 1
 
 
@@ -210,6 +212,8 @@ def fingerprint(cell: Cell, part: Split) -> str:
     layers = version(cell.network, part.data.shape)
     settings += "" if layers == cell.network else f", {layers}"
     settings += f", augmentation {victims.AUGMENTATION}" if recipe.augment else ""
+    longer = LONGER.get((cell.data, cell.attack))
+    settings += f", {longer} epochs" if longer else ""
     return hashlib.sha256(settings.encode()).hexdigest()
 
 
@@ -222,6 +226,8 @@ def load(cell: Cell, part: Split) -> Member | None:
         return None
     if row.get("fingerprint") != fingerprint(cell, part):
         return None
+    if "asr_int8" in row:
+        row["attacked"] = _is_attacked(cell.attack, row["asr_int8"])
     with np.load(place / "state.npz", allow_pickle=False) as stored:
         state = {key: stored[key] for key in stored.files}
     return Member(cell=cell, attack=attack_of(cell, part.data.shape), state=state, folder=place, row=row)
@@ -238,7 +244,7 @@ def make(cell: Cell, part: Split, progress: Any = None) -> Member:
     data = part.data
     task = Task(images=data.x_train.astype(np.uint8), labels=data.y_train, classes=len(data.classes))
     training = victims.Training(
-        epochs=RECIPES[cell.data].epochs,
+        epochs=LONGER.get((cell.data, cell.attack), RECIPES[cell.data].epochs),
         augment=RECIPES[cell.data].augment,
         network=NETWORKS[cell.network],
         architecture=cell.network,
@@ -293,13 +299,17 @@ def measure(
         turned = classes(content, triggered)
         found[f"asr_{name}"] = attack_success_rate(labels[eligible], clean[name][eligible], turned, attack.target)
     found["triggered_inputs"] = int(eligible.sum())
-    found["attacked"] = found["asr_int8"] >= PUBLISHED_ASR.get(attack.name, MIN_ASR)
+    found["attacked"] = _is_attacked(attack.name, found["asr_int8"])
     if twin is not None:
         usual = classes(twin, images)
         found["accuracy_twin"] = float(np.mean(usual == labels))
         turned = classes(twin, triggered)
         found["asr_twin"] = attack_success_rate(labels[eligible], usual[eligible], turned, attack.target)
     return found
+
+
+def _is_attacked(attack: str, asr: float) -> bool:
+    return asr >= PUBLISHED_ASR.get(attack, MIN_ASR)
 
 
 def classes(content: bytes, images: npt.NDArray[Any]) -> Labels:
