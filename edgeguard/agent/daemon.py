@@ -11,6 +11,7 @@ Rules enforced here:
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import secrets
@@ -112,6 +113,7 @@ class Agent:
             running.model.runtime.version,
             ", ".join(source.name for source in self._sources),
         )
+        gc.freeze()  # what is loaded by now stays: walking it again and again would hold up inputs
         self._notifier.ready()
         wait_s = 0.0
         while not (stopping() or self._reporter.has_ended or self._has_ended()):
