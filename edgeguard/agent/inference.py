@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -76,7 +76,7 @@ class Engine:
                 inference = self.running.model.infer(x)
                 reason = f"one input in {level.score_every} is scored, to save work"
                 verdict = not_checked(inference.verdict.predicted, {}, reason)
-                return replace(inference, verdict=verdict), verdict
+                return msgspec.structs.replace(inference, verdict=verdict), verdict
             self._cascade.audit_share = self._audit_share if level.audits_at_random else 0.0
             started = self._clock()
             inference, took = self._cascade.infer(x, looks=level.looks_further)
@@ -91,13 +91,12 @@ class Engine:
 
 def policy_of(verdict: Verdict, policy: PolicyConfig) -> Policy:
     """What the configuration says about such an input."""
-    by_status: dict[str, Policy] = {
-        "clean": "pass",
-        "flagged": policy.flagged,
-        "not checked": policy.not_checked,
-        "not audited": policy.not_audited,
-    }
-    return by_status[verdict.status]
+    status = verdict.status
+    if status == "clean":
+        return "pass"
+    if status == "flagged":
+        return policy.flagged
+    return policy.not_checked if status == "not checked" else policy.not_audited
 
 
 def result_of(name: str, inference: Inference | None, verdict: Verdict, policy: Policy) -> tuple[frames.Result, bytes]:
@@ -105,7 +104,9 @@ def result_of(name: str, inference: Inference | None, verdict: Verdict, policy: 
     outputs: tuple[Array, ...] = ()
     if inference is not None and policy != "withhold":
         outputs = inference.outputs
+    body = b"".join([output.tobytes() for output in outputs])
     result = frames.Result(
+        bytes=len(body),
         id=name,
         predicted=None if policy == "withhold" else verdict.predicted,
         status=verdict.status,
@@ -117,7 +118,7 @@ def result_of(name: str, inference: Inference | None, verdict: Verdict, policy: 
         reason=verdict.reason[:500],
         outputs=tuple([_described(output.dtype, output.shape) for output in outputs]),
     )
-    return result, b"".join([output.tobytes() for output in outputs])
+    return result, body
 
 
 def line_of(source: str, name: str, index: int, result: frames.Result) -> dict[str, object]:

@@ -120,7 +120,9 @@ def encode(frame: AnyFrame, body: bytes = b"") -> bytes:
     Raises:
         LinkError: header or body are too large.
     """
-    header = msgspec.json.encode(msgspec.structs.replace(frame, bytes=len(body)))
+    if frame.bytes != len(body):
+        frame = msgspec.structs.replace(frame, bytes=len(body))
+    header = msgspec.json.encode(frame)
     _check(len(header), len(body))
     return b"".join((_LENGTH.pack(len(header)), header, body))
 

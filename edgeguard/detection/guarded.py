@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -33,8 +34,7 @@ MAX_SQUARE = 1e30
 """Features of a larger sum of squares have scores that float32 cannot hold: infinite less infinite, or nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Inference:
+class Inference(msgspec.Struct, frozen=True):
     """The outcome for one input. ``outputs`` are the model's own, dequantised, without the batch axis."""
 
     outputs: tuple[Array, ...]
@@ -202,13 +202,13 @@ class GuardedModel:
         layout = self._layout
         outputs = tuple(
             [
-                dequantise(raw[i][0], detail) if numbers is None else numbers[raw[i][0].view(np.uint8)]
+                dequantise(raw[i][0], detail) if numbers is None else numbers.take(raw[i][0].view(np.uint8))
                 for i, detail, numbers in self._own
             ]
         )
         predicted = None if layout.classes is None else int(raw[layout.classes].argmax())
         features = raw[layout.features][0]
-        scores = dict(zip(self._detectors, raw[layout.scores][0].tolist(), strict=True))
+        scores = dict(zip(self._detectors, raw[layout.scores].ravel().tolist(), strict=True))
         return Measured(outputs, features, predicted, scores, _doubt(self.metadata, features))
 
 
@@ -231,7 +231,7 @@ def verdict_of(
 def _doubt(description: GuardMetadata, features: Array) -> str:
     if description.calibration.synthetic:
         return "calibrated on synthetic inputs, so that scores mean nothing"
-    if not float(np.dot(features, features)) < MAX_SQUARE:
+    if not float(features.dot(features)) < MAX_SQUARE:
         return "activations too large to be scored"
     return ""
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Literal
+
+import msgspec
 
 from edgeguard.contract import scores as decision
 
@@ -17,8 +18,7 @@ Audit = Literal["not available", "not needed", "done", "no budget"]
 ONE_PASS = "one-pass"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """What the guard thinks of one input.
 
     ``predicted`` is the class index, None for a model without classes. ``score`` is the largest of ``scores``, each
@@ -35,7 +35,7 @@ class Verdict:
     p_value: float | None
     stages: tuple[str, ...]
     reason: str
-    evidence: Mapping[str, float] = field(default_factory=dict)
+    evidence: Mapping[str, float] = msgspec.field(default_factory=dict)
     audit: Audit = "not available"
 
     @property

@@ -8,10 +8,11 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -577,7 +578,9 @@ def test_a_score_beyond_all_numbers_is_reported_as_the_largest_and_stays_flagged
     endless = dict.fromkeys(verdict.scores, math.inf)
     interpreter = Interpreter(model_content=digits.guarded)
     assert interpreter._guard is not None
-    content = interpreter._guard.frame(replace(verdict, scores=endless, score=math.inf), np.zeros(1, np.float32))
+    content = interpreter._guard.frame(
+        msgspec.structs.replace(verdict, scores=endless, score=math.inf), np.zeros(1, np.float32)
+    )
     ((report, _),) = frames.Reader().feed(content)
     assert isinstance(report, frames.Scored)
     assert all(score is not None and score > 1 for score in report.scores)

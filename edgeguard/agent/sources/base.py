@@ -12,10 +12,10 @@ from __future__ import annotations
 import math
 import selectors
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -30,8 +30,7 @@ _LITTLE = {name: np.dtype(name).newbyteorder("<") for name in ("uint8", "int8", 
 MAX_PICTURE = 8 << 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class Item:
+class Item(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """One piece of work. ``inputs`` ``[n, ...]``, n >= 1, of the model's shape and the owner's own type.
 
     ``name`` is what results call it: a file's name, a frame's id. ``sender`` means something to its source alone.
@@ -43,16 +42,14 @@ class Item:
     sender: object = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Told:
+class Told(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """What a program's own interpreter scored; the agent only counts it. ``features`` float32 ``[D]``."""
 
     scored: frames.Scored
     features: npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """The outcome for one input of an item, on its way back: the frame and its body, see :class:`frames.Result`."""
 
     item: Item
