@@ -18,7 +18,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, inspect
@@ -33,6 +33,8 @@ else:
 _MAX_BYTES = 1 << 20
 CREDENTIAL = "broker-password"
 """Name of the broker's password among a service's credentials."""
+KEY_CREDENTIAL = "broker-key"
+"""Name of the private key of the client's certificate among a service's credentials."""
 
 NonEmpty = Annotated[str, Meta(min_length=1, max_length=2000)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
@@ -43,15 +45,18 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class BrokerConfig(Section, frozen=True, kw_only=True):
-    """``[broker]``: the MQTT broker, any that speaks MQTT 3.1.1.
+    """``[broker]``: the MQTT broker, any that speaks MQTT 3.1.1 or 5.
 
     Attributes:
         host: name or address.
         port: TCP port.
         username: user name, where the broker asks for one.
         password_file: file whose first line is the password; it never stands in the configuration itself.
-        ca: PEM file of the authority that signed the broker's certificate; TLS is used when it is given.
+        ca: PEM file of the authority that signed the broker's certificate; TLS, 1.2 or later, is used when it is given.
+        certificate: PEM file of this client's own certificate, for a broker that tells clients by it; needs key and ca.
+        key: PEM file of that certificate's private key, without a pass phrase, readable to nobody else.
         keepalive_s: seconds without traffic after which both ends test the connection.
+        protocol: version of MQTT; with 5 the broker says why it refuses a message. Agents and hub may differ.
     """
 
     host: Annotated[str, Meta(min_length=1, max_length=253)]
@@ -59,7 +64,10 @@ class BrokerConfig(Section, frozen=True, kw_only=True):
     username: NonEmpty | None = None
     password_file: Path | None = None
     ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
     keepalive_s: Annotated[int, Meta(ge=5, le=3600)] = 30
+    protocol: Literal["3.1.1", "5"] = "3.1.1"
 
 
 S = TypeVar("S", bound=Section)
@@ -334,9 +342,16 @@ def _shown(value: object) -> str:
 
 
 def check_broker(broker: BrokerConfig, name: str) -> None:
-    """Raise ConfigError where a password is named without a user."""
-    if broker.password_file and not broker.username:
-        raise ConfigError(name, got="broker.password_file without broker.username", do="give both or neither")
+    """Raise ConfigError where a key of ``[broker]`` is given without one that it needs."""
+    needed = (
+        ("password_file", "username"),
+        ("certificate", "key"),
+        ("key", "certificate"),
+        ("certificate", "ca"),
+    )
+    for given, other in needed:
+        if getattr(broker, given) and not getattr(broker, other):
+            raise ConfigError(name, got=f"broker.{given} without broker.{other}", do="give both or neither")
 
 
 def check_topic(topic: str, name: str, key: str, *, is_filter: bool = False) -> None:
@@ -354,14 +369,10 @@ def check_topic(topic: str, name: str, key: str, *, is_filter: bool = False) -> 
 
 
 def password(broker: BrokerConfig) -> str | None:
-    """The first line of the password file, None where none is named. Raises ConfigError where it cannot be read.
-
-    A service reads the copy that systemd has made for its user (``LoadCredential``, systemd.exec(5)).
-    """
+    """The first line of the password file, None where none is named. Raises ConfigError where it cannot be read."""
     if broker.password_file is None:
         return None
-    credential = Path(os.environ.get("CREDENTIALS_DIRECTORY", "")) / CREDENTIAL
-    path = credential if credential.is_absolute() and credential.is_file() else broker.password_file
+    path = _credential(CREDENTIAL) or broker.password_file
     what = f"password file {path}"
     try:
         lines = path.read_text().splitlines()
@@ -370,3 +381,14 @@ def password(broker: BrokerConfig) -> str | None:
     if not lines or not lines[0]:
         raise ConfigError(what, got="nothing", expected="a password in line 1")
     return lines[0]
+
+
+def key_file(broker: BrokerConfig) -> Path | None:
+    """Where the private key of the client's certificate lies, None where none is named."""
+    return broker.key and (_credential(KEY_CREDENTIAL) or broker.key)
+
+
+def _credential(name: str) -> Path | None:
+    """The copy of a file that systemd has made for the service's user (``LoadCredential``, systemd.exec(5))."""
+    path = Path(os.environ.get("CREDENTIALS_DIRECTORY", "")) / name
+    return path if path.is_absolute() and path.is_file() else None

@@ -37,6 +37,8 @@ GROUP = "edgeguard"
 """Members may connect to the agent's socket."""
 CREDENTIAL = "broker-password"
 """Name, in the folder that ``CREDENTIALS_DIRECTORY`` names, of the file with the broker's password."""
+KEY_CREDENTIAL = "broker-key"
+"""The same of the private key of the device's certificate."""
 
 _HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")
 """By ProtectHome and PrivateTmp."""
@@ -150,6 +152,7 @@ class Settings:
         camera: the service may open video devices.
         network: the service may talk to other machines; else only to this one, where the broker then runs.
         password_file: the broker's password, readable to root alone; the service gets a copy, see ``CREDENTIAL``.
+        key_file: the same of the private key of the device's certificate, see ``KEY_CREDENTIAL``.
         writable: folders outside the state folder that the service may write to; one that is missing is no error.
     """
 
@@ -163,6 +166,7 @@ class Settings:
     camera: bool = False
     network: bool = True
     password_file: Path | None = None
+    key_file: Path | None = None
     writable: tuple[Path, ...] = ()
 
 
@@ -197,18 +201,18 @@ def unit(settings: Settings) -> str:
         runtime_directory=settings.runtime_directory,
         memory_max_mib=settings.memory_max_mib,
         cpu_quota_percent=settings.cpu_quota_percent,
-        credential=_credential(settings.password_file),
+        credential=_credential(CREDENTIAL, settings.password_file) + _credential(KEY_CREDENTIAL, settings.key_file),
         writable="".join(f"ReadWritePaths={_word(f'-{_path(path)}')}\n" for path in settings.writable),
         devices=_CAMERA if settings.camera else _NO_DEVICES,
         network="" if settings.network else _NO_NETWORK,
     )
 
 
-def _credential(path: Path | None) -> str:
+def _credential(name: str, path: Path | None) -> str:
     if path is None:
         return ""
     # Here systemd takes the rest of the line as it is: specifiers are expanded, but there are no quotes.
-    return f"LoadCredential={CREDENTIAL}:{_path(path).replace('%', '%%')}\n"
+    return f"LoadCredential={name}:{_path(path).replace('%', '%%')}\n"
 
 
 _REFUSED = re.compile("[\\\\\"']| $")

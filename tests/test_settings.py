@@ -396,3 +396,37 @@ def test_a_service_reads_the_password_that_systemd_hands_it(tmp_path: Path, monk
     assert settings.password(broker) == "from systemd"
     (tmp_path / systemd.CREDENTIAL).unlink()
     assert settings.password(broker) == "from the file"
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"password_file": "p"}, "broker.password_file without broker.username"),
+        ({"certificate": "c", "ca": "a"}, "broker.certificate without broker.key"),
+        ({"key": "k", "ca": "a"}, "broker.key without broker.certificate"),
+        ({"certificate": "c", "key": "k"}, "broker.certificate without broker.ca"),
+        ({"protocol": "3.1"}, 'broker.protocol; got \'3.1\'; expected "3.1.1" or "5"'),
+        ({"protocol": 5}, 'broker.protocol; got integer 5; expected "3.1.1" or "5"'),
+    ],
+)
+@pytest.mark.parametrize("daemon", Daemon)
+def test_what_a_broker_needs_together_is_told(daemon: Daemon, keys: dict[str, Any], words: str) -> None:
+    raw = document(daemon)
+    raw["broker"] |= keys
+    with pytest.raises(ConfigError) as caught:
+        PARSE[daemon](raw, base=Path(), name="it.toml")
+    assert words in str(caught.value) and "it.toml" in str(caught.value)
+
+
+@pytest.mark.parametrize("daemon", Daemon)
+def test_a_client_certificate_of_mqtt_5_is_a_configuration(daemon: Daemon) -> None:
+    raw = document(daemon)
+    raw["broker"] |= {"ca": "ca.pem", "certificate": "own.pem", "key": "own.key", "protocol": "5"}
+    config: Any = PARSE[daemon](raw, base=Path("/etc/edgeguard"))
+    assert (config.broker.protocol, config.broker.key) == ("5", Path("/etc/edgeguard/own.key"))
+
+
+@pytest.mark.parametrize(("daemon", "key"), [(Daemon.AGENT, "fleet"), (Daemon.AGENT, "device"), (Daemon.HUB, "fleet")])
+def test_an_id_that_is_none_is_told_with_file_and_key(daemon: Daemon, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"it.toml: {key}; got 'A/b'; expected an id like"):
+        PARSE[daemon](document(daemon) | {key: "A/b"}, base=Path(), name="it.toml")

@@ -26,7 +26,7 @@ from edgeguard import settings
 from edgeguard.contract import topics
 from edgeguard.errors import ConfigError
 from edgeguard.release.client import MAX_MODEL_BYTES, Url
-from edgeguard.settings import BrokerConfig, NonEmpty, Section
+from edgeguard.settings import BrokerConfig, NonEmpty, Port, Section
 
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 
@@ -60,13 +60,18 @@ class StdinConfig(Section, frozen=True, kw_only=True):
 
 
 class TopicConfig(Section, frozen=True, kw_only=True):
-    """``[sources.mqtt]``: an MQTT topic of the broker in ``[broker]``: one JPEG, PNG or frame a message.
+    """``[sources.mqtt]``: an MQTT topic: one JPEG, PNG or frame a message.
 
     Attributes:
         topic: the topic or filter.
+        host: another broker, without accounts, as on the device itself; without it, that in ``[broker]``. One that
+            ``edgeguard hub init`` set up lets a device read nothing but what the hub says to it.
+        port: TCP port of that broker.
     """
 
     topic: NonEmpty
+    host: Annotated[str, Meta(min_length=1, max_length=253)] | None = None
+    port: Port = 1883
 
 
 class CameraConfig(Section, frozen=True, kw_only=True):
@@ -311,8 +316,8 @@ def parse(raw: dict[str, Any], *, base: Path, name: str = "configuration") -> Ag
         ConfigError: an unknown or missing key, a wrong type, a value out of range, an id that is not valid.
     """
     config = settings.convert(raw, AgentConfig, base=base, name=name)
-    topics.check_fleet(config.fleet)
-    topics.check_device(config.device)
+    topics.check_fleet(config.fleet, f"{name}: fleet")
+    topics.check_device(config.device, f"{name}: device")
     settings.check_broker(config.broker, name)
     if config.results and config.results.topic:
         settings.check_topic(config.results.topic, name, "results.topic")

@@ -455,11 +455,9 @@ def _certificates(broker: BrokerConfig, now_s: float) -> Check:
     if broker.ca is None:
         return Check(name="certificates", status="not checked", found="the configuration has no broker.ca")
     try:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # as strict as the agent's own connection, not stricter
-        context.load_verify_locations(broker.ca)
-    except OSError as error:
-        found = f"broker.ca {broker.ca}: {brokers.reason(error)}"
-        return Check(name="certificates", status="failed", found=found, do="correct broker.ca: a PEM certificate")
+        context = brokers.tls(broker, broker.ca)
+    except EdgeGuardError as error:
+        return _failed("certificates", error)
     # A bundle holds many authorities, one of which is the broker's: not before the last has ended is all lost.
     own = [ssl.cert_time_to_seconds(str(one["notAfter"])) for one in context.get_ca_certs()]
     ends = [("the authority's certificate", float(max(own)))] if own else []

@@ -10,6 +10,7 @@ Rules enforced here:
   else it acknowledges meanwhile;
 * payloads from the broker are hostile: whatever one is made of costs that one message, never the connection or
   memory without bound. What is ignored is counted in one line a minute;
+* a message that the broker refuses, as MQTT 5 lets it say, is told in the log and stays where it is: in the spool;
 * a command that is retained is ignored: it was sent to whoever comes, whenever. The DUP flag means nothing: MQTT does
   not promise that an earlier copy arrived; what executes a command knows its transaction id.
 """
@@ -24,10 +25,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import paho.mqtt.client as mqtt
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+from paho.mqtt.enums import MQTTErrorCode
 
 from edgeguard import broker as brokers
 from edgeguard.agent.spool import Entry
@@ -44,7 +46,7 @@ from edgeguard.contract.messages import (
     decode,
     encode,
 )
-from edgeguard.errors import LinkError
+from edgeguard.errors import ConfigError, LinkError
 from edgeguard.settings import BrokerConfig, password
 
 IN_FLIGHT = 64
@@ -57,7 +59,7 @@ RECONNECT_FIRST_S = 0.5
 RECONNECT_CAP_S = 30.0
 MAX_WAITING = 1024
 """Messages that wait for ``poll``; what comes on top is ignored, for the hub says all but a hint again."""
-IGNORED_EVERY_S = 60.0
+TOLD_EVERY_S = 60.0
 
 _MAX_PACKET = MAX_PAYLOAD + (128 << 10)
 """Of a larger packet the rest is dropped; MQTT's longest topic and a payload that is refused by its size remain."""
@@ -102,7 +104,7 @@ class Link:
         next_session: gives the number of the next connection attempt.
 
     Raises:
-        ConfigError: the password file or the authority's certificate cannot be read.
+        ConfigError: the password file cannot be read.
     """
 
     def __init__(
@@ -128,8 +130,10 @@ class Link:
         self._client: mqtt.Client | None = None
         self._attempt_at = time.monotonic()
         self._failures = 0
-        self._ignored = 0
-        self._ignored_told_at = -IGNORED_EVERY_S
+        self._ignored = _Tally("%d messages from the broker ignored, the last one: %r")
+        self._refused = _Tally("%d messages refused by the broker, the last one: %r")
+        self._under_way: dict[int, str] = {}
+        """Channels of this connection's messages that the broker has not answered, by their number."""
         self.session = 0
         self.connected = False
 
@@ -153,7 +157,8 @@ class Link:
         """Hand a message to the broker; it is dropped where there is no connection."""
         if self._client is not None and self.connected:
             content = encode(payload) if isinstance(payload, Message) else payload
-            self._client.publish(self._topic[channel], content, qos=qos, retain=retain)
+            info = self._client.publish(self._topic[channel], content, qos=qos, retain=retain)
+            self._under_way[info.mid] = channel
 
     def send(self, topic: str, payload: bytes) -> None:
         """Publish to any topic, once at most; it is dropped where there is no connection."""
@@ -180,22 +185,29 @@ class Link:
     def _connect(self, now: float) -> None:
         self.session = session = self._next_session()
         will = Status(state="offline", session=session, boot=self._boot)
-        client = _client(
-            self._broker,
-            self._client_id,
-            self._password,
-            ended=lambda reason: self._inbox.put((session, Lost(reason))),
-        )
+        try:
+            client = brokers.client(
+                self._broker,
+                self._client_id,
+                self._password,
+                clean_session=True,
+                kind=partial(_Client, ended=lambda reason: self._inbox.put((session, Lost(reason)))),
+            )
+        except ConfigError as error:
+            # The files were good when the agent started: somebody is replacing them.
+            self._try_later(str(error))
+            return
         client.max_inflight_messages_set(IN_FLIGHT)
         client.will_set(self._topic[topics.STATUS], encode(will), qos=1, retain=True)
 
-        def on_connect(_c: mqtt.Client, _u: Any, _f: Any, reason: Any, _p: Any) -> None:
+        def on_connect(_c: mqtt.Client, _u: Any, _f: Any, reason: Any, properties: Any) -> None:
             # paho gives the codes of MQTT 3.1.1 in the terms of version 5.
             if reason.is_failure:
                 self._inbox.put((session, Lost(f"refused: {reason}")))
             elif self._client is not client:
                 client.disconnect()  # it took so long that another attempt was begun
             else:
+                brokers.keep_to_limits(client, properties)
                 channels = (topics.ACK, topics.MODEL_DESIRED, topics.command("+"))
                 client.subscribe([(self._topic[channel], 1) for channel in channels])
 
@@ -204,8 +216,14 @@ class Link:
             # a device still reports: a broker whose rules are older than they are is no reason to be lost.
             refused = any(reason.is_failure for reason in reasons[:2])
             if any(reason.is_failure for reason in reasons[2:]):
-                log.warning("the broker does not let this device take commands")
-            self._inbox.put((session, Lost("subscription refused") if refused else Connected(session)))
+                log.warning("the broker does not let this device take commands: %s", reasons[2])
+            told = ", ".join(map(str, reasons))
+            self._inbox.put((session, Lost(f"subscription refused: {told}") if refused else Connected(session)))
+
+        def on_publish(_c: mqtt.Client, _u: Any, mid: int, reason: Any, _p: Any) -> None:
+            channel = self._under_way.pop(mid, "unknown")
+            if reason.is_failure:
+                self._refused.add(f"{channel}: {reason}")
 
         def on_disconnect(_c: mqtt.Client, _u: Any, _f: Any, reason: Any, _p: Any) -> None:
             self._inbox.put((session, Lost(str(reason))))
@@ -215,11 +233,12 @@ class Link:
             if event is not None:
                 self._inbox.put((session, event))
 
-        client.on_connect, client.on_subscribe = on_connect, on_subscribe
+        client.on_connect, client.on_subscribe, client.on_publish = on_connect, on_subscribe, on_publish
         client.on_disconnect, client.on_message = on_disconnect, on_message
         self._client, self._attempt_at = client, now
+        self._under_way.clear()
 
-        client.connect_async(self._broker.host, self._broker.port, self._broker.keepalive_s)
+        brokers.connect(client, self._broker, clean_session=True, later=True, max_packet=_MAX_PACKET)
         client.loop_start()
 
     def _accept(self, session: int, event: Event) -> Sequence[Event]:
@@ -231,22 +250,25 @@ class Link:
         elif isinstance(event, Lost):
             _abandon(self._client)
             self._client, self.connected = None, False
-            delay = backoff(self._failures, first_s=RECONNECT_FIRST_S, cap_s=RECONNECT_CAP_S)
-            self._failures += 1
-            # Spread out, so that a fleet does not return to a restarted broker in one moment.
-            self._attempt_at = time.monotonic() + delay * random.uniform(0.5, 1.0)
-            log.warning("no connection to %s:%d: %s", self._broker.host, self._broker.port, event.reason)
+            self._try_later(event.reason)
         return (event,)
+
+    def _try_later(self, reason: str) -> None:
+        delay = backoff(self._failures, first_s=RECONNECT_FIRST_S, cap_s=RECONNECT_CAP_S)
+        self._failures += 1
+        # Spread out, so that a fleet does not return to a restarted broker in one moment.
+        self._attempt_at = time.monotonic() + delay * random.uniform(0.5, 1.0)
+        log.warning("no connection to %s:%d: %s", self._broker.host, self._broker.port, reason)
 
     def _decode(self, message: mqtt.MQTTMessage) -> Event | None:
         try:
             event = self._read(message.topic, bytes(message.payload), retained=message.retain)
         except Exception as error:
             # A LinkError as a rule. Anything else here would end the connection, and a retained payload each one.
-            self._ignore(str(error))
+            self._ignored.add(str(error))
             return None
         if event is not None and self._inbox.qsize() >= MAX_WAITING:
-            self._ignore(f"more than {MAX_WAITING} messages wait")
+            self._ignored.add(f"more than {MAX_WAITING} messages wait")
             return None
         return event
 
@@ -261,12 +283,22 @@ class Link:
             raise LinkError(f"topic {topic[:200]!r}", got="a retained command" if kind else "no command of this agent")
         return decode(kind, payload, limit=MAX_COMMAND)
 
-    def _ignore(self, reason: str) -> None:
-        self._ignored += 1
+
+class _Tally:
+    """One line in the log a minute, of how often something happened and of the last time."""
+
+    def __init__(self, line: str) -> None:
+        self._line = line
+        self._count = 0
+        self._told_at = -TOLD_EVERY_S
+
+    def add(self, last: str) -> None:
+        """Count once more."""
+        self._count += 1
         now = time.monotonic()
-        if now - self._ignored_told_at >= IGNORED_EVERY_S:
-            log.warning("%d messages from the broker ignored, the last one: %r", self._ignored, reason)
-            self._ignored, self._ignored_told_at = 0, now
+        if now - self._told_at >= TOLD_EVERY_S:
+            log.warning(self._line, self._count, last)
+            self._count, self._told_at = 0, now
 
 
 class Outflow:
@@ -363,14 +395,8 @@ def backoff(failures: int, *, first_s: float, cap_s: float) -> float:
 class _Client(mqtt.Client):
     """A client for one connection, whose thread tells how it ended, whatever ended it."""
 
-    def __init__(self, client_id: str, ended: Callable[[str], None]) -> None:
-        super().__init__(
-            CallbackAPIVersion.VERSION2,
-            client_id=client_id,
-            clean_session=True,
-            protocol=mqtt.MQTTv311,
-            reconnect_on_failure=False,
-        )
+    def __init__(self, *args: Any, ended: Callable[[str], None], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._ended = ended
 
     def loop_forever(self, timeout: float = 1.0, retry_first_connection: bool = False) -> MQTTErrorCode:
@@ -389,12 +415,6 @@ class _Client(mqtt.Client):
         """Read a piece of a packet. paho would gather up to 256 MiB; what no message of ours can need is dropped."""
         del self._in_packet["packet"][_MAX_PACKET:]
         return super()._sock_recv(min(bufsize, _CHUNK))
-
-
-def _client(broker: BrokerConfig, client_id: str, secret: str | None, *, ended: Callable[[str], None]) -> mqtt.Client:
-    client = _Client(client_id, ended)
-    brokers.prepare(client, broker, secret)
-    return client
 
 
 def _abandon(client: mqtt.Client) -> None:

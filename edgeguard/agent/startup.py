@@ -28,6 +28,7 @@ from edgeguard.contract.guard import GuardMetadata, ModelInput
 from edgeguard.detection import runtime, sidecar
 from edgeguard.detection.guarded import GuardedModel
 from edgeguard.errors import ConfigError, EdgeGuardError, ModelError, TrustError
+from edgeguard.settings import BrokerConfig
 from firmware_bridge.slots import RECORD, Slots, write_whole
 
 SLOTS_FOLDER = "slots"
@@ -106,7 +107,8 @@ def open_sources(config: AgentConfig, expected: ModelInput) -> list[base.Source]
             made.append(stream.StdinSource(expected))
         if chosen.mqtt:
             name = f"edgeguard-{config.fleet}-{config.device}-input"
-            made.append(topic.TopicSource(config.broker, chosen.mqtt.topic, client_id=name, expected=expected))
+            other = BrokerConfig(host=chosen.mqtt.host, port=chosen.mqtt.port) if chosen.mqtt.host else config.broker
+            made.append(topic.TopicSource(other, chosen.mqtt.topic, client_id=name, expected=expected))
         if chosen.camera:
             made.append(camera.CameraSource(chosen.camera.device, expected, per_second=chosen.camera.per_second))
     except EdgeGuardError:

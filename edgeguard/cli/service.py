@@ -245,6 +245,7 @@ def fit(config: AgentConfig, *, config_file: Path, prefix: Path) -> tuple[system
         camera=isinstance(device, int) or str(device).startswith("/dev/"),
         network=not is_local,
         password_file=config.broker.password_file,
+        key_file=config.broker.key,
         writable=writable,
     )
     return settings, ("device", "update", *(["camera"] if camera else []))
@@ -454,9 +455,10 @@ def _load(config: Path, root: Path) -> AgentConfig:
     from edgeguard.agent.config import parse
 
     loaded = parse(settings.read_toml(_under(root, config)), base=config.parent, name=f"configuration {config}")
-    secret = loaded.broker.password_file
-    if secret is not None and not _under(root, secret).is_file():
-        raise ConfigError(f"password file {secret}", got="no file", do="check broker.password_file")
+    for key in ("password_file", "key"):
+        secret = getattr(loaded.broker, key)
+        if secret is not None and not _under(root, secret).is_file():
+            raise ConfigError(f"broker.{key} {secret}", got="no file", do="check the path")
     return loaded
 
 

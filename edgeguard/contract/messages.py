@@ -34,8 +34,9 @@ MAX_EVIDENCE = 64
 MAX_GAPS = 256
 
 Version = Literal[1]
-Boot = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
-Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+# Python's "$" alone would let a line feed follow.
+Boot = Annotated[str, Meta(pattern=r"^[0-9a-f]{16}$(?!\n)")]
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$(?!\n)")]
 Seq = Annotated[int, Meta(ge=1, le=2**53)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Milliseconds = Annotated[int, Meta(ge=0, le=2**53)]
@@ -43,7 +44,6 @@ Label = Annotated[int, Meta(ge=-1, lt=MAX_LABELS)]
 """A class index; -1 for a model without classes."""
 Text = Annotated[str, Meta(max_length=512)]
 Features = Annotated[tuple[float, ...], Meta(max_length=MAX_FEATURES)]
-# Python's "$" alone would let a line feed follow.
 Transaction = Annotated[str, Meta(pattern=r"^[0-9a-f]{16,64}$(?!\n)")]
 Layer = Annotated[str, Meta(min_length=1, max_length=512)]
 """A tap: the source layer of its activation, or its tensor."""
@@ -186,7 +186,7 @@ class Ack(Message, frozen=True, kw_only=True):
 class Desired(Message, frozen=True, kw_only=True):
     """Hub to device, retained: a *hint* that a signed model waits. It carries no authority of its own."""
 
-    target: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9._/-]{0,199}$")]
+    target: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9._/-]{0,199}$(?!\n)")]
     sequence: Seq
 
 

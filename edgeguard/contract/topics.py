@@ -29,9 +29,10 @@ REPLY = "reply"
 DEVICE_CHANNELS = (STATUS, BIRTH, HEALTH, REPORT, ALERT, MODEL_REPORTED)
 """Channels that a device writes and the hub reads."""
 
-_ID = r"[a-z0-9][a-z0-9._-]{0,62}"
-_FLEET = re.compile(_ID)
-_DEVICE = re.compile(f"{_ID}(?:~{_ID})?")
+FLEET_ID = r"[a-z0-9][a-z0-9._-]{0,62}"
+DEVICE_ID = rf"{FLEET_ID}(?:~{FLEET_ID})?"
+_FLEET = re.compile(FLEET_ID)
+_DEVICE = re.compile(DEVICE_ID)
 
 
 class Address(NamedTuple):
@@ -42,17 +43,17 @@ class Address(NamedTuple):
     channel: str
 
 
-def check_fleet(fleet: str) -> str:
-    """Return ``fleet`` unchanged. Raises ConfigError if it is not a valid id."""
+def check_fleet(fleet: str, what: str = "fleet id") -> str:
+    """Return ``fleet`` unchanged. Raises ConfigError, naming ``what``, if it is not a valid id."""
     if not _FLEET.fullmatch(fleet):
-        raise ConfigError(f"fleet id {fleet!r}", expected=f"an id like {_ID}", do="choose another name")
+        raise ConfigError(what, got=repr(fleet[:200]), expected=f"an id like {FLEET_ID}", do="choose another name")
     return fleet
 
 
-def check_device(device: str) -> str:
-    """Return ``device`` unchanged. Raises ConfigError if it is neither an id nor ``<gateway>~<mcu>``."""
+def check_device(device: str, what: str = "device id") -> str:
+    """Return ``device`` unchanged. Raises ConfigError, naming ``what``, if it is no id and no ``<gateway>~<mcu>``."""
     if not _DEVICE.fullmatch(device):
-        raise ConfigError(f"device id {device!r}", expected=f"an id like {_ID}", do="choose another name")
+        raise ConfigError(what, got=repr(device[:200]), expected=f"an id like {FLEET_ID}", do="choose another name")
     return device
 
 

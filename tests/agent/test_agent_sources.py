@@ -231,6 +231,27 @@ def test_messages_of_a_topic_are_inputs_and_results_go_to_another(
     assert "message dropped" in camera.log
 
 
+def test_the_topic_may_be_one_of_another_broker(
+    mosquitto: Mosquitto, hub: TinyHub, device: Make, digits: Digits, tmp_path: Path
+) -> None:
+    local = Mosquitto(tmp_path / "local")
+    local.start()
+    camera = device(sources=f'[sources.mqtt]\ntopic = "site/camera"\nhost = "127.0.0.1"\nport = {local.port}\n')
+    camera.start()
+    client = mqtt.Client(CallbackAPIVersion.VERSION2)
+    client.connect("127.0.0.1", local.port)
+    client.loop_start()
+    deadline = time.monotonic() + 30
+    while not hub.inputs() and time.monotonic() < deadline:
+        client.publish("site/camera", frame(digits[0]))
+        time.sleep(0.3)
+    assert camera.stop() == 0
+    client.disconnect()
+    client.loop_stop()
+    local.stop()
+    assert hub.inputs() > 0
+
+
 def test_every_frame_of_a_video_file_is_an_input(hub: TinyHub, device: Make) -> None:
     cv2 = pytest.importorskip("cv2") if os.environ.get("CI") != "true" else __import__("cv2")
     camera = device(sources='[sources.camera]\ndevice = "video.avi"\n')

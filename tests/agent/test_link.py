@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import random
 import socket
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
+from types import UnionType
+from typing import Any, cast
 
 import pytest
 
@@ -18,6 +22,7 @@ from edgeguard.contract import topics
 from edgeguard.contract.messages import (
     COMMANDS,
     MAX_COMMAND,
+    MAX_PAYLOAD,
     Ack,
     Command,
     Desired,
@@ -36,10 +41,14 @@ from tests.simulators.tiny_hub import TinyHub, wait_until
 BOOT = "00000000000000aa"
 
 
-def make(port: int, *, host: str = "127.0.0.1") -> Link:
+BOTH = pytest.mark.parametrize("link", ["3.1.1", "5"], indirect=True)
+"""What must hold with either version of MQTT."""
+
+
+def make(port: int, *, protocol: str = "3.1.1") -> Link:
     counter = itertools.count(1)
     return Link(
-        BrokerConfig(host=host, port=port),
+        BrokerConfig(host="127.0.0.1", port=port, protocol=cast(Any, protocol)),
         fleet="demo",
         device="camera-1",
         boot=BOOT,
@@ -47,29 +56,31 @@ def make(port: int, *, host: str = "127.0.0.1") -> Link:
     )
 
 
-def next_event(link: Link, kind: type[Event]) -> Event:
+def next_event(link: Link, kind: type[Event] | UnionType) -> Event:
     found: list[Event] = []
 
     def arrived() -> bool:
         found.extend(event for event in link.poll(0.02) if isinstance(event, kind))
         return bool(found)
 
-    wait_until(arrived, f"{kind.__name__}")
+    wait_until(arrived, str(kind))
     return found[0]
 
 
 @pytest.fixture
-def link(mosquitto: Mosquitto) -> Iterator[Link]:
-    one = make(mosquitto.port)
+def link(mosquitto: Mosquitto, request: pytest.FixtureRequest) -> Iterator[Link]:
+    one = make(mosquitto.port, protocol=getattr(request, "param", "3.1.1"))
     yield one
     one.close()
 
 
+@BOTH
 def test_a_connection_has_the_number_of_its_attempt(link: Link) -> None:
     assert next_event(link, Connected) == Connected(session=1)
     assert link.connected
 
 
+@BOTH
 def test_a_broker_that_is_down_is_tried_until_it_is_there(mosquitto: Mosquitto, link: Link) -> None:
     mosquitto.stop()
     lost = next_event(link, Lost)
@@ -81,6 +92,7 @@ def test_a_broker_that_is_down_is_tried_until_it_is_there(mosquitto: Mosquitto, 
     assert connected.session == link.session >= 3
 
 
+@BOTH
 def test_each_reconnection_is_a_new_session(mosquitto: Mosquitto, link: Link) -> None:
     first = next_event(link, Connected)
     mosquitto.kill()
@@ -99,6 +111,7 @@ def test_what_a_former_connection_still_says_does_not_end_the_present_one(link: 
     assert link.connected
 
 
+@BOTH
 def test_the_will_fires_with_the_session_of_its_connection(hub: TinyHub, mosquitto: Mosquitto, link: Link) -> None:
     next_event(link, Connected)
     # A second connection of the same device: the broker ends the first one and sends its will.
@@ -109,8 +122,9 @@ def test_the_will_fires_with_the_session_of_its_connection(hub: TinyHub, mosquit
     second.close()
 
 
-def test_closing_says_stopped_and_fires_no_will(hub: TinyHub, mosquitto: Mosquitto) -> None:
-    link = make(mosquitto.port)
+@pytest.mark.parametrize("protocol", ["3.1.1", "5"])
+def test_closing_says_stopped_and_fires_no_will(hub: TinyHub, mosquitto: Mosquitto, protocol: str) -> None:
+    link = make(mosquitto.port, protocol=protocol)
     next_event(link, Connected)
     link.close()
     wait_until(lambda: hub.latest(Status), "a status")
@@ -119,12 +133,23 @@ def test_closing_says_stopped_and_fires_no_will(hub: TinyHub, mosquitto: Mosquit
     assert [m.state for m in hub.said if isinstance(m, Status)] == ["stopped", "online"]
 
 
+def test_a_certificate_that_is_gone_when_it_is_needed_is_tried_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = BrokerConfig(host="127.0.0.1", port=free_port(), ca=tmp_path / "ca.pem")
+    link = Link(broker, fleet="demo", device="camera-1", boot=BOOT, next_session=itertools.count(1).__next__)
+    wait_until(lambda: link.poll(0.02) or len(caplog.records) == 2, "the second attempt")
+    assert all(f"broker.ca {broker.ca}" in record.getMessage() for record in caplog.records)
+    link.close()
+
+
 def test_closing_without_a_connection_returns() -> None:
     link = make(free_port())
     link.poll()
     link.close()
 
 
+@BOTH
 def test_acks_and_hints_arrive_as_events(hub: TinyHub, link: Link) -> None:
     next_event(link, Connected)
     ack, desired = Ack(boot=BOOT, through_seq=3), Desired(target="m-2.tflite", sequence=2)
@@ -135,6 +160,7 @@ def test_acks_and_hints_arrive_as_events(hub: TinyHub, link: Link) -> None:
     assert next_event(link, Hint) == Hint(desired, fresh=True)
 
 
+@BOTH
 def test_a_retained_hint_is_told_from_a_fresh_one(hub: TinyHub, link: Link) -> None:
     hub.hint("camera-1", "m-2.tflite", 2)
     hint = next_event(link, Hint)
@@ -156,6 +182,15 @@ def test_a_hostile_payload_is_ignored_and_the_link_lives(
     assert next_event(link, Ack) == good
 
 
+def test_a_message_of_another_version_is_told_by_its_number(
+    hub: TinyHub, link: Link, caplog: pytest.LogCaptureFixture
+) -> None:
+    next_event(link, Connected)
+    hub.send("camera-1", topics.ACK, b'{"v":2,"boot":"00000000000000aa","through_seq":1}')
+    wait_until(lambda: "Ack message; got version 2; expected version 1" in caplog.text, "the line in the log")
+    assert link.connected
+
+
 ID = "0199f0c5a1b20123"
 ORDERS: tuple[Command, ...] = (
     Ping(id=ID),
@@ -166,6 +201,7 @@ ORDERS: tuple[Command, ...] = (
 )
 
 
+@BOTH
 @pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.name)
 def test_a_command_arrives_as_an_event_of_its_topics_kind(hub: TinyHub, link: Link, order: Command) -> None:
     next_event(link, Connected)
@@ -174,6 +210,7 @@ def test_a_command_arrives_as_an_event_of_its_topics_kind(hub: TinyHub, link: Li
     assert (type(found), found) == (COMMANDS[order.name], order)
 
 
+@BOTH
 def test_a_reply_can_be_published_on_its_channel(hub: TinyHub, link: Link, mosquitto: Mosquitto) -> None:
     heard: list[tuple[str, bytes]] = []
     hub._client.on_message = lambda _c, _u, message: heard.append((message.topic, bytes(message.payload)))
@@ -206,6 +243,7 @@ def test_what_is_no_command_to_this_device_is_none(
     assert next_event(link, Command) == Ping(id="f" * 16)
 
 
+@BOTH
 def test_a_retained_command_is_not_executed_by_whoever_comes_later(hub: TinyHub, link: Link) -> None:
     hub.send("camera-1", "cmd/restart", encode(Restart(id=ID)), retain=True)
     next_event(link, Connected)
@@ -337,7 +375,8 @@ def test_a_broker_that_grants_no_commands_still_gets_reports(caplog: pytest.LogC
 def test_a_broker_that_grants_no_acks_or_hints_is_no_connection(granted: bytes) -> None:
     link = make(Liar(lambda _: None, granted=granted).port)
     lost = next_event(link, Lost)
-    assert lost == Lost("subscription refused")
+    assert isinstance(lost, Lost) and lost.reason.startswith("subscription refused: ")
+    assert "Unspecified error" in lost.reason
     link.close(wait_s=0)
 
 
@@ -355,6 +394,109 @@ def test_a_peer_that_is_no_broker_is_lost_and_tried_again(link: Link) -> None:
         next_event(confused, Lost)
         next_event(confused, Lost)
         confused.close()
+
+
+def liar_5(
+    *,
+    connack: bytes = b"\x00\x00\x00",
+    suback: bytes = b"\x01\x01\x01",
+    packet: bytes = b"",
+    heard: list[bytes] | None = None,
+) -> int:
+    """The port of a broker of MQTT 5 that takes one connection, answers so, says ``packet``, and then only listens."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        connection, _ = server.accept()
+        with connection, server, suppress(OSError):
+            connection.recv(65536)
+            connection.sendall(b"\x20" + length(len(connack)) + connack)
+            answer = connection.recv(65536)[2:4] + b"\x00" + suback
+            connection.sendall(b"\x90" + length(len(answer)) + answer + packet)
+            while piece := connection.recv(65536):
+                if heard is not None:
+                    heard.append(piece)
+
+    threading.Thread(target=serve, daemon=True).start()
+    port: int = server.getsockname()[1]
+    return port
+
+
+@pytest.mark.parametrize(
+    ("says", "reason"),
+    [
+        ({"connack": b"\x00\x84\x00"}, "refused: Unsupported protocol version"),
+        ({"connack": b"\x00\x8a\x00"}, "refused: Banned"),
+        ({"suback": b"\x87\x01\x01"}, "subscription refused: Not authorized"),
+        ({"packet": b"\xe0\x02\x97\x00"}, "Quota exceeded"),
+        ({"packet": b"\x32\x02\x00\x09"}, ""),
+    ],
+    ids=["old broker", "banned", "no acks", "quota", "malformed"],
+)
+def test_a_broker_of_mqtt_5_says_why_there_is_no_connection(says: dict[str, Any], reason: str) -> None:
+    link = make(liar_5(**says), protocol="5")
+    lost = next_event(link, Lost)
+    assert isinstance(lost, Lost) and lost.reason.startswith(reason)
+    link.close(wait_s=0)
+
+
+def test_a_damaged_packet_of_mqtt_5_costs_itself_or_the_connection_and_no_more() -> None:
+    good = Ping(id=ID)
+    rest = len(PING).to_bytes(2, "big") + PING + b"\x00\x07" + b"\x00" + encode(good)
+    numbers = random.Random(5)
+    outcomes = set()
+    for _ in range(40):
+        damaged = bytearray(rest)
+        for _ in range(numbers.randint(1, 4)):
+            damaged[numbers.randrange(len(PING) + 8)] = numbers.randrange(256)
+        packet = b"\x32" + length(len(damaged)) + bytes(damaged) + b"\x32" + length(len(rest)) + rest
+        link = make(liar_5(packet=packet), protocol="5")
+        event = next_event(link, Lost | Command)
+        outcomes.add(type(event))
+        assert isinstance(event, Lost) or event == good
+        link.close(wait_s=0)
+    assert outcomes == {Lost, Ping}
+
+
+def test_a_report_that_the_broker_refuses_is_told_and_ends_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rules = tmp_path / "acl"
+    rules.write_text("topic readwrite edgeguard/v1/demo/camera-1/status\ntopic read edgeguard/v1/demo/#\n")
+    broker = Mosquitto(tmp_path / "strict", more=f"acl_file {rules}\n")
+    broker.start()
+    link = make(broker.port, protocol="5")
+    next_event(link, Connected)
+    for _ in range(20):
+        link.publish(topics.REPORT, b"a report")
+    wait_until(lambda: "refused by the broker" in caplog.text, "the refusal")
+    assert link.connected
+    told = [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
+    assert told == ["1 messages refused by the broker, the last one: 'report: Not authorized'"]
+    link.close()
+    broker.stop()
+
+
+def test_no_more_reports_are_under_way_than_a_broker_of_mqtt_5_takes_at_once() -> None:
+    heard: list[bytes] = []
+    link = make(liar_5(connack=b"\x00\x00\x03\x21\x00\x02", heard=heard), protocol="5")
+    next_event(link, Connected)
+    for _ in range(5):
+        link.publish(topics.REPORT, b"a report")
+    wait_until(lambda: b"".join(heard).count(b"a report") == 2, "two reports")
+    link.poll(0.2)
+    assert b"".join(heard).count(b"a report") == 2
+    link.close(wait_s=0)
+
+
+def test_a_packet_larger_than_any_message_stays_with_a_broker_of_mqtt_5(mosquitto: Mosquitto, hub: TinyHub) -> None:
+    link = make(mosquitto.port, protocol="5")
+    next_event(link, Connected)
+    hub.send("camera-1", "cmd/ping", bytes(4 * MAX_PAYLOAD))
+    hub.send("camera-1", "cmd/ping", encode(Ping(id=ID)))
+    assert next_event(link, Command) == Ping(id=ID)
+    assert link._ignored._count == 0
+    link.close()
 
 
 class Waiting:

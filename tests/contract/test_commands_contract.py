@@ -1,9 +1,6 @@
-"""Commands and replies on the wire: golden bytes, what is refused, and the ids that they share."""
+"""Commands and replies on the wire: what is refused, and the ids that they share."""
 
 from __future__ import annotations
-
-import random
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -15,8 +12,6 @@ from edgeguard.contract.messages import (
     COMMANDS,
     MAX_COMMAND,
     REPLIES,
-    Alive,
-    Ballot,
     Message,
     Ping,
     PingReply,
@@ -25,11 +20,7 @@ from edgeguard.contract.messages import (
     RankReply,
     Recalibrate,
     RecalibrateReply,
-    Recalibration,
     Reply,
-    Restart,
-    Restarting,
-    RestartReply,
     TapRanking,
     Vote,
     VoteReply,
@@ -37,40 +28,15 @@ from edgeguard.contract.messages import (
     encode,
 )
 from edgeguard.errors import LinkError
+from tests.simulators.examples import BOOT, DIGEST, EXAMPLES, ID
 
-GOLDEN = Path(__file__).parent / "golden"
-ID = "0199f0c5a1b20123456789ab"
-BOOT = "0123456789abcdef"
-DIGEST, OTHER = "a" * 64, "b" * 64
-RANKING = TapRanking(tensor="relu_2", source_layer="conv_2", channels=(2, 0, 1))
-
-EXAMPLES: tuple[Message, ...] = (
-    Ping(id=ID),
-    Restart(id=ID),
-    Rank(id=ID, model_digest=DIGEST, layer="conv_2"),
-    Vote(id=ID, model_digest=DIGEST, layer="conv_2", share=0.25),
-    Recalibrate(id=ID, source="sidecar"),
-    PingReply(id=ID, state="ok", result=Alive(boot=BOOT, session=7, uptime_s=12.5)),
-    RestartReply(id=ID, state="ok", result=Restarting(boot=BOOT)),
-    RankReply(id=ID, state="ok", result=Ranking(model_digest=DIGEST, inputs=500, taps=(RANKING,))),
-    VoteReply(id=ID, state="ok", result=Ballot(model_digest=DIGEST, layer="conv_2", inputs=500, channels=(0, 2))),
-    RecalibrateReply(id=ID, state="ok", result=Recalibration(guard_digest=OTHER)),
-)
 SHORTENED = {
     Rank: {"id": ID, "model_digest": DIGEST},
     PingReply: {"id": ID, "state": "failed"},
 }
 
 
-@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
-def test_what_was_once_written_is_written_and_read_the_same_for_ever(message: Message) -> None:
-    golden = (GOLDEN / f"{type(message).__name__}.json").read_bytes()
-    assert encode(message) == golden
-    assert decode(type(message), golden) == message
-
-
-def test_every_command_has_a_golden_file_and_a_reply() -> None:
-    assert {*COMMANDS.values(), *REPLIES.values()} == {type(message) for message in EXAMPLES}
+def test_every_command_has_a_reply() -> None:
     assert list(COMMANDS) == list(REPLIES) == ["ping", "restart", "rank", "vote", "recalibrate"]
 
 
@@ -169,19 +135,3 @@ def test_text_that_is_not_utf_8_is_refused_like_anything_else(kind: type[Message
     for field in ("id", "boot", "state", "reason"):
         with pytest.raises(LinkError):
             decode(kind, b'{"%s":"\xff","v":1}' % field.encode())
-
-
-def test_damaged_replies_are_refused_and_never_raise_anything_else() -> None:
-    numbers = random.Random(1)
-    golden = {kind: (GOLDEN / f"{kind.__name__}.json").read_bytes() for kind in REPLIES.values()}
-    refused = 0
-    for _ in range(5000):
-        kind, other = numbers.choices(list(golden), k=2)
-        payload = bytearray(golden[numbers.choice([kind, other])])
-        for _ in range(numbers.randint(1, 4)):
-            payload[numbers.randrange(len(payload))] = numbers.randrange(256)
-        try:
-            decode(kind, bytes(payload))
-        except LinkError:
-            refused += 1
-    assert refused > 4000

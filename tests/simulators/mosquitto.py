@@ -35,27 +35,35 @@ def wait_for_port(port: int, *, timeout_s: float = 15.0) -> None:
 
 
 class Mosquitto:
-    """One broker: ``start``, ``kill`` (SIGKILL, as a power cut) and ``stop``; its port stays the same."""
+    """One broker: ``start``, ``kill`` (SIGKILL, as a power cut) and ``stop``; its port stays the same.
 
-    def __init__(self, folder: Path) -> None:
+    ``more``: further lines of its configuration. ``config`` and ``port``: a file that is there already, and the port
+    that it names.
+    """
+
+    def __init__(self, folder: Path, *, more: str = "", config: Path | None = None, port: int | None = None) -> None:
         self.host = "127.0.0.1"
-        self.port = free_port()
+        self.port = port or free_port()
+        self._config = config
         self._folder = folder
+        self._more = more
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start the broker and wait until it listens. Its queues are kept on disk in the temporary folder."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        config = self._folder / "mosquitto.conf"
-        config.write_text(
-            f"listener {self.port} 127.0.0.1\n"
-            "allow_anonymous true\n"
-            "persistence true\n"
-            f"persistence_location {self._folder}/\n"
-            "max_queued_messages 100000\n"
-            f"log_dest file {self._folder}/mosquitto.log\n"
-            + (f"user {os.environ.get('USER', 'root')}\n" if os.geteuid() == 0 else "")
-        )
+        config = self._config or self._folder / "mosquitto.conf"
+        if self._config is None:
+            config.write_text(
+                f"listener {self.port} 127.0.0.1\n"
+                "allow_anonymous true\n"
+                "persistence true\n"
+                f"persistence_location {self._folder}/\n"
+                "max_queued_messages 100000\n"
+                f"log_dest file {self._folder}/mosquitto.log\n"
+                + (f"user {os.environ.get('USER', 'root')}\n" if os.geteuid() == 0 else "")
+                + self._more
+            )
         self._process = subprocess.Popen(
             [needs.program("mosquitto", "mosquitto"), "-c", str(config)],
             stdout=subprocess.DEVNULL,

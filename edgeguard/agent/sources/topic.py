@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import paho.mqtt.client as mqtt
-from paho.mqtt.enums import CallbackAPIVersion
 
 from edgeguard import broker as brokers
 from edgeguard.agent.sources.base import Answer, Item, Refused, array_of, most_bytes
@@ -58,8 +57,7 @@ class TopicSource:
         self._count = self._bad = 0
         self._selector: selectors.BaseSelector | None = None
         self.ended = False
-        self._client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=mqtt.MQTTv311)
-        brokers.prepare(self._client, broker, password(broker))
+        self._client = brokers.client(broker, client_id, password(broker), clean_session=True, reconnects=True)
         self._client.on_connect = self._connected
         self._client.on_subscribe = self._subscribed
         self._client.on_message = self._arrived
@@ -73,7 +71,7 @@ class TopicSource:
         """See :class:`edgeguard.agent.sources.base.Source`."""
         self._selector = selector
         selector.register(self._handover.descriptor, selectors.EVENT_READ, self)
-        self._client.connect_async(self._broker.host, self._broker.port, self._broker.keepalive_s)
+        brokers.connect(self._client, self._broker, clean_session=True, later=True)
         self._client.loop_start()
 
     def ready(self, key: selectors.SelectorKey, mask: int) -> None:
