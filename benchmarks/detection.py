@@ -26,7 +26,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from edgeguard.detection.guarded import GuardedModel
 from edgeguard.detection.statistics import rate_upper
 from edgeguard.errors import ConfigError, EdgeGuardError, ModelError
 from edgeguard.hub.config import PolicyConfig
-from edgeguard.hub.evidence import DeviceEvidence, pool
+from edgeguard.hub.evidence import LabelCounts
 from edgeguard.hub.policy import assess
 
 Floats = npt.NDArray[np.float64]
@@ -62,7 +62,7 @@ _OWN = (
         f"edgeguard/detection/{name}.py"
         for name in ("statistics", "cascade", "strip", "squeezing", "guarded", "verdict", "sidecar")
     ),
-    *(f"edgeguard/hub/{name}.py" for name in ("policy", "evidence", "config")),
+    *(f"edgeguard/hub/{name}.py" for name in ("policy", "evidence", "excess", "config")),
     *(f"converters/{name}.py" for name in ("calibration", "guard", "taps")),
     "benchmarks/detection.py",
 )
@@ -148,24 +148,28 @@ def stream(clean: int, triggered: int, between: int) -> list[tuple[int, int]]:
 
 def cases(guarded: GuardedModel, images: Images) -> list[int]:
     """Labels that the hub's policy calls suspicious when ``DEVICES`` devices share these inputs [N, H, W, C] evenly."""
-    policy, described = PolicyConfig(), guarded.metadata
-    counts: dict[tuple[str, int], DeviceEvidence] = {}
+    described = guarded.metadata
+    counts: dict[tuple[int, int], list[int]] = {}
     for place, image in enumerate(images):
         verdict = guarded.infer(image).verdict
-        device, label = f"device-{place % DEVICES}", -1 if verdict.predicted is None else verdict.predicted
-        before = counts.get((device, label), DeviceEvidence(device=device, label=label))
-        counts[device, label] = replace(before, inputs=before.inputs + 1, flagged=before.flagged + verdict.flagged)
-    pooled = pool(
-        counts.values(), model_digest=described.model_digest, width=described.feature_count, share=policy.device_share
-    )
+        total = counts.setdefault((place % DEVICES, -1 if verdict.predicted is None else verdict.predicted), [0, 0])
+        total[0] += 1
+        total[1] += verdict.flagged
+    rows = np.array([(*key, *total) for key, total in counts.items()], dtype=np.int64)
     found = assess(
-        pooled,
-        policy,
-        fpr_upper=described.fpr_upper,
-        fpr=described.fpr,
-        taps=described.taps,
+        LabelCounts(
+            devices=tuple(f"device-{number}" for number in range(DEVICES)),
+            device=rows[:, 0],
+            label=rows[:, 1],
+            epoch=np.ones(len(rows), dtype=np.int64),
+            inputs=rows[:, 2],
+            flagged=rows[:, 3],
+        ),
+        PolicyConfig(),
+        guard=described,
         devices=DEVICES,
-    )
+        now_epoch=1,
+    ).suspicions
     return [suspicion.label for suspicion in found]
 
 

@@ -3,18 +3,21 @@
 Rules enforced here:
 
 * counts and feature sums of one device and label are added exactly once per report (the store sees to that);
-* when devices are pooled, none brings more than a given share of the inputs, nor of the flagged inputs: a device
-  that floods the hub with clean windows hides nothing, and one that floods it with flags decides nothing;
-* the same for what the features say: the mean (and standard deviation) of each device and channel is first clipped to
-  the neighbourhood of the median over devices, so that one absurd value moves the pooled one little. This takes three
-  devices: of two that disagree nobody can tell which one lies, and nothing is clipped.
+* counts are looked at over the last 1, 2, 4, 8 ... epochs and over all: what began today and what has always been there
+  are both seen soon;
+* when the features of devices are pooled, none brings more than a given share of the inputs, nor of the flagged inputs,
+  and a device that was wrong before brings less: see :mod:`edgeguard.hub.trust`;
+* the mean (and standard deviation) of each device and channel is first clipped to the neighbourhood of the median over
+  devices, so that one absurd value moves the pooled one little. This takes three devices: of two that disagree nobody
+  can tell which one lies, and nothing is clipped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +25,14 @@ import numpy.typing as npt
 from edgeguard.contract import messages
 
 Vector = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
 
 CLIP = 5.0
 """A device's mean may lie this many robust standard deviations off the median over devices."""
 _SIGMA = 1.4826  # of the median absolute deviation, for a normal distribution
 _FLOOR = 0.1  # of a channel's own spread: devices that happen to agree are no reason to clip the next honest one
+_CHUNK = 1 << 19
+_FULL: Mapping[str, float] = MappingProxyType({})
 
 
 def _nothing() -> Vector:
@@ -80,6 +86,65 @@ class DeviceEvidence:
         )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LabelCounts:
+    """What the devices of one model counted, in columns: one row for a device, predicted label and epoch.
+
+    ``device`` indexes ``devices``; ``device``, ``label``, ``epoch``, ``inputs`` and ``flagged`` are int64 ``[N]``.
+    ``epoch`` is the hub's time divided by the length of an epoch; 0 stands for all that is older than what is kept.
+    """
+
+    devices: tuple[str, ...]
+    device: Integers
+    label: Integers
+    epoch: Integers
+    inputs: Integers
+    flagged: Integers
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Window:
+    """The counts of the last ``epochs`` epochs, None for all; ``inputs`` and ``flagged`` are ``[devices, labels]``."""
+
+    epochs: int | None
+    inputs: Vector
+    flagged: Vector
+
+
+def windows(counts: LabelCounts, labels: int, now_epoch: int, *, first: int = 0) -> Iterator[Window]:
+    """All that was counted, then the last 1, 2, 4, 8 ... epochs. Windows that add nothing are left out.
+
+    Args:
+        counts: rows of labels that the model does not have are left out.
+        labels: how many it has, at least 1.
+        now_epoch: the hub's epoch; rows of later ones count as of this one.
+        first: its first label: -1, and the only one, for a model without classes.
+    """
+    age = np.maximum(now_epoch - counts.epoch, 0)
+    seen = np.flatnonzero(np.bincount(age, minlength=1))
+    # An age of 0 is in the first window, 1 in the second, 2 and 3 in the third, 4 to 7 in the fourth ...
+    doublings, place = np.unique(np.ceil(np.log2(seen + 1.0)), return_inverse=True)
+    of_age = np.zeros(int(age.max(initial=0)) + 1, dtype=np.int64)
+    of_age[seen] = place
+    shape = len(doublings), len(counts.devices), labels
+    inputs, flagged = np.zeros(math.prod(shape)), np.zeros(math.prod(shape))
+    for start in range(0, age.size, _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        label = counts.label[rows] - first
+        valid = (label >= 0) & (label < labels)
+        key = ((of_age[age[rows]] * shape[1] + counts.device[rows]) * labels + label)[valid]
+        if not key.size:
+            continue
+        low, high = int(key.min()), int(key.max()) + 1
+        inputs[low:high] += np.bincount(key - low, counts.inputs[rows][valid])
+        flagged[low:high] += np.bincount(key - low, counts.flagged[rows][valid])
+    inputs, flagged = inputs.reshape(shape), flagged.reshape(shape)
+    yield Window(epochs=None, inputs=inputs.sum(axis=0), flagged=flagged.sum(axis=0))
+    for number, doubling in enumerate(doublings[:-1], start=1):  # the last one would be all
+        recent = slice(0, number)
+        yield Window(epochs=2 ** int(doubling), inputs=inputs[recent].sum(axis=0), flagged=flagged[recent].sum(axis=0))
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeviceCount:
     """What one device counted, before any capping."""
@@ -107,22 +172,6 @@ class LabelEvidence:
     unflagged_std: Vector
 
 
-def pool(rows: Iterable[DeviceEvidence], *, model_digest: str, width: int, share: float) -> tuple[LabelEvidence, ...]:
-    """Pool the devices of one model, label by label.
-
-    Args:
-        rows: the sums of every device and label.
-        model_digest: the model that they belong to.
-        width: D of that model; features of another width are left out.
-        share: the largest share that one device may bring, above 0 and at most 1.
-    """
-    ordered = sorted(rows, key=lambda row: (row.label, row.device))
-    return tuple(
-        _pool_label(tuple(group), label, model_digest=model_digest, width=width, share=share)
-        for label, group in groupby(ordered, key=lambda row: row.label)
-    )
-
-
 def capped(counts: Sequence[float], share: float) -> list[float]:
     """Cut the largest counts down until none exceeds ``share`` of the sum of what is left.
 
@@ -141,11 +190,22 @@ def capped(counts: Sequence[float], share: float) -> list[float]:
     return [0.0] * len(counts)
 
 
-def _pool_label(
-    rows: tuple[DeviceEvidence, ...], label: int, *, model_digest: str, width: int, share: float
+def pool_label(
+    rows: Sequence[DeviceEvidence], *, model_digest: str, width: int, share: float, weights: Mapping[str, float] = _FULL
 ) -> LabelEvidence:
-    weights = _weights(rows, share)
-    usual = [(w * r.unflagged, r) for w, r in zip(weights, rows, strict=True) if r.unflagged_sum.size == width]
+    """Pool the devices of one model and label.
+
+    Args:
+        rows: the sums of one label, one row a device, at least one.
+        model_digest: the model that they belong to.
+        width: D of that model; features of another width are left out.
+        share: the largest share that one device may bring, above 0 and at most 1.
+        weights: what devices count that do not count fully, from 0 to 1.
+    """
+    rows = sorted(rows, key=lambda row: row.device)
+    share_of = _weights(rows, share)
+    counted = [weight * weights.get(row.device, 1.0) for weight, row in zip(share_of, rows, strict=True)]
+    usual = [(w * r.unflagged, r) for w, r in zip(counted, rows, strict=True) if r.unflagged_sum.size == width]
     usual = [(weight, row) for weight, row in usual if weight > 0]
     unflagged_mean = unflagged_std = spread = _nothing()
     if usual:
@@ -159,7 +219,7 @@ def _pool_label(
         unflagged_mean = np.average(means, axis=0, weights=shares)
         variance = np.average(stds**2 + (means - unflagged_mean) ** 2, axis=0, weights=shares)
         unflagged_std = np.sqrt(variance)
-    moved = [(w * r.flagged_vectors, r) for w, r in zip(weights, rows, strict=True) if r.flagged_sum.size == width]
+    moved = [(w * r.flagged_vectors, r) for w, r in zip(counted, rows, strict=True) if r.flagged_sum.size == width]
     moved = [(weight, row) for weight, row in moved if weight > 0]
     flagged_mean = _nothing()
     if moved:
@@ -167,11 +227,11 @@ def _pool_label(
         flagged_mean = np.average(means, axis=0, weights=[weight for weight, _ in moved])
     return LabelEvidence(
         model_digest=model_digest,
-        label=label,
+        label=rows[0].label,
         per_device=tuple(DeviceCount(device=r.device, inputs=r.inputs, flagged=r.flagged) for r in rows),
         # The small slack keeps a whole number whole after floating-point weights.
-        inputs=int(np.ceil(sum(w * r.inputs for w, r in zip(weights, rows, strict=True)) - 1e-6)),
-        flagged=int(np.floor(sum(w * r.flagged for w, r in zip(weights, rows, strict=True)) + 1e-6)),
+        inputs=int(np.ceil(sum(w * r.inputs for w, r in zip(counted, rows, strict=True)) - 1e-6)),
+        flagged=int(np.floor(sum(w * r.flagged for w, r in zip(counted, rows, strict=True)) + 1e-6)),
         flagged_mean=flagged_mean,
         unflagged_mean=unflagged_mean,
         unflagged_std=unflagged_std,

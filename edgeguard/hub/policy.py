@@ -1,36 +1,58 @@
-"""Decides from pooled evidence whether a model is suspicious, for which label and by which channels. Pure.
+"""Decides from counts whether a model is suspicious, and for which label; and from features, by which channels. Pure.
 
 Rules enforced here:
 
-* a label is suspicious when its pooled flagged inputs would be this many with a probability below ``alpha`` even if
-  the model's false-positive rate stood at its upper bound (exact binomial tail);
-* several devices must each show an excess of their own: one lying device opens no case;
+* a label is suspicious when its flagged inputs speak against every rate that is explained, by an e-value of
+  1 / ``alpha``: see :mod:`edgeguard.hub.excess`. As windows begin anew with each epoch, labels times epochs times
+  ``alpha`` bounds the expected number of false suspicions, however often one looks;
+* what is explained is what the calibration bounds, widened to hold for all classes together, and no more than
+  ``TOLERANCE`` times what the fleet usually shows for this class. A rate that is usual in the fleet and within its
+  bound is explained, whichever it is; never is less explained than the promise for all inputs together;
+* what raises the other classes of a device explains as much of this one: drift, night and a broken sensor point at no
+  label, but are findings of their own: see :mod:`edgeguard.hub.drift`;
+* a few odd devices are no attack: as many as the other classes show;
+* no device adds more than its part of what a quorum of devices must show, and devices that reports proved wrong count
+  less and raise the quorum: see :mod:`edgeguard.hub.trust`;
 * a few flagged inputs prove nothing, however rare;
 * a label that the calibration never saw, or hardly, has no bound of its own (its ``fpr_upper`` is near 1, which no
-  attack exceeds). It is judged by the promise for all inputs together, and never against less than ``UNSEEN_FLOOR``.
-  That promise need not hold for one class: such a suspicion is a reason to inspect, and says what it rests on;
-* where several labels qualify, the one with the largest excess in standard deviations comes first: a backdoor's
-  target label draws most, labels that its failures land on draw less.
+  attack exceeds). It is judged by what is usual in the fleet, and never against less than ``UNSEEN_FLOOR``. That need
+  not hold for one class: such a suspicion is a reason to inspect, and says what it rests on;
+* reports alone raise a suspicion, never a case. Where several labels are suspicious, the one that most devices stand
+  behind comes first, and of equal ones that of the largest excess: a backdoor's target label draws most.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from types import MappingProxyType
 
 import msgspec
 import numpy as np
-from scipy.special import betainc
+import numpy.typing as npt
 
-from edgeguard.contract.guard import Tap
+from edgeguard.contract.guard import GuardMetadata
 from edgeguard.detection.statistics import SLACK
+from edgeguard.hub import drift, evidence, excess
+from edgeguard.hub import trust as trusts
 from edgeguard.hub.config import PolicyConfig
-from edgeguard.hub.evidence import LabelEvidence, Vector
+from edgeguard.hub.drift import Finding
+from edgeguard.hub.evidence import DeviceEvidence, LabelCounts, Vector, Window
+from edgeguard.hub.trust import Trust
 
 UNSEEN = 0.5
 """A bound from here on says that the calibration saw at most four clean inputs of the class, or flagged most."""
 UNSEEN_FLOOR = 0.05
+TOLERANCE = 2.0
+"""How many times the fleet's usual rate of a class devices may show, within its bound, before it needs explaining."""
+MIN_PEERS = 10
+"""With fewer devices than this nobody can say what is usual."""
+_CAP = 1.5  # times a quorum's part: what one device may add
+_SIGMAS = 2.0  # a device that is nearer to what is explained counts as one that shows nothing
+_ALONE = 1e-9  # of a single device nobody can tell whether it is odd: it is believed
+_NOBODY: Mapping[str, Trust] = MappingProxyType({})
 
 
 class ChannelShift(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,9 +71,16 @@ class ChannelShift(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True)
 class Suspicion:
-    """One label of one model that clean inputs do not explain. Counts are those after capping.
+    """One label of one model that nothing known explains.
 
-    ``calibrated`` is False where the label was judged without a bound of its own.
+    Attributes:
+        devices: those that each show an excess of their own.
+        flagged: flagged inputs of this label on these devices, over all epochs that are kept, of ``inputs``.
+        p_value: 1 / e-value.
+        excess: in standard deviations of what is explained, on these devices, in the window that shows it best.
+        calibrated: False where the label was judged without a bound of its own.
+        reason: the same in words, for people.
+        channels: empty until somebody looked at the features: see :func:`channels`.
     """
 
     model_digest: str
@@ -61,86 +90,255 @@ class Suspicion:
     inputs: int
     p_value: float
     excess: float
-    channels: tuple[ChannelShift, ...]
     calibrated: bool = True
+    reason: str = ""
+    channels: tuple[ChannelShift, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assessment:
+    """What the counts of one model say: suspicions, the strongest first, and what else has changed."""
+
+    suspicions: tuple[Suspicion, ...]
+    findings: tuple[Finding, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Known:
+    """What explains flags, per class ``[C]``; what each device counts, ``[devices]``, and what they need together.
+
+    ``calm``: the classes by which a device's other rates are judged: those that a calibration bounds, if any, since
+    one class of many flags would drown them. ``cap``: the most that one device may add. ``odd``: the largest share of
+    odd devices that is believed in.
+    """
+
+    explained: Vector
+    bound: Vector
+    calm: npt.NDArray[np.bool_]
+    weight: Vector
+    bar: float
+    cap: float
+    odd: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Excess:
+    """One label in one window: the devices (rows of the counts) that show an excess of their own, and how much."""
+
+    label: int
+    epochs: int | None
+    log_evidence: float
+    support: float
+    own: npt.NDArray[np.intp]
+    inputs: float
+    flagged: float
+    explained: float
+
+    @property
+    def deviations(self) -> float:
+        rate = self.explained / self.inputs
+        return (self.flagged - self.explained) / math.sqrt(self.explained * (1.0 - rate))
 
 
 def assess(
-    evidence: Iterable[LabelEvidence],
+    counts: LabelCounts,
     policy: PolicyConfig,
     *,
-    fpr_upper: Sequence[float],
-    fpr: float,
-    taps: Sequence[Tap],
+    guard: GuardMetadata,
     devices: int,
-) -> list[Suspicion]:
-    """The suspicious labels of one model, the strongest first.
+    trust: Mapping[str, Trust] | None = None,
+    now_epoch: int,
+) -> Assessment:
+    """Judge one model.
 
     Args:
-        evidence: its pooled evidence, one per label.
+        counts: what its devices counted.
         policy: the thresholds.
-        fpr_upper: upper bound of the false-positive rate per predicted class; one entry for a model without classes.
-        fpr: the promised false-positive rate over all inputs together.
-        taps: where the features come from.
+        guard: what the model's guard says of itself.
         devices: how many devices run the model, whether they reported yet or not.
+        trust: in each device, as it stands now (:func:`edgeguard.hub.trust.standing`); those not named count fully.
+        now_epoch: the hub's epoch.
     """
-    found = [_assess_label(item, policy, fpr_upper, fpr, taps, devices) for item in evidence]
-    return sorted((s for s in found if s is not None), key=lambda s: (-s.excess, s.label))
-
-
-def binomial_tail(successes: int, trials: int, rate: float) -> float:
-    """P(X >= successes) for X ~ Binomial(trials, rate), exact also where it is tiny."""
-    if successes <= 0:
-        return 1.0
-    if successes > trials:
-        return 0.0
-    return float(betainc(successes, trials - successes + 1, rate))
-
-
-def _assess_label(
-    item: LabelEvidence, policy: PolicyConfig, fpr_upper: Sequence[float], fpr: float, taps: Sequence[Tap], devices: int
-) -> Suspicion | None:
-    upper = _upper(fpr_upper, item.label)
-    if upper is None or item.flagged < policy.min_flagged:
-        return None
-    calibrated = upper < UNSEEN
-    rate = min(max(upper, 1e-9) if calibrated else max(SLACK * fpr, UNSEEN_FLOOR), 1.0 - 1e-9)
-    p_value = binomial_tail(item.flagged, item.inputs, rate)
-    own = [d for d in item.per_device if binomial_tail(d.flagged, d.inputs, rate) < policy.device_alpha]
-    needed = max(1, min(policy.min_devices, max(devices, len(item.per_device))))
-    if p_value >= policy.alpha or len(own) < needed:
-        return None
-    spread = math.sqrt(item.inputs * rate * (1.0 - rate))
-    return Suspicion(
-        model_digest=item.model_digest,
-        label=item.label,
-        devices=tuple(d.device for d in own),
-        flagged=item.flagged,
-        inputs=item.inputs,
-        p_value=p_value,
-        excess=(item.flagged - item.inputs * rate) / spread,
-        channels=_shifts(item, taps, policy.channels),
-        calibrated=calibrated,
+    trust = _NOBODY if trust is None else trust
+    first = -1 if guard.class_output is None else 0
+    fpr_upper = np.asarray(guard.fpr_upper, dtype=np.float64)
+    looks = evidence.windows(counts, fpr_upper.size, now_epoch, first=first)
+    everything = next(looks)
+    quorum = quorum_of(policy, max(devices, len(counts.devices)))
+    known = _known(counts, everything, guard.fpr, fpr_upper, policy, trust, quorum)
+    recent, strongest = everything, dict[int, _Excess]()
+    for window in chain((everything,), looks):
+        if window.epochs is not None and window.epochs <= drift.RECENT:
+            recent = window
+        for found in _excesses(window, known, policy):
+            before = strongest.get(found.label)
+            if before is None or found.log_evidence > before.log_evidence:
+                strongest[found.label] = found
+    suspicions = sorted(strongest.values(), key=lambda found: (-found.support, -found.deviations, found.label))
+    return Assessment(
+        suspicions=tuple(_suspicion(found, counts, everything, guard, known, first) for found in suspicions),
+        findings=drift.findings(counts.devices, recent, everything, fpr_upper=fpr_upper, fpr=guard.fpr),
     )
 
 
-def _upper(fpr_upper: Sequence[float], label: int) -> float | None:
-    """The bound for a label, None for a label that the model does not have."""
-    index = 0 if label == -1 and len(fpr_upper) == 1 else label
-    if not 0 <= index < len(fpr_upper):
-        return None
-    return fpr_upper[index]
+def quorum_of(policy: PolicyConfig, devices: int) -> int:
+    """How many devices must each show an excess; never more than there are."""
+    return max(1, min(max(policy.min_devices, math.ceil(policy.quorum_share * devices)), devices))
 
 
-def _shifts(item: LabelEvidence, taps: Sequence[Tap], count: int) -> tuple[ChannelShift, ...]:
-    if not item.flagged_mean.size or not item.unflagged_mean.size:
+def explained_rates(inputs: Vector, flagged: Vector, fpr_upper: Vector, fpr: float) -> Vector:
+    """The largest rate of each class ``[C]`` that needs no explaining, from counts ``[devices, C]``."""
+    usual = TOLERANCE * excess.rates(inputs, flagged)
+    peers = (inputs > 0).sum(axis=0) >= MIN_PEERS
+    bound = excess.widened(fpr_upper)
+    promised = SLACK * fpr
+    seen = np.where(peers, np.minimum(bound, np.maximum(usual, promised)), bound)
+    unseen = np.maximum(np.where(peers, usual, 0.0), max(promised, UNSEEN_FLOOR))
+    return np.asarray(np.clip(np.where(fpr_upper < UNSEEN, seen, unseen), 1e-9, 1.0 - 1e-9))
+
+
+def channels(
+    rows: Sequence[DeviceEvidence],
+    guard: GuardMetadata,
+    count: int,
+    *,
+    weights: Mapping[str, float] = MappingProxyType({}),
+) -> tuple[ChannelShift, ...]:
+    """The channels that flagged inputs of one label move most: the weighted median over devices of each one's shift.
+
+    Args:
+        rows: the sums of the label, of the devices behind the suspicion: one row a device.
+        guard: says where the features come from.
+        count: how many channels to name.
+        weights: what devices count that do not count fully; those of weight 0 are left out.
+    """
+    width = guard.feature_count
+    counted = [
+        (weights.get(row.device, 1.0), row)
+        for row in rows
+        if row.flagged_vectors and row.unflagged and row.flagged_sum.size == row.unflagged_sum.size == width
+    ]
+    counted = [(weight, row) for weight, row in counted if weight > 0]
+    if not counted:
         return ()
-    shift = np.abs(item.flagged_mean - item.unflagged_mean) / _scale(item.unflagged_std)
+    flagged = np.stack([row.flagged_sum / row.flagged_vectors for _, row in counted])
+    usual = np.stack([row.unflagged_sum / row.unflagged for _, row in counted])
+    squares = np.stack([row.unflagged_squares / row.unflagged for _, row in counted])
+    weight = np.asarray([weight for weight, _ in counted])
+    std = _median(np.sqrt(np.maximum(squares - usual**2, 0.0)), weight)
+    return _shifts(np.abs(_median(flagged - usual, weight)) / _scale(std), guard, count)
+
+
+def _known(
+    counts: LabelCounts,
+    everything: Window,
+    fpr: float,
+    fpr_upper: Vector,
+    policy: PolicyConfig,
+    trust: Mapping[str, Trust],
+    quorum: int,
+) -> _Known:
+    usual = excess.rates(everything.inputs, everything.flagged)
+    return _Known(
+        explained=np.where(fpr_upper < UNSEEN, np.minimum(usual, fpr_upper), usual),
+        bound=explained_rates(everything.inputs, everything.flagged, fpr_upper, fpr),
+        calm=fpr_upper < (UNSEEN if fpr_upper.min() < UNSEEN else math.inf),
+        weight=np.asarray([trust[name].weight if name in trust else 1.0 for name in counts.devices]),
+        bar=trusts.bar(trust, quorum),
+        cap=_CAP * math.log(1.0 / policy.alpha) / quorum,
+        odd=_ALONE if quorum == 1 else 0.5,
+    )
+
+
+def _excesses(window: Window, known: _Known, policy: PolicyConfig) -> Iterator[_Excess]:
+    """The labels that are suspicious in one window."""
+    inputs, flagged = window.inputs, window.flagged
+    dispersion = excess.dispersion(inputs, flagged, np.minimum(known.explained, known.bound))
+    expected = inputs * known.bound
+    rho = excess.correlation(dispersion, known.bound)
+    spread = np.sqrt(expected * (1.0 + np.maximum(inputs - 1.0, 0.0) * rho))
+    device, label = np.nonzero((flagged >= 2) & (flagged > expected + _SIGMAS * spread))
+    if not device.size:
+        return
+    lift = _lift(window, known, device, label)
+    mean = known.bound[label] * lift
+    below = mean < UNSEEN  # a device that is flagged everywhere says nothing of one class
+    device, label, mean = device[below], label[below], mean[below]
+    n, k = inputs[device, label], flagged[device, label]
+    ratio = excess.log_ratio(n, k, mean, dispersion)
+    own = ratio >= -math.log(policy.device_alpha)
+    support = np.bincount(label[own], known.weight[device[own]], known.bound.size)
+    flags = np.bincount(label[own], k[own], known.bound.size)
+    theirs = np.bincount(label[own], minlength=known.bound.size).astype(np.float64)
+    odd = np.minimum(known.odd, excess.odd_share(theirs, (inputs > 0).sum(axis=0)))
+    for number in np.flatnonzero((support >= known.bar - 1e-9) & (flags >= policy.min_flagged)):
+        mine = label == number
+        weight = known.weight[device[mine]]
+        others = float(known.weight[inputs[:, number] > 0].sum() - weight.sum())
+        log_evidence = excess.log_evidence(ratio[mine], weight, max(others, 0.0), odd=float(odd[number]), cap=known.cap)
+        if log_evidence < -math.log(policy.alpha):
+            continue
+        behind = mine & own
+        yield _Excess(
+            label=int(number),
+            epochs=window.epochs,
+            log_evidence=log_evidence,
+            support=float(support[number]),
+            own=device[behind],
+            inputs=float(n[behind].sum()),
+            flagged=float(k[behind].sum()),
+            explained=float((n * mean)[behind].sum()),
+        )
+
+
+def _lift(window: Window, known: _Known, device: npt.NDArray[np.intp], label: npt.NDArray[np.intp]) -> Vector:
+    """How many times as often as is explained these devices' other classes are flagged, ``[K]``; at least 1.
+
+    Of four classes or more the largest excess among the others is left out: a backdoor may have a second target.
+    """
+    classes = np.where(known.calm, known.explained, 0.0)
+    expected = window.inputs[device] * classes
+    flagged = window.flagged[device] * known.calm
+    each = np.arange(device.size)
+    for _ in range(2 if known.calm.sum() > 3 else 1):
+        expected[each, label] = flagged[each, label] = 0.0
+        label = np.argmax(flagged - expected, axis=1)
+    return np.maximum(1.0, (flagged.sum(axis=1) + 1.0) / (expected.sum(axis=1) + 1.0))
+
+
+def _suspicion(
+    found: _Excess, counts: LabelCounts, everything: Window, guard: GuardMetadata, known: _Known, first: int
+) -> Suspicion:
+    label, calibrated = found.label, guard.fpr_upper[found.label] < UNSEEN
+    period = "all that is kept" if found.epochs is None else f"the last {found.epochs} epochs"
+    known_by = f"calibration: {guard.fpr_upper[label]:.2%}" if calibrated else "calibration hardly saw this class"
+    others = np.delete(everything.inputs[found.own], label, axis=1).sum()
+    flags = np.delete(everything.flagged[found.own], label, axis=1).sum()
+    reason = (
+        f"{found.flagged:.0f} of {found.inputs:.0f} inputs flagged on {found.own.size} devices in {period}; "
+        f"{found.explained / found.inputs:.2%} is explained ({known_by}); "
+        + (f"other classes of these devices: {flags / others:.2%}; " if others else "")
+        + f"e-value 1e{found.log_evidence / math.log(10.0):.1f}, weight {found.support:.1f} of {known.bar:.1f} needed"
+    )
+    return Suspicion(
+        model_digest=guard.model_digest,
+        label=label + first,
+        devices=tuple(counts.devices[row] for row in found.own),
+        flagged=int(everything.flagged[found.own, label].sum()),
+        inputs=int(everything.inputs[found.own, label].sum()),
+        p_value=math.exp(-found.log_evidence),
+        excess=found.deviations,
+        calibrated=calibrated,
+        reason=reason,
+    )
+
+
+def _shifts(shift: Vector, guard: GuardMetadata, count: int) -> tuple[ChannelShift, ...]:
     shifts: list[ChannelShift] = []
     for position in np.argsort(-shift, kind="stable"):
         index = int(position)
-        tap = next((t for t in taps if t.offset <= index < t.offset + t.channels), None)
-        if tap is not None and tap.kind != "logit":  # a logit is no channel: it moves whatever the trigger is
+        tap = next(t for t in guard.taps if index in t.columns)
+        if tap.kind != "logit":  # a logit is no channel: it moves whatever the trigger is
             shifts.append(
                 ChannelShift(
                     tensor=tap.tensor,
@@ -156,7 +354,22 @@ def _shifts(item: LabelEvidence, taps: Sequence[Tap], count: int) -> tuple[Chann
     return tuple(shifts)
 
 
+def _median(values: Vector, weight: Vector) -> Vector:
+    """The weighted median of each column of ``[devices, D]``: the middle of two where they weigh the same."""
+    order = np.argsort(values, axis=0, kind="stable")
+    ordered = np.take_along_axis(values, order, axis=0)
+    reached = np.cumsum(weight[order], axis=0) / weight.sum()
+    below, above = (reached >= 0.5 - 1e-9).argmax(axis=0), (reached > 0.5 + 1e-9).argmax(axis=0)
+    columns = np.arange(values.shape[1])
+    return np.asarray((ordered[below, columns] + ordered[above, columns]) / 2.0)
+
+
 def _scale(std: Vector) -> Vector:
     """Standard deviations with a floor: a channel that clean inputs never move would else give infinity."""
     floor = max(0.01 * float(np.median(std)), 1e-6)
     return np.maximum(std, floor)
+
+
+__all__ = [
+    "Assessment", "ChannelShift", "Finding", "Suspicion", "assess", "channels", "explained_rates", "quorum_of",
+]  # fmt: skip

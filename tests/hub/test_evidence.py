@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeguard.contract.messages import LabelCount
-from edgeguard.hub.evidence import DeviceEvidence, LabelEvidence, capped, pool
+from edgeguard.hub.evidence import DeviceEvidence, LabelCounts, LabelEvidence, capped, pool_label, windows
 from tests.simulators import fleet
 
 counts = st.lists(st.integers(0, 10**9), min_size=1, max_size=12)
@@ -25,9 +25,16 @@ def device(name: str, *windows: tuple[int, int], label: int = 0, shift: float = 
     return total
 
 
-def pooled(*rows: DeviceEvidence, share: float = 0.5) -> LabelEvidence:
-    (only,) = pool(rows, model_digest=fleet.MODEL, width=fleet.WIDTH, share=share)
-    return only
+def pooled(*rows: DeviceEvidence, share: float = 0.5, **weights: float) -> LabelEvidence:
+    return pool_label(rows, model_digest=fleet.MODEL, width=fleet.WIDTH, share=share, weights=weights)
+
+
+def table(*rows: tuple[int, int, int, int, int]) -> LabelCounts:
+    """Rows of device, label, epoch, inputs, flagged."""
+    columns = np.array(rows, dtype=np.int64).reshape(-1, 5).T
+    device, label, epoch, inputs, flagged = columns
+    names = tuple("abcdef"[: int(device.max(initial=-1)) + 1])
+    return LabelCounts(devices=names, device=device, label=label, epoch=epoch, inputs=inputs, flagged=flagged)
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), max_size=8), st.randoms())
@@ -53,14 +60,8 @@ def test_a_window_without_features_still_counts() -> None:
     assert (total.inputs, total.flagged, total.flagged_vectors) == (15, 7, 2)
 
 
-def test_labels_are_pooled_apart() -> None:
-    rows = (device("a", (10, 1), label=3), device("b", (20, 2), label=1), device("b", (5, 0), label=3))
-    found = pool(rows, model_digest=fleet.MODEL, width=fleet.WIDTH, share=1.0)
-    assert [(item.label, item.inputs, item.flagged) for item in found] == [(1, 20, 2), (3, 15, 1)]
-
-
 def test_features_of_another_width_are_left_out_and_the_counts_kept() -> None:
-    (only,) = pool([device("a", (10, 4))], model_digest=fleet.MODEL, width=7, share=1.0)
+    only = pool_label([device("a", (10, 4))], model_digest=fleet.MODEL, width=7, share=1.0)
     assert (only.inputs, only.flagged) == (10, 4)
     assert only.flagged_mean.size == only.unflagged_mean.size == only.unflagged_std.size == 0
 
@@ -154,3 +155,52 @@ def test_of_two_devices_that_disagree_neither_is_clipped() -> None:
 def test_what_each_device_counted_is_kept_as_it_was() -> None:
     total = pooled(device("liar", (100, 90)), device("a", (100, 10)))
     assert [(d.device, d.inputs, d.flagged) for d in total.per_device] == [("a", 100, 10), ("liar", 100, 90)]
+
+
+def test_a_device_that_was_wrong_before_moves_the_means_less() -> None:
+    rows = [device("a", (20, 10), shift=0.0), device("b", (20, 10), shift=4.0)]
+    assert pooled(*rows).flagged_mean[-1] == pytest.approx(6.0)
+    assert pooled(*rows, b=1 / 3).flagged_mean[-1] == pytest.approx(5.0)
+    assert pooled(*rows, b=0.0).flagged_mean[-1] == pytest.approx(4.0)
+
+
+def test_windows_are_all_that_is_kept_and_the_last_epochs_by_doublings() -> None:
+    counts = table(*((0, 0, epoch, 1, 0) for epoch in (*range(85, 101), 0)))
+    found = {window.epochs: int(window.inputs[0, 0]) for window in windows(counts, 1, 100)}
+    assert found == {None: 17, 1: 1, 2: 2, 4: 4, 8: 8, 16: 16}
+
+
+def test_windows_that_add_nothing_are_left_out() -> None:
+    assert [window.epochs for window in windows(table((0, 0, 90, 1, 0), (0, 0, 100, 1, 0)), 1, 100)] == [None, 1]
+    assert [window.epochs for window in windows(table(), 3, 100)] == [None]
+
+
+def test_rows_of_epochs_to_come_count_as_of_this_one() -> None:
+    found = list(windows(table((0, 0, 101, 7, 1), (0, 0, 90, 1, 0)), 1, 100))
+    assert [(window.epochs, window.inputs.sum()) for window in found] == [(None, 8), (1, 7)]
+
+
+def test_windows_hold_devices_and_labels_apart_and_leave_out_labels_that_do_not_exist() -> None:
+    counts = table((0, 1, 9, 5, 2), (1, 0, 9, 7, 3), (1, 0, 9, 1, 1), (1, 2, 9, 100, 100), (0, -1, 9, 100, 100))
+    (window,) = windows(counts, 2, 9)
+    assert window.inputs.tolist() == [[0, 5], [8, 0]]
+    assert window.flagged.tolist() == [[0, 2], [4, 0]]
+
+
+def test_the_label_of_a_model_without_classes_is_minus_one() -> None:
+    (window,) = windows(table((0, -1, 9, 5, 2), (0, 0, 9, 100, 100)), 1, 9, first=-1)
+    assert (window.inputs.item(), window.flagged.item()) == (5, 2)
+
+
+def test_many_rows_add_up_whatever_their_order() -> None:
+    rng = np.random.default_rng(0)
+    rows = np.stack([rng.integers(0, high, 600_000) for high in (6, 5, 40, 9, 9)])
+    device, label, epoch, inputs, flagged = rows
+    names = tuple("abcdef")
+    counts = LabelCounts(devices=names, device=device, label=label, epoch=epoch, inputs=inputs, flagged=flagged)
+    found = list(windows(counts, 5, 39))
+    for window in found:
+        recent = rows[:, epoch > 39 - (window.epochs or 40)]
+        expected = np.zeros((6, 5))
+        np.add.at(expected, (recent[0], recent[1]), recent[3])
+        np.testing.assert_array_equal(window.inputs, expected)
