@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-arm64 lint conversion zoo bench-detection art-strip bench-agent conformance fuzz wheel clean
+.PHONY: help demo test test-all test-arm64 lint conversion zoo bench-detection art-strip bench-agent bench-fleet conformance fuzz wheel clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -65,6 +65,12 @@ art-strip: $(STAMP) ## our STRIP and cascade beside the Adversarial Robustness T
 
 bench-agent: $(STAMP) ## what the daemon costs: memory, time per input, hours with a broker that dies; writes benchmarks/results
 	$(BIN)/python -m benchmarks.agent --json benchmarks/results/agent.json $(ARGS)
+
+bench-fleet: $(STAMP) ## time to a case, false alarms and liars in simulated fleets; writes benchmarks/results
+	$(BIN)/python -m benchmarks.fleet --json benchmarks/results/fleet.json $(ARGS)
+
+bench-ingest: $(STAMP) ## how fast the hub takes reports beside a bare subscriber; writes benchmarks/results (ARGS=--quick)
+	$(BIN)/python -m benchmarks.ingest --json benchmarks/results/ingest.json $(ARGS)
 
 conformance: $(STAMP) ## ONNX import against the onnx package's own tests; writes benchmarks/results
 	$(BIN)/python -m benchmarks.onnx_conformance --json benchmarks/results/onnx_conformance.json

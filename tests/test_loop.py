@@ -40,7 +40,8 @@ class Hub:
         # So many flagged inputs are needed for a suspicion that this hub never starts a repair.
         (self.folder / "hub.toml").write_text(
             f'fleet = "demo"\nstate_dir = "state"\n[broker]\nhost = "127.0.0.1"\nport = {self.broker_port}\n'
-            f"[web]\nport = {self.web_port}\n[policy]\nmin_flagged = 1000000\n"
+            f'[web]\nport = {self.web_port}\nanonymous = "viewer"\n'
+            "[policy]\nmin_flagged = 1000000\n"
             f'[[models]]\nname = "digits"\nguarded = "{self.guarded}"\nkeras = "digits.keras"\ndata = "digits"\n'
         )
 

@@ -21,7 +21,8 @@ _EXTRAS = {
     **dict.fromkeys(("ai_edge_litert",), "device"),
     **dict.fromkeys(("tuf", "securesystemslib"), "update"),
     **dict.fromkeys(("keras", "tensorflow", "sklearn", "onnx"), "convert"),
-    **dict.fromkeys(("scipy", "sqlalchemy", "starlette", "uvicorn", "jinja2", "matplotlib"), "hub"),
+    **dict.fromkeys(("cryptography", "scipy", "sqlalchemy", "starlette", "uvicorn", "jinja2", "matplotlib"), "hub"),
+    **dict.fromkeys(("alembic", "fastapi", "prometheus_client", "psycopg", "pydantic"), "hub"),
     **dict.fromkeys(("amqtt",), "demo"),
 }
 """Which extra brings a package that a command may miss."""

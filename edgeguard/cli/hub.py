@@ -1,21 +1,527 @@
-"""``edgeguard hub``: collects reports, decides, repairs, rolls out."""
+"""``edgeguard hub``: runs the hub, and asks a running one.
+
+Rules enforced here:
+
+* all but ``token`` ask a running hub over its API; ``token --config`` opens the database of a hub on this machine: the
+  first token cannot be asked for with one;
+* exit code 0; 1 where a case that is shown is open; 2 for what the caller must change; 3 where the hub could not be
+  asked.
+"""
 
 from __future__ import annotations
 
+import functools
+import getpass
+import inspect
+import json
+import re
+import sys
+import time
+import urllib.parse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from enum import Enum
 from pathlib import Path
+from typing import Any, Protocol, get_type_hints
 
 import typer
 
+from edgeguard.cli import console, hub_setup
+from edgeguard.cli.hub_client import Client, plain
 from edgeguard.cli.run import replace_process
+from edgeguard.errors import EXIT_FINDINGS, EXIT_NOT_CHECKED, ConfigError, LinkError
+
+DEFAULT_URL = "http://127.0.0.1:8080"
+_CLOSED = ("closed", "dismissed", "refused")
+_UNITS_S = {"m": 60, "h": 3600, "d": 86400}
+_RETRY_S = 3.0
+
+Row = Mapping[str, Any]
+
+
+class Role(str, Enum):
+    """What a token allows; each may do what those before it may."""
+
+    VIEWER = "viewer"
+    OPERATOR = "operator"
+    ADMIN = "admin"
+
+
+class Step(str, Enum):
+    """What a person may have to approve."""
+
+    INSPECT = "inspect"
+    REPAIR = "repair"
+    STAGE = "stage"
+
+
+AsJson = typer.Option(False, "--json", help="Print JSON.")
+Limit = typer.Option(100, "--limit", min=1, max=100_000, help="At most so many rows.")
+Why = typer.Option("", "--why", help="For the audit trail.")
+_OPTION = inspect.Parameter.KEYWORD_ONLY
+_ASKING = {
+    "config": (Path | None, typer.Option(None, "--config", help="The hub's TOML file, which says where it listens.")),
+    "url": (
+        str | None,
+        typer.Option(None, "--url", envvar="EDGEGUARD_URL", help=f"Where the hub is, by default {DEFAULT_URL}."),
+    ),
+    "token": (
+        str | None,
+        typer.Option(None, "--token", envvar="EDGEGUARD_TOKEN", show_envvar=True, help="The token to show it."),
+    ),
+    "token_file": (
+        Path | None,
+        typer.Option(None, "--token-file", envvar="EDGEGUARD_TOKEN_FILE", help="A file whose first line is the token."),
+    ),
+    "ca": (Path | None, typer.Option(None, "--ca", help="PEM file of the authority behind its certificate.")),
+}
+"""The options of every command that asks a hub."""
+
+
+def asks(make: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command the options of all that ask a hub; ``make`` turns them into what the command names ``hub``."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(context: typer.Context, **options: Any) -> None:
+            where = {name: options.pop(name) for name in _ASKING}
+            where["config"] = where["config"] or context.find_object(Path)
+            try:
+                command(hub=make(**where), **options)
+            except LinkError as error:
+                print(f"edgeguard: {error}", file=sys.stderr)
+                raise typer.Exit(EXIT_NOT_CHECKED) from error
+
+        hints = get_type_hints(command)
+        own = [p for p in inspect.signature(command).parameters.values() if p.name != "hub"]
+        parameters = [
+            inspect.Parameter("context", _OPTION, annotation=typer.Context),
+            *(p.replace(kind=_OPTION, annotation=hints[p.name]) for p in own),
+            *(inspect.Parameter(name, _OPTION, default=o, annotation=kind) for name, (kind, o) in _ASKING.items()),
+        ]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command."""
+    """Add the commands."""
+    group = typer.Typer(invoke_without_command=True)
+    app.add_typer(group, name="hub", epilog="Example: edgeguard hub --config /etc/edgeguard/hub.toml")
 
-    @app.command(epilog="Example: edgeguard hub --config /etc/edgeguard/hub.toml")
+    @group.callback()
     def hub(
-        config: Path = typer.Option(..., help="The hub's TOML file."),
+        context: typer.Context,
+        config: Path | None = typer.Option(None, help="The hub's TOML file."),
         check: bool = typer.Option(False, "--check", help="Check configuration, store and broker once, then exit."),
+        workers: int | None = typer.Option(
+            None, min=0, max=64, help="Processes that take reports; else as configured."
+        ),
     ) -> None:
-        """Run the hub: evidence from the fleet, cases, repairs, signed releases."""
-        replace_process("edgeguard.hub", config, check)
+        """Run the hub: evidence from the fleet, cases, repairs, signed releases. The commands ask a running one."""
+        context.obj = config
+        if context.invoked_subcommand is None:
+            if config is None:
+                raise ConfigError("hub", expected="--config FILE, or a command", do="see edgeguard hub --help")
+            replace_process("edgeguard.hub", config, check, *(() if workers is None else ("--workers", str(workers))))
+
+    _add_lists(group)
+    _add_cases(group)
+    _add_devices(group)
+    _add_tokens(group)
+    hub_setup.register(group)
+
+    @group.command(epilog="Example: edgeguard hub openapi --output docs/openapi.json")
+    def openapi(output: Path | None = typer.Option(None, "--output", "-o", help="Write it here.")) -> None:
+        """Print the OpenAPI document of the hub's API."""
+        from edgeguard.hub import api
+
+        text = json.dumps(api.openapi(), indent=2) + "\n"
+        if output is None:
+            typer.echo(text, nl=False)
+        else:
+            output.write_text(text)
+
+
+def _add_lists(group: typer.Typer) -> None:
+    @group.command(epilog="Example: edgeguard hub devices --state offline --json")
+    @asks(_client)
+    def devices(
+        hub: Client,
+        state: str | None = typer.Option(None, help="Only those: online, offline, stopped or unknown."),
+        model: str | None = typer.Option(None, help="Only those that run the model of this digest."),
+        limit: int = Limit,
+        as_json: bool = AsJson,
+    ) -> None:
+        """The devices of the fleet: whether they are there, and what they run."""
+        rows = hub.rows("/v1/devices", limit=limit, state=state, model=model)
+        columns = {
+            "device": lambda r: r["device"],
+            "state": lambda r: r["state"],
+            "seen": lambda r: when(r["last_seen_ms"]),
+            "model": lambda r: short(r["model_digest"]),
+            "release": lambda r: r["sequence"],
+            "offered": lambda r: " ".join(filter(None, (r["outcome"], r["reason"]))) or None,
+        }
+        show(rows, columns, as_json)
+
+    @group.command(epilog="Example: edgeguard hub models")
+    @asks(_client)
+    def models(hub: Client, as_json: bool = AsJson) -> None:
+        """The models that the hub watches, and how many devices run each."""
+        columns = {
+            "model": lambda r: r["name"],
+            "digest": lambda r: short(r["model_digest"]),
+            "guard": lambda r: short(r["guard_digest"]),
+            "classes": lambda r: len(r["classes"]),
+            "false positives": lambda r: f"{r['fpr']:.2%}",
+            "devices": lambda r: r["devices"],
+        }
+        show(hub.get("/v1/models")["items"], columns, as_json)
+
+    @group.command(epilog="Example: edgeguard hub reports --device camera-1 --limit 20")
+    @asks(_client)
+    def reports(
+        hub: Client,
+        device: str | None = typer.Option(None, help="Only those of this device."),
+        limit: int = Limit,
+        as_json: bool = AsJson,
+    ) -> None:
+        """The newest reports."""
+        columns = {
+            "stored": lambda r: when(r["stored_ms"]),
+            "device": lambda r: r["device"],
+            "boot": lambda r: r["boot"],
+            "seq": lambda r: r["seq"],
+            "model": lambda r: short(r["model_digest"]),
+            "inputs": lambda r: r["inputs"],
+            "unchecked": lambda r: r["unchecked"],
+            "flagged": lambda r: r["flagged"],
+        }
+        show(hub.rows("/v1/reports", limit=limit, device=device), columns, as_json)
+
+    @group.command(name="dead-letters", epilog="Example: edgeguard hub dead-letters")
+    @asks(_client)
+    def dead_letters(hub: Client, limit: int = Limit, as_json: bool = AsJson) -> None:
+        """The newest messages that could not be accepted, and why."""
+        columns = {"received": lambda r: when(r["at_ms"]), "topic": lambda r: r["topic"], "why": lambda r: r["reason"]}
+        show(hub.rows("/v1/dead-letters", limit=limit), columns, as_json)
+
+    @group.command(epilog="Example: edgeguard hub events --follow")
+    @asks(_client)
+    def events(
+        hub: Client,
+        limit: int = Limit,
+        follow: bool = typer.Option(False, "--follow", "-f", help="Go on with what comes, until Ctrl-C."),
+        as_json: bool = typer.Option(False, "--json", help="Print a JSON object a line."),
+    ) -> None:
+        """The last entries of the timeline, oldest first."""
+
+        def tell(event: Row) -> None:
+            line = (
+                f"{when(event['at_ms'])}  {plain(event['kind']):<18}  {plain(event['subject'])}: {plain(event['text'])}"
+            )
+            typer.echo(json.dumps(event) if as_json else line)
+
+        last: int | None = 0
+        for event in reversed(hub.rows("/v1/events", limit=limit, order="newest")):
+            tell(event)
+            last = event["id"]
+        while follow:
+            try:
+                for event in hub.follow("/v1/events/stream", since=last):
+                    tell(event)
+                    last = event["id"]
+            except (LinkError, OSError) as error:
+                print(f"edgeguard: {error}; trying again", file=sys.stderr)
+            time.sleep(_RETRY_S)
+
+
+def _add_cases(group: typer.Typer) -> None:
+    @group.command(epilog="Example: edgeguard hub cases --json")
+    @asks(_client)
+    def cases(
+        hub: Client,
+        state: str | None = typer.Option(None, help="Only those in this state."),
+        confirmed: bool | None = typer.Option(None, "--confirmed/--suspected", help="Only cases, or only suspicions."),
+        limit: int = Limit,
+        as_json: bool = AsJson,
+    ) -> None:
+        """Suspicions and cases, the newest first. Exit code 1 where a case among them is open."""
+        asked = None if confirmed is None else str(confirmed).lower()
+        rows = hub.rows("/v1/cases", limit=limit, state=state, confirmed=asked)
+        columns = {
+            "number": lambda r: r["id"],
+            "": lambda r: "case" if r["is_case"] else "suspicion",
+            "state": lambda r: r["state"],
+            "waits for": lambda r: f"approval of {r['awaiting']}" if r["awaiting"] else None,
+            "model": lambda r: r["model"],
+            "label": lambda r: r["label_name"] or r["label"],
+            "flagged": lambda r: f"{r['flagged']} of {r['inputs']}",
+            "devices": lambda r: len(r["devices"]),
+            "since": lambda r: when(r["created_ms"]),
+        }
+        show(rows, columns, as_json)
+        _exit_for(rows)
+
+    @group.command(epilog="Example: edgeguard hub case 3")
+    @asks(_client)
+    def case(hub: Client, number: int = typer.Argument(help="Its number."), as_json: bool = AsJson) -> None:
+        """One suspicion or case: what happened, on what evidence, who decided. Exit code 1 where a case is open."""
+        found = hub.get(f"/v1/cases/{number}")
+        if as_json:
+            typer.echo(json.dumps(found))
+        else:
+            _tell(found)
+        _exit_for([found])
+
+    @group.command(epilog="Example: edgeguard hub approve 3 repair --why 'seen on two cameras'")
+    @asks(_client)
+    def approve(
+        hub: Client,
+        number: int = typer.Argument(help="The case."),
+        step: Step = typer.Argument(help="What waits for approval."),
+        why: str = Why,
+    ) -> None:
+        """Approve the step that a case waits with."""
+        _decide(hub, number, step, True, why)
+
+    @group.command(epilog="Example: edgeguard hub reject 3 stage --why 'not on a Friday'")
+    @asks(_client)
+    def reject(
+        hub: Client,
+        number: int = typer.Argument(help="The case."),
+        step: Step = typer.Argument(help="What must not be done."),
+        why: str = Why,
+    ) -> None:
+        """Reject a step of a case, which ends the case."""
+        _decide(hub, number, step, False, why)
+
+
+def _add_devices(group: typer.Typer) -> None:
+    @group.command(epilog="Example: edgeguard hub ping camera-1")
+    @asks(_client)
+    def ping(
+        hub: Client,
+        device: str = typer.Argument(help="Its name."),
+        wait: float = typer.Option(10.0, min=0, max=3600, help="Seconds to wait for the answer."),
+        as_json: bool = AsJson,
+    ) -> None:
+        """Ask a device whether it is there. Exit code 3 without an answer in time."""
+        until = time.monotonic() + wait
+        command = hub.send("POST", f"/v1/devices/{_part(device)}/commands", {"name": "ping"})
+        while command["state"] in ("waiting", "working") and time.monotonic() < until:
+            time.sleep(0.2)
+            command = hub.get(f"/v1/commands/{command['id']}")
+        answered = command["state"] == "ok"
+        if as_json:
+            typer.echo(json.dumps(command))
+        elif answered:
+            up_s = command["reply"]["result"]["uptime_s"]
+            took = command["replied_ms"] - command["issued_ms"]
+            typer.echo(f"{plain(device)}: there, up {up_s:,.0f} s, answered after {took:,} ms")
+        else:
+            why = f", {plain(command['reason'])}" if command["reason"] else ""
+            typer.echo(f"{plain(device)}: no answer after {wait:g} s ({command['state']}{why})")
+        if not answered:
+            raise typer.Exit(EXIT_NOT_CHECKED)
+
+
+def _add_tokens(group: typer.Typer) -> None:
+    tokens = typer.Typer(help="Who may use the API. With --config: in the hub's own database.", no_args_is_help=True)
+    group.add_typer(tokens, name="token", epilog="Example: edgeguard hub token add grafana --config hub.toml")
+
+    @tokens.command(epilog="Example: edgeguard hub token add grafana --role viewer --expires 90d --config hub.toml")
+    @asks(_keeper)
+    def add(
+        hub: Keeper,
+        name: str = typer.Argument(help="What to call it."),
+        role: Role = typer.Option(Role.VIEWER, help="What it allows."),
+        expires: str | None = typer.Option(None, help="After how long it ends, such as 12h or 90d; else never."),
+        as_json: bool = AsJson,
+    ) -> None:
+        """Make a token and print it, once."""
+        made = hub.add(name, role.value, seconds(expires))
+        typer.echo(json.dumps(made) if as_json else made["secret"])
+
+    @tokens.command(name="list", epilog="Example: edgeguard hub token list --config hub.toml")
+    @asks(_keeper)
+    def list_tokens(hub: Keeper, as_json: bool = AsJson) -> None:
+        """The tokens, without their secrets."""
+        columns = {
+            "token": lambda r: r["name"],
+            "role": lambda r: r["role"],
+            "made": lambda r: when(r["created_ms"]),
+            "expires": lambda r: when(r["expires_ms"]) if r["expires_ms"] else "never",
+            "used": lambda r: when(r["used_ms"]) if r["used_ms"] else "not yet",
+        }
+        show(hub.all(), columns, as_json)
+
+    @tokens.command(epilog="Example: edgeguard hub token revoke grafana --config hub.toml")
+    @asks(_keeper)
+    def revoke(hub: Keeper, name: str = typer.Argument(help="Its name.")) -> None:
+        """End a token at once."""
+        hub.revoke(name)
+        typer.echo(f"token {plain(name)} is revoked")
+
+
+class Keeper(Protocol):
+    """Where tokens are kept."""
+
+    def add(self, name: str, role: str, lifetime_s: int | None) -> Row:
+        """Make one; ``secret`` is among its fields."""
+
+    def all(self) -> Sequence[Row]:
+        """All of them."""
+
+    def revoke(self, name: str) -> None:
+        """End one."""
+
+
+class _Remote:
+    """The tokens of a running hub, over its API."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def add(self, name: str, role: str, lifetime_s: int | None) -> Row:
+        return self._client.send("POST", "/v1/tokens", {"name": name, "role": role, "lifetime_s": lifetime_s})
+
+    def all(self) -> Sequence[Row]:
+        rows: list[Row] = self._client.get("/v1/tokens")["items"]
+        return rows
+
+    def revoke(self, name: str) -> None:
+        self._client.send("DELETE", f"/v1/tokens/{_part(name)}")
+
+
+class _Local:
+    """The tokens in the database of a hub on this machine, whether it runs or not."""
+
+    def __init__(self, config: Path) -> None:
+        from edgeguard.hub import config as configuration
+        from edgeguard.hub.access import Tokens
+        from edgeguard.hub.service import clock_ms
+        from edgeguard.hub.store import Store
+
+        settings = configuration.load(config)
+        settings.state_dir.mkdir(parents=True, exist_ok=True)
+        store = Store(configuration.store_url(settings), fleet=settings.fleet)
+        self._tokens = Tokens(store, clock_ms=clock_ms)
+        self._who = f"{getpass.getuser()} on this machine"
+
+    def add(self, name: str, role: Any, lifetime_s: int | None) -> Row:
+        secret, token = self._tokens.add(name, role, who=self._who, lifetime_s=lifetime_s)
+        return {**asdict(token), "secret": secret}
+
+    def all(self) -> Sequence[Row]:
+        return [asdict(token) for token in self._tokens.all()]
+
+    def revoke(self, name: str) -> None:
+        self._tokens.revoke(name, who=self._who)
+
+
+def when(at_ms: int | None) -> str | None:
+    """A time in this machine's zone, to the second."""
+    if at_ms is None:
+        return None
+    return datetime.fromtimestamp(at_ms / 1000, timezone.utc).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def short(digest: str | None) -> str | None:
+    """The beginning of a digest, as far as people compare them."""
+    return None if digest is None else digest[:12]
+
+
+def seconds(text: str | None) -> int | None:
+    """A lifetime such as ``12h`` or ``90d`` in seconds. Raises ConfigError."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]{1,5})([mhd])", text)
+    if not found:
+        raise ConfigError("--expires", got=repr(text), expected="a number with m, h or d, such as 90d")
+    return int(found[1]) * _UNITS_S[found[2]]
+
+
+def show(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], object]], as_json: bool) -> None:
+    """Print rows as a table, or as one JSON array."""
+    if as_json:
+        typer.echo(json.dumps(list(rows)))
+        return
+    if not rows:
+        typer.echo("none")
+        return
+    lines = [list(columns), *([plain(cell(row)) for cell in columns.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        typer.echo("  ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _client(
+    config: Path | None, url: str | None, token: str | None, token_file: Path | None, ca: Path | None
+) -> Client:
+    if token is None and token_file is not None:
+        try:
+            token = token_file.read_text().partition("\n")[0].strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"token file {token_file}", got=error, expected="a token in line 1") from error
+    return Client(url or (DEFAULT_URL if config is None else _url_of(config)), token, ca)
+
+
+def _keeper(config: Path | None, url: str | None, **how: Any) -> Keeper:
+    if config is not None and url is None:
+        return _Local(config)
+    return _Remote(_client(config=config, url=url, **how))
+
+
+def _url_of(config: Path) -> str:
+    """Where a hub of this machine listens."""
+    from edgeguard.hub.config import load
+
+    web = load(config).web
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(web.host, web.host)
+    scheme = "https" if web.certificate else "http"
+    return f"{scheme}://[{host}]:{web.port}" if ":" in host else f"{scheme}://{host}:{web.port}"
+
+
+def _decide(hub: Client, number: int, step: Step, approve: bool, why: str) -> None:
+    case = hub.send("POST", f"/v1/cases/{number}/decisions", {"step": step.value, "approve": approve, "why": why})
+    typer.echo(f"case {number}: {'approved' if approve else 'rejected'} {step.value}; now {plain(case['state'])}")
+
+
+def _tell(case: Row) -> None:
+    label = f"{case['label']} ({case['label_name']})" if case["label_name"] else str(case["label"])
+    rows = [
+        ("case" if case["is_case"] else "suspicion", str(case["id"])),
+        ("state", plain(case["state"]) + (f", waits for approval of {case['awaiting']}" if case["awaiting"] else "")),
+        ("model", f"{plain(case['model'])} ({short(case['model_digest'])})"),
+        ("label", plain(label)),
+        ("flagged", f"{case['flagged']} of {case['inputs']} inputs (p = {case['p_value']:.1e})"),
+        ("devices", plain(", ".join(case["devices"]))),
+        ("what", plain(case["explanation"])),
+    ]
+    rows += [
+        ("channel", plain(f"{c['source_layer'] or c['tensor']} {c['kind']} {c['channel']}: {c['shift_in_std']:g} std"))
+        for c in case["channels"]
+    ]
+    if case["release"]:
+        release = case["release"]
+        rows.append(("release", f"{release['sequence']}, on {len(release['updated'])} devices"))
+        rows += [("held", plain(text)) for text in release["held"]]
+    for entry in case["audit"]:
+        moved = f"{plain(entry['was'])} -> {plain(entry['became'])}" if entry["was"] else plain(entry["became"])
+        rows.append((f"{when(entry['at_ms'])}", f"{moved}, {plain(entry['who'])}: {plain(entry['why'])}"))
+    console.facts(rows)
+
+
+def _exit_for(cases: Sequence[Row]) -> None:
+    if any(case["is_case"] and case["state"] not in _CLOSED for case in cases):
+        raise typer.Exit(EXIT_FINDINGS)
+
+
+def _part(name: str) -> str:
+    """A name as one part of a path."""
+    return urllib.parse.quote(name, safe="")

@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
         replace_process("edgeguard.agent", config, check)
 
 
-def replace_process(module: str, config: Path, check: bool) -> None:
-    """Become ``python -m MODULE --config CONFIG``. Does not return."""
-    arguments = [sys.executable, "-m", module, "--config", str(config)]
+def replace_process(module: str, config: Path, check: bool, *more: str) -> None:
+    """Become ``python -m MODULE --config CONFIG``, with what more there is. Does not return."""
+    arguments = [sys.executable, "-m", module, "--config", str(config), *more]
     os.execv(sys.executable, [*arguments, "--check"] if check else arguments)

@@ -109,6 +109,7 @@ port = {broker[1]}
 
 [web]
 port = {web_port}
+anonymous = "viewer"
 
 [release]
 folder = "release"
@@ -116,6 +117,7 @@ keys = "keys"
 
 [policy]
 veto_s = {VETO_S}
+assess_s = 1.0
 
 [[models]]
 name = "{model}"

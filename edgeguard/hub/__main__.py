@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgeguard.errors import EXIT_CLEAN, EXIT_INTERNAL, EXIT_USAGE, EdgeGuardError
-from edgeguard.hub import config, service
+from edgeguard.hub import config, service, workers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="edgeguard hub", description="The hub of one fleet.")
     parser.add_argument("--config", type=Path, required=True, help="TOML file")
     parser.add_argument("--check", action="store_true", help="check configuration, files, port and broker, then stop")
+    parser.add_argument("--workers", type=int, choices=range(65), metavar="N", help="processes that take reports")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     options = parser.parse_args(arguments)
     logging.basicConfig(
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         settings = config.load(options.config)
+        if options.workers is not None:
+            settings = workers.with_workers(settings, options.workers)
         if options.check:
             service.check(settings)
         else:

@@ -4,57 +4,134 @@ Rules enforced here:
 
 * the order of the batch is kept: what of a (device, boot) was received is folded message by message;
 * a repeated message changes nothing and is acknowledged again;
-* a report whose features do not have the width of the device's earlier ones for that model becomes a dead letter.
+* a report whose features do not have the width of the device's earlier ones for that model becomes a dead letter;
+* a batch reads each table once and writes each table once, however many messages it has;
+* several hubs may apply batches at once. Whoever works on a device holds its row in ``devices``; rows are first made,
+  devices before models, and then held, each in one order, so that two hubs wait for one another and never both ways.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import numpy as np
-from sqlalchemy import Connection, Row, Table, delete, func, insert, select, update
+import numpy.typing as npt
+from sqlalchemy import Connection, Row, Table, delete, insert, select, text
 
-from edgeguard.contract.messages import Ack, Alert, Birth, Health, Report
-from edgeguard.hub import schema
-from edgeguard.hub.evidence import DeviceEvidence, Vector
+from edgeguard.contract.messages import Ack, Alert, Birth, Health, LabelEvidence, Report
+from edgeguard.hub import bulk, schema, tallies
+from edgeguard.hub.evidence import Vector
 from edgeguard.hub.ingest import Accepted, Device, Rejected, Stream
 
 DEAD_LETTERS_KEPT = 1000
+_DEAD_LETTERS_LOCK = 0x6465_6164
+_HEAD = 256
+_REMEMBERED = 200_000
 
-_Sums = dict[int, DeviceEvidence]
+_Model = tuple[str, str]
+_Feature = tuple[int, int, int]
+"""Model, device and label."""
 
 
-def apply(db: Connection, fleet: str, items: Sequence[Accepted | Rejected], *, now_ms: int) -> list[tuple[str, Ack]]:
-    """Write a batch; see :meth:`edgeguard.hub.store.Store.apply`."""
-    work = _Batch(db, fleet, now_ms)
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a batch belongs: its fleet, the epoch that its counts fall into, and which row of totals it adds to."""
+
+    fleet: str
+    epoch: int
+    shard: int
+    now_ms: int
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers of devices and models, which never change and never leave: what was committed may be remembered."""
+
+    devices: Mapping[str, int] = field(default_factory=dict)
+    models: Mapping[tuple[str, str], int] = field(default_factory=dict)
+
+    def with_(self, other: Numbers) -> Numbers:
+        """These and those of another, or only the other's once there are very many."""
+        if len(self.devices) + len(self.models) > _REMEMBERED:
+            return other
+        return Numbers({**self.devices, **other.devices}, {**self.models, **other.models})
+
+
+def apply(
+    db: Connection, place: Place, items: Sequence[Accepted | Rejected], known: Numbers
+) -> tuple[list[tuple[str, Ack]], Numbers]:
+    """Write a batch; see :meth:`edgeguard.hub.store.Store.apply`.
+
+    Returns:
+        The acknowledgements, and the numbers that were not among the ``known`` ones: for use after the commit.
+    """
+    work = _Batch(db, place, items, known)
     for item in items:
         work.take(item)
     work.write()
-    return work.acks()
+    return work.acks(), work.learned
 
 
 class _Batch:
     """The rows that a batch touches, read once, folded in memory, written once."""
 
-    def __init__(self, db: Connection, fleet: str, now_ms: int) -> None:
+    def __init__(self, db: Connection, place: Place, items: Sequence[Accepted | Rejected], known: Numbers) -> None:
         self._db = db
-        self._fleet = fleet
-        self._now_ms = now_ms
-        self._streams: dict[tuple[str, str], tuple[bool, Stream]] = {}
-        self._devices: dict[str, tuple[bool, Device, dict[str, Any]]] = {}
-        self._sums: dict[tuple[str, str, str], tuple[frozenset[int], _Sums]] = {}
-        self._reports: list[dict[str, Any]] = []
-        self._alerts: list[dict[str, Any]] = []
+        self._place = place
+        self._told: dict[str, dict[str, bytes]] = {"birth": {}, "health": {}}
+        self._reports: list[tuple[Any, ...]] = []
+        self._alerts: list[tuple[Any, ...]] = []
         self._dead: list[Rejected] = []
+        self._unlisted = 0
+        self._tallies: dict[tuple[int, int], int] = {}
+        self._counts: list[tuple[int, int, int, int]] = []
+        self._features: list[tuple[_Feature, LabelEvidence]] = []
+        self._read(items, known)
+
+    def _read(self, items: Sequence[Accepted | Rejected], known: Numbers) -> None:
+        names: set[str] = set()
+        streams: dict[tuple[str, str], None] = {}
+        models: set[_Model] = set()
+        speaking: set[str] = set()
+        featured: set[tuple[str, _Model]] = set()
+        for item in items:
+            if isinstance(item, Rejected):
+                if item.identity is not None:
+                    device, boot, _ = item.identity
+                    names.add(device)
+                    streams[device, boot] = None
+                continue
+            message = item.message
+            names.add(item.device)
+            if isinstance(message, Report | Alert):
+                streams[item.device, message.boot] = None
+                model = (message.model_digest, message.guard_digest)
+                models.add(model)
+                if isinstance(message, Report) and message.evidence:
+                    featured.add((item.device, model))
+            else:
+                speaking.add(item.device)
+        self.learned = self._learn(sorted(names - known.devices.keys()), sorted(models - known.models.keys()))
+        self._ids = {name: self.learned.devices.get(name) or known.devices[name] for name in names}
+        self._models = {model: self.learned.models.get(model) or known.models[model] for model in models}
+        bulk.lock(self._db, schema.devices, "id", sorted(self._ids.values()))
+        self._boots = {boot: _to_int(boot) for _, boot in streams}
+        self._streams = self._read_streams(streams)
+        self._states = self._read_devices(speaking)
+        keys = [(self._models[model], self._ids[device]) for device, model in featured]
+        found = bulk.read(
+            self._db, schema.features, ("model_id", "device_id"), keys, ("model_id", "device_id", "width")
+        )
+        self._widths: dict[tuple[int, int], int] = {(row.model_id, row.device_id): row.width for row in found}
 
     def take(self, item: Accepted | Rejected) -> None:
         """Fold one message in."""
         if isinstance(item, Rejected):
-            identity = item.identity
-            if identity is None or self._is_new(*identity):
-                self._dead.append(item)
+            if item.identity is None or self._is_new(*item.identity):
+                self._reject(item)
             return
         message = item.message
         if not isinstance(message, Report | Alert):
@@ -62,179 +139,218 @@ class _Batch:
             return
         if not self._is_new(item.device, message.boot, message.seq):
             return
-        self._update_device(item)
-        row = {
-            "fleet": self._fleet,
-            "device": item.device,
-            "boot": message.boot,
-            "seq": message.seq,
-            "model_digest": message.model_digest,
-            "guard_digest": message.guard_digest,
-            "stored_ms": self._now_ms,
-            "payload": item.payload,
-        }
+        device = self._ids[item.device]
+        model = self._models[message.model_digest, message.guard_digest]
+        row = (self._boots[message.boot], message.seq, self._place.now_ms, device, model)
         if isinstance(message, Alert):
-            self._alerts.append(row | {"at_ms": message.at_ms, "label": message.label, "score": message.score})
+            self._alerts.append((*row, message.at_ms, message.score, message.label, item.payload))
             return
-        problem = self._add_evidence(item.device, message)
-        if problem:
-            self._dead.append(Rejected(topic=f"{item.device}/report", reason=problem, head=item.payload[:256]))
-            return
-        self._reports.append(
-            row
-            | {
-                "inputs": message.inputs,
-                "unchecked": message.unchecked,
-                "flagged": sum(count.flagged for count in message.labels),
-                "started_ms": message.started_ms,
-                "ended_ms": message.ended_ms,
-            }
-        )
+        if message.evidence:
+            width = len(message.evidence[0].flagged_mean)
+            known = self._widths.setdefault((model, device), width)
+            if known != width:
+                reason = f"features of width {width}, this device's earlier ones had {known}"
+                self._reject(Rejected(topic=f"{item.device}/report", reason=reason, head=item.payload[:_HEAD]))
+                return
+            self._features += [((model, device, part.label), part) for part in message.evidence]
+        tally = self._tallies.setdefault((model, device), len(self._tallies))
+        counts = [(tally, count.label, count.inputs, count.flagged) for count in message.labels]
+        self._counts += counts
+        flagged = sum([count[3] for count in counts])
+        self._reports.append((*row, message.inputs, message.unchecked, flagged, item.payload))
 
     def write(self) -> None:
         """Write what was folded."""
-        for table, rows in ((schema.reports, self._reports), (schema.alerts, self._alerts)):
-            if rows:
-                self._db.execute(insert(table), rows)
-        for (device, boot), (exists, stream) in self._streams.items():
-            key = {"fleet": self._fleet, "device": device, "boot": boot}
-            self._put(schema.streams, key, {"through_seq": stream.through, "gaps": list(stream.gaps)}, exists=exists)
-        for (model, guard, device), (existing, sums) in self._sums.items():
-            for label, total in sums.items():
-                entry: dict[str, Any] = {
-                    "fleet": self._fleet,
-                    "model_digest": model,
-                    "guard_digest": guard,
-                    "device": device,
-                    "label": label,
-                }
-                self._put(schema.evidence, entry, _from_evidence(total), exists=label in existing)
-        for name, (exists, state, extra) in self._devices.items():
-            values = {field: getattr(state, field) for field in _DEVICE_FIELDS} | extra
-            self._put(schema.devices, {"fleet": self._fleet, "device": name}, values, exists=exists)
+        bulk.insert(self._db, schema.reports, _REPORT, self._reports)
+        bulk.insert(self._db, schema.alerts, _ALERT, self._alerts)
+        rows = [
+            (self._ids[device], self._boots[boot], stream.through, self._place.now_ms, _from_gaps(stream.gaps))
+            for (device, boot), stream in self._streams.items()
+        ]
+        bulk.insert(
+            self._db, schema.streams, ("device_id", "boot", "through_seq", "last_ms", "gaps"), rows, conflict="replace"
+        )
+        self._write_counts()
+        self._write_features()
+        self._write_devices()
         self._write_dead()
+        self._write_totals()
 
     def acks(self) -> list[tuple[str, Ack]]:
         """One for every (device, boot) that a message of the batch belonged to."""
-        return [(device, stream.ack(boot)) for (device, boot), (_, stream) in self._streams.items()]
+        return [(device, stream.ack(boot)) for (device, boot), stream in self._streams.items()]
+
+    def _learn(self, names: list[str], models: list[_Model]) -> Numbers:
+        """The numbers of devices and models, which are made where there are none yet."""
+        fleet = self._place.fleet
+        by_name = [(fleet, name) for name in names]
+        by_digest = [(fleet, *model) for model in models]
+        devices = self._read_numbers(schema.devices, _BY_NAME, by_name)
+        new = [(fleet, name, 0, "unknown", 0, "", 0) for _, name in by_name if (name,) not in devices]
+        bulk.insert(self._db, schema.devices, _NEW_DEVICE, new, conflict="ignore")
+        if new:
+            devices = self._read_numbers(schema.devices, _BY_NAME, by_name)
+        numbers = self._read_numbers(schema.models, _BY_DIGEST, by_digest)
+        if len(numbers) < len(models):
+            bulk.insert(self._db, schema.models, _BY_DIGEST, by_digest, conflict="ignore")
+            numbers = self._read_numbers(schema.models, _BY_DIGEST, by_digest)
+        return Numbers({name: devices[name,] for name in names}, {model: numbers[model] for model in models})
+
+    def _read_numbers(self, table: Table, key: bulk.Names, values: bulk.Rows) -> dict[tuple[Any, ...], int]:
+        rows = bulk.read(self._db, table, key, values, ("id", *key[1:]))
+        return {tuple(row[1:]): row.id for row in rows}
+
+    def _read_streams(self, wanted: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Stream]:
+        keys = {(self._ids[device], self._boots[boot]): (device, boot) for device, boot in wanted}
+        streams = dict.fromkeys(keys.values(), Stream())
+        columns = ("device_id", "boot", "through_seq", "gaps")
+        for row in bulk.read(self._db, schema.streams, columns[:2], list(keys), columns):
+            streams[keys[row.device_id, row.boot]] = Stream(row.through_seq, _to_gaps(row.gaps))
+        return streams
+
+    def _read_devices(self, names: Iterable[str]) -> dict[str, Device]:
+        keys = [(self._ids[name],) for name in names]
+        return {row.device: to_device(row) for row in bulk.read(self._db, schema.devices, ("id",), keys, _DEVICE)}
 
     def _is_new(self, device: str, boot: str, seq: int) -> bool:
-        if (device, boot) not in self._streams:
-            row = self._row(schema.streams, {"fleet": self._fleet, "device": device, "boot": boot})
-            self._streams[device, boot] = (
-                row is not None,
-                Stream(row.through_seq, tuple(row.gaps)) if row else Stream(),
-            )
-        exists, stream = self._streams[device, boot]
-        new, stream = stream.take(seq)
-        self._streams[device, boot] = (exists, stream)
+        new, self._streams[device, boot] = self._streams[device, boot].take(seq)
         return new
+
+    def _reject(self, item: Rejected) -> None:
+        if item.listed:
+            self._dead.append(item)
+        else:
+            self._unlisted += 1
 
     def _update_device(self, item: Accepted) -> None:
         name, message = item.device, item.message
-        if name not in self._devices:
-            row = self._row(schema.devices, {"fleet": self._fleet, "device": name})
-            self._devices[name] = (row is not None, to_device(row) if row else Device(device=name), {})
-        exists, before, extra = self._devices[name]
-        after = before.after(message, now_ms=None if item.retained else self._now_ms)
-        if isinstance(message, Birth) and message.session >= before.session:
-            extra = extra | {"birth": msgspec.to_builtins(message)}
-        elif isinstance(message, Health) and message.session >= before.session:
-            extra = extra | {"health": msgspec.to_builtins(message)}
+        before = self._states[name]
+        after = before.after(message, now_ms=None if item.retained else self._place.now_ms)
+        if isinstance(message, Birth | Health) and message.session >= before.session:
+            self._told["birth" if isinstance(message, Birth) else "health"][name] = msgspec.json.encode(message)
         told = (after.outcome, after.outcome_sequence)
         if told != (before.outcome, before.outcome_sequence) and after.outcome is not None:
             add_event(
-                self._db, self._fleet, at_ms=self._now_ms, kind=f"device_{after.outcome}", subject=name,
+                self._db, self._place.fleet, at_ms=self._place.now_ms, kind=f"device_{after.outcome}", subject=name,
                 text=f"{name}: release {after.outcome_sequence} {after.outcome}"
                 + (f", {after.reason}" if after.reason else ""),
                 detail={"device": name, "sequence": after.outcome_sequence, "model_digest": after.model_digest},
             )  # fmt: skip
-        self._devices[name] = (exists, after, extra)
+        self._states[name] = after
 
-    def _add_evidence(self, device: str, report: Report) -> str:
-        """Add a report's counts and features to the device's sums. Returns what is wrong with them, or nothing."""
-        key = (report.model_digest, report.guard_digest, device)
-        if key not in self._sums:
-            table = schema.evidence
-            rows = self._db.execute(
-                select(table)
-                .where(
-                    table.c.fleet == self._fleet,
-                    table.c.model_digest == report.model_digest,
-                    table.c.guard_digest == report.guard_digest,
-                    table.c.device == device,
-                )
-                .with_for_update()
-            )
-            sums = {row.label: to_evidence(row) for row in rows}
-            self._sums[key] = (frozenset(sums), sums)
-        _, sums = self._sums[key]
-        known = max((total.width for total in sums.values()), default=0)
-        width = len(report.evidence[0].flagged_mean) if report.evidence else 0
-        if known and width and known != width:
-            return f"features of width {width}, this device's earlier ones had {known}"
-        features = {evidence.label: evidence for evidence in report.evidence}
-        for count in report.labels:
-            total = sums.get(count.label) or DeviceEvidence(device=device, label=count.label)
-            sums[count.label] = total.add(count, features.get(count.label))
-        return ""
+    def _write_counts(self) -> None:
+        keys = [(model, self._place.epoch, device) for model, device in self._tallies]
+        columns = ("model_id", "epoch", "device_id", "labels")
+        found = bulk.read(self._db, schema.label_counts, columns[:3], keys, columns)
+        before = {row[:3]: row[3] for row in map(tuple, found)}
+        after = tallies.add([before.get(key, b"") for key in keys], self._counts)
+        rows = [(*key, labels) for key, labels in zip(keys, after, strict=True)]
+        bulk.insert(self._db, schema.label_counts, columns, rows, conflict="replace")
+
+    def _write_features(self) -> None:
+        key: bulk.Names = ("model_id", "device_id", "label")
+        wanted = list(dict.fromkeys(feature for feature, _ in self._features))
+        found = bulk.read(self._db, schema.features, key, wanted, (*key, *_SUMS))
+        before = {row[:3]: row[3:] for row in map(tuple, found)}
+        for width in sorted({self._widths[feature[:2]] for feature in wanted}):
+            keys = [feature for feature in wanted if self._widths[feature[:2]] == width]
+            parts = [(feature, part) for feature, part in self._features if self._widths[feature[:2]] == width]
+            sums = _add_features([before.get(feature) for feature in keys], keys, parts, width)
+            rows = [(*feature, width, *total) for feature, total in zip(keys, sums, strict=True)]
+            bulk.insert(self._db, schema.features, (*key, "width", *_SUMS), rows, conflict="replace")
+
+    def _write_devices(self) -> None:
+        rows = [
+            (*(getattr(state, field) for field in _STATE), _plain(state.reason), self._ids[name])
+            for name, state in self._states.items()
+        ]
+        bulk.update(self._db, schema.devices, "id", (*_STATE, "reason"), rows)
+        for column, told in self._told.items():
+            values = [(content.decode(), self._ids[name]) for name, content in told.items()]
+            bulk.update(self._db, schema.devices, "id", (column,), values)
 
     def _write_dead(self) -> None:
         if not self._dead:
             return
-        table = schema.dead_letters
-        mine = table.c.fleet == self._fleet
-        last = self._db.scalar(select(func.max(table.c.number)).where(mine)) or 0
+        if self._db.dialect.name == "postgresql":
+            self._db.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _DEAD_LETTERS_LOCK})
+        table, fleet = schema.dead_letters, self._place.fleet
         rows = [
-            {
-                "fleet": self._fleet,
-                "number": last + i,
-                "at_ms": self._now_ms,
-                "topic": _plain(letter.topic),
-                "reason": _plain(letter.reason),
-                "head": letter.head,
-            }
-            for i, letter in enumerate(self._dead, start=1)
+            (fleet, self._place.now_ms, _plain(letter.topic), _plain(letter.reason), letter.head)
+            for letter in self._dead
         ]
-        self._db.execute(insert(table), rows)
-        self._db.execute(delete(table).where(mine, table.c.number <= last + len(rows) - DEAD_LETTERS_KEPT))
+        bulk.insert(self._db, table, ("fleet", "at_ms", "topic", "reason", "head"), rows)
+        mine = table.c.fleet == fleet
+        oldest = select(table.c.id).where(mine).order_by(table.c.id.desc()).offset(DEAD_LETTERS_KEPT).limit(1)
+        self._db.execute(delete(table).where(mine, table.c.id <= oldest.scalar_subquery()))
 
-    def _row(self, table: Table, key: Mapping[str, str]) -> Row[Any] | None:
-        where = (table.c[name] == value for name, value in key.items())
-        return self._db.execute(select(table).where(*where).with_for_update()).one_or_none()
-
-    def _put(self, table: Table, key: Mapping[str, Any], values: Mapping[str, Any], *, exists: bool) -> None:
-        if exists:
-            where = (table.c[name] == value for name, value in key.items())
-            self._db.execute(update(table).where(*where).values(**values))
-        else:
-            self._db.execute(insert(table).values(**key, **values))
+    def _write_totals(self) -> None:
+        inputs, unchecked, flagged = (sum(row[i] for row in self._reports) for i in (5, 6, 7))
+        counted = (len(self._reports), inputs, unchecked, flagged, len(self._alerts), len(self._dead) + self._unlisted)
+        if any(counted):
+            row = (self._place.fleet, self._place.shard, *counted)
+            bulk.insert(self._db, schema.totals, ("fleet", "shard", *TOTALS), [row], conflict="add")
 
 
-_DEVICE_FIELDS = (
-    "session", "state", "model_digest", "guard_digest", "sequence", "outcome", "outcome_sequence", "reason",
-    "last_seen_ms",
+TOTALS = ("reports", "inputs", "unchecked", "flagged", "alerts", "dead_letters")
+_BY_NAME, _BY_DIGEST = ("fleet", "device"), ("fleet", "model_digest", "guard_digest")
+_NEW_DEVICE = ("fleet", "device", "session", "state", "sequence", "reason", "last_seen_ms")
+_STATE = (
+    "session", "state", "model_digest", "guard_digest", "sequence", "outcome", "outcome_sequence", "last_seen_ms",
 )  # fmt: skip
+_DEVICE = ("device", "reason", *_STATE)
+_REPORT = ("boot", "seq", "stored_ms", "device_id", "model_id", "inputs", "unchecked", "flagged", "payload")
+_ALERT = ("boot", "seq", "stored_ms", "device_id", "model_id", "at_ms", "score", "label", "payload")
+_SUMS = ("flagged", "unflagged", "flagged_sum", "unflagged_sum", "unflagged_squares")
+
+
+def _add_features(
+    before: Sequence[tuple[Any, ...] | None],
+    keys: Sequence[_Feature],
+    parts: Sequence[tuple[_Feature, LabelEvidence]],
+    width: int,
+) -> list[tuple[int, int, bytes, bytes, bytes]]:
+    """Add feature vectors of one width to the sums ``before`` of each key, ``_SUMS`` of its row or None."""
+    numbers = {key: number for number, key in enumerate(keys)}
+    flagged = [row[0] if row else 0 for row in before]
+    unflagged = [row[1] if row else 0 for row in before]
+    nothing = bytes(8 * width)
+    sums = [
+        np.frombuffer(b"".join((row[i] if row else b"") or nothing for row in before)).reshape(-1, width).copy()
+        for i in (2, 3, 4)
+    ]
+    for key, part in parts:
+        flagged[numbers[key]] += part.flagged
+        unflagged[numbers[key]] += part.unflagged
+    rows = np.array([numbers[key] for key, _ in parts])
+    np.add.at(sums[0], rows, _weighted([(part.flagged, part.flagged_mean) for _, part in parts]))
+    described = [(numbers[key], part) for key, part in parts if part.unflagged]
+    if described:
+        rows = np.array([number for number, _ in described])
+        weight = np.array([part.unflagged for _, part in described], dtype=np.float64)[:, None]
+        mean = np.array([part.unflagged_mean for _, part in described], dtype=np.float64)
+        std = np.array([part.unflagged_std for _, part in described], dtype=np.float64)
+        np.add.at(sums[1], rows, weight * mean)
+        np.add.at(sums[2], rows, weight * (std**2 + mean**2))
+    return [
+        (f, u, sums[0][i].tobytes(), sums[1][i].tobytes() if u else b"", sums[2][i].tobytes() if u else b"")
+        for i, (f, u) in enumerate(zip(flagged, unflagged, strict=True))
+    ]
+
+
+def _weighted(parts: Sequence[tuple[int, tuple[float, ...]]]) -> npt.NDArray[np.float64]:
+    weights = np.array([weight for weight, _ in parts], dtype=np.float64)
+    return weights[:, None] * np.array([vector for _, vector in parts], dtype=np.float64)
 
 
 def to_device(row: Row[Any]) -> Device:
     """A row of ``devices``."""
-    return Device(device=row.device, **{field: getattr(row, field) for field in _DEVICE_FIELDS})
+    return Device(device=row.device, reason=row.reason, **{field: getattr(row, field) for field in _STATE})
 
 
-def to_evidence(row: Row[Any]) -> DeviceEvidence:
-    """A row of ``evidence``."""
-    return DeviceEvidence(
-        device=row.device,
-        label=row.label,
-        inputs=row.inputs,
-        flagged=row.flagged,
-        flagged_vectors=row.flagged_vectors,
-        flagged_sum=_to_vector(row.flagged_sum),
-        unflagged=row.unflagged,
-        unflagged_sum=_to_vector(row.unflagged_sum),
-        unflagged_squares=_to_vector(row.unflagged_squares),
-    )
+def to_vector(content: bytes) -> Vector:
+    """A sum of feature vectors."""
+    return np.frombuffer(content, dtype="<f8").astype(np.float64)
 
 
 def add_event(
@@ -245,24 +361,18 @@ def add_event(
     db.execute(insert(schema.events), {"fleet": fleet, **row})
 
 
-def _from_evidence(total: DeviceEvidence) -> dict[str, Any]:
-    return {
-        "inputs": total.inputs,
-        "flagged": total.flagged,
-        "flagged_vectors": total.flagged_vectors,
-        "flagged_sum": _from_vector(total.flagged_sum),
-        "unflagged": total.unflagged,
-        "unflagged_sum": _from_vector(total.unflagged_sum),
-        "unflagged_squares": _from_vector(total.unflagged_squares),
-    }
+def _to_int(boot: str) -> int:
+    """The 64 bits of a boot id, read as a signed number: what databases have."""
+    number = int(boot, 16)
+    return number - (1 << 64) if number >> 63 else number
 
 
-def _from_vector(vector: Vector) -> bytes:
-    return vector.astype("<f8").tobytes()
+def _from_gaps(gaps: tuple[int, ...]) -> str | None:
+    return msgspec.json.encode(gaps).decode() if gaps else None
 
 
-def _to_vector(content: bytes) -> Vector:
-    return np.frombuffer(content, dtype="<f8").astype(np.float64)
+def _to_gaps(gaps: str | None) -> tuple[int, ...]:
+    return tuple(msgspec.json.decode(gaps)) if gaps else ()
 
 
 def _plain(text: str) -> str:

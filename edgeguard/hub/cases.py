@@ -1,19 +1,25 @@
-"""A case: one suspicion about one model, from the first evidence to the repaired fleet. Pure transitions.
+"""A suspicion about one model, and the case that it may become. Pure transitions.
 
 ::
 
-    suspected -> confirming -> repairing -> repaired -> released -> rolling_out -> closed
-                 |             |            |           |
-                 |             refused      refused     refused (vetoed)
-                 dismissed
-    could_not_check: the worker could not tell, or crashed too often
+    suspected -> inspecting -> confirmed -> repairing -> repaired -> released -> rolling_out -> closed
+        |            |             |            |            |           |
+     refused     dismissed      refused      refused      refused     refused
+    could_not_check: the inspection could not tell, or what it needs is not there
+
+A record begins as a suspicion, which reports alone may raise. It is a *case* from the moment an inspection on the hub
+confirmed it, and stays one.
 
 Rules enforced here:
 
-* a case moves along these arrows only, and back to ``confirming`` when its worker is run again;
+* a record moves along these arrows only;
+* only a confirmed inspection makes a case, and what was confirmed can no longer be dismissed: inspections that disagree
+  are *could not check*;
 * "could not check" is a state of its own: it is neither dismissed nor confirmed;
-* a model has at most one open case, and none once a release replaces it: two repairs of one model would collide;
-* a finished case that changed nothing comes up again only when the flagged inputs have doubled since its run.
+* a step that policy gives to a person waits for that person, and the record says which step it waits for;
+* a model has at most one open record, and none once a release replaces it: two repairs of one model would collide;
+* a finished record that changed nothing comes up again only when the flagged inputs have doubled since, or for other
+  devices: else those who shout for a label once would silence all others about it.
 """
 
 from __future__ import annotations
@@ -28,29 +34,49 @@ from edgeguard.contract.messages import Digest
 from edgeguard.hub.policy import ChannelShift, Suspicion
 
 State = Literal[
-    "suspected", "confirming", "repairing", "repaired", "released", "rolling_out", "closed",
+    "suspected", "inspecting", "confirmed", "repairing", "repaired", "released", "rolling_out", "closed",
     "dismissed", "refused", "could_not_check",
 ]  # fmt: skip
+Step = Literal["inspect", "repair", "stage"]
+Choice = Literal["auto", "approve", "never"]
 
 _ARROWS: dict[State, tuple[State, ...]] = {
-    "suspected": ("confirming", "could_not_check"),
-    "confirming": ("confirming", "repairing", "repaired", "dismissed", "refused", "could_not_check"),
-    "repairing": ("confirming", "repairing", "repaired", "dismissed", "refused", "could_not_check"),
+    "suspected": ("inspecting", "refused", "could_not_check"),
+    "inspecting": ("confirmed", "dismissed", "could_not_check"),
+    "confirmed": ("repairing", "refused", "could_not_check"),
+    "repairing": ("repaired", "refused", "could_not_check"),
     "repaired": ("released", "refused"),
     "released": ("rolling_out", "refused"),
-    "rolling_out": ("rolling_out", "closed"),
-    "closed": ("closed",),
+    "rolling_out": ("closed",),
+    "closed": (),
     "dismissed": (),
     "refused": (),
     "could_not_check": (),
 }
-WORKING: tuple[State, ...] = ("suspected", "confirming", "repairing")
-"""The states in which the worker has yet to finish."""
-OPEN: tuple[State, ...] = (*WORKING, "repaired", "released", "rolling_out")
+WORKING: tuple[State, ...] = ("inspecting", "repairing")
+"""The states in which a job is under way."""
+OPEN: tuple[State, ...] = ("suspected", "inspecting", "confirmed", "repairing", "repaired", "released", "rolling_out")
+_DECIDED_IN: dict[Step, tuple[State, ...]] = {
+    "inspect": ("suspected",),
+    "repair": ("confirmed",),
+    "stage": ("repaired", "released"),
+}
+_MAX_NAMED = 5
+
+
+class Dormant(msgspec.Struct, frozen=True, kw_only=True):
+    """Channels of one tapped layer that the fleet finds least active on clean inputs, the least active first."""
+
+    layer: str
+    channels: tuple[int, ...]
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What the worker is given. The vectors are ``[D]``, empty where no device sent such features."""
+    """What the worker is given. The vectors are ``[D]``, empty where no device sent such features.
+
+    ``channels`` are the suspected ones, as indices into the features; none: all. ``resume`` is the folder of an
+    earlier run that confirmed the same suspicion.
+    """
 
     guarded: str
     keras: str
@@ -59,6 +85,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     flagged_mean: tuple[float, ...]
     unflagged_mean: tuple[float, ...]
     unflagged_std: tuple[float, ...]
+    channels: tuple[int, ...] = ()
+    dormant: tuple[Dormant, ...] = ()
+    stop_after: Literal["inspect"] | None = None
+    resume: str | None = None
     out_dir: str
     seed: int
 
@@ -73,15 +103,26 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """The worker's last word. ``output`` is the repaired guarded model, ``keras`` its trainable form."""
+    """The worker's last word. ``output`` is the repaired guarded model, ``keras`` its trainable form.
+
+    ``repaired`` False: it stopped after the inspection, as it was told to.
+    """
 
     verdict: Literal["confirmed", "not_confirmed", "could_not_check"]
+    repaired: bool = True
     gate_passed: bool = False
     output: str | None = None
     model_digest: Digest | None = None
     guard_digest: Digest | None = None
     keras: str | None = None
     summary: dict[str, Any] = msgspec.field(default_factory=dict)
+
+    @property
+    def reason(self) -> str:
+        """Why the inspection decided as it did, in its own words; empty where it gave none."""
+        finding = self.summary.get("finding")
+        reason = finding.get("reason") if isinstance(finding, dict) else None
+        return reason[:500] if isinstance(reason, str) else ""
 
 
 class Released(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,15 +141,23 @@ class Released(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
-    """One case. ``runs`` counts the worker's starts, ``failures`` those that ended without a result.
+    """One record, from suspicion to the repaired fleet.
 
-    ``flagged`` and ``inputs`` are those of the suspicion; ``judged`` the flagged inputs that the last run was given.
+    Attributes:
+        flagged: as ``inputs``, that of the suspicion; ``judged`` what the last job was given.
+        is_case: an inspection confirmed it.
+        awaiting: the step that waits for a person.
+        approved: the steps that a person approved.
+        job: the job under way, or the last one.
+        asked_ms: when the fleet was asked for ranks or votes.
+        revision: counts the writes, so that no two hubs move one record at once.
     """
 
     id: int = 0
     model: str
     model_digest: str
     label: int
+    label_name: str = ""
     state: State
     created_ms: int
     updated_ms: int
@@ -118,20 +167,24 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     p_value: float
     channels: tuple[ChannelShift, ...]
     judged: int = 0
-    runs: int = 0
-    failures: int = 0
-    progress: Progress | None = None
+    is_case: bool = False
+    awaiting: Step | None = None
+    approved: tuple[Step, ...] = ()
+    job: int | None = None
+    asked_ms: int | None = None
     result: Result | None = None
     release: Released | None = None
     note: str = ""
+    revision: int = 0
 
 
-def open_case(suspicion: Suspicion, *, model: str, at_ms: int) -> Case:
-    """A new case, without an id yet."""
+def open_case(suspicion: Suspicion, *, model: str, label_name: str, at_ms: int) -> Case:
+    """A new record, without an id yet: a suspicion, not a case."""
     return Case(
         model=model,
         model_digest=suspicion.model_digest,
         label=suspicion.label,
+        label_name=label_name,
         state="suspected",
         created_ms=at_ms,
         updated_ms=at_ms,
@@ -144,54 +197,164 @@ def open_case(suspicion: Suspicion, *, model: str, at_ms: int) -> Case:
 
 
 def is_news(suspicion: Suspicion, cases: Iterable[Case]) -> bool:
-    """Whether a suspicion deserves a case of its own beside those that exist."""
+    """Whether a suspicion deserves a record of its own beside those that exist."""
     for case in cases:
         if case.model_digest != suspicion.model_digest:
             continue
         if case.state in OPEN or case.state == "closed":
             return False
-        if case.label == suspicion.label and suspicion.flagged < 2 * max(case.flagged, case.judged):
+        same = len(set(suspicion.devices) & set(case.devices)) * 2 > len(suspicion.devices)
+        if case.label == suspicion.label and same and suspicion.flagged < 2 * max(case.flagged, case.judged):
             return False
     return True
 
 
 def move(case: Case, state: State, *, at_ms: int, **changes: Any) -> Case:
-    """The case in its next state. Raises ValueError where no arrow leads there."""
+    """The record in its next state. Raises ValueError where no arrow leads there."""
     if state not in _ARROWS[case.state]:
         raise ValueError(f"case {case.id} cannot go from {case.state} to {state}")
-    moved: Case = msgspec.structs.replace(case, state=state, updated_ms=at_ms, **changes)
+    moved: Case = msgspec.structs.replace(case, state=state, updated_ms=at_ms, awaiting=None, **changes)
     return moved
 
 
-def started(case: Case, *, judged: int, at_ms: int) -> Case:
-    """The worker was started, for the first time or again, on so many flagged inputs."""
-    return move(case, "confirming", at_ms=at_ms, runs=case.runs + 1, judged=judged, progress=None)
+def may(case: Case, step: Step, choice: Choice) -> bool | None:
+    """Whether a step may be done now; None where a person has yet to be asked, or to answer."""
+    if choice == "auto" or (choice == "approve" and step in case.approved):
+        return True
+    return None if choice == "approve" else False
 
 
-def progressed(case: Case, progress: Progress, *, at_ms: int) -> Case:
-    """The worker came further. Converting the repaired model is part of repairing."""
-    state: State = "confirming" if progress.stage == "confirming" else "repairing"
-    return move(case, state, at_ms=at_ms, progress=progress)
+def decided(case: Case, step: Step, *, approve: bool, who: str, why: str, at_ms: int) -> Case:
+    """The record after a person's decision on one step.
+
+    A rejection ends it: before the inspection, before the repair, or before the roll-out has begun. An approval is
+    taken only where it is waited for.
+
+    Raises:
+        ValueError: the step is not open for a decision.
+    """
+    if case.state not in _DECIDED_IN[step] or (approve and case.awaiting != step):
+        waits = f"waits for approval of {case.awaiting}" if case.awaiting else f"is {case.state}"
+        raise ValueError(f"case {case.id} {waits}: nothing to decide on {step}")
+    if approve:
+        return msgspec.structs.replace(case, awaiting=None, approved=(*case.approved, step), updated_ms=at_ms)
+    return move(case, "refused", at_ms=at_ms, note=f"{who} said no to {step}" + (f": {why}" if why else ""))
 
 
-def settled(case: Case, result: Result, *, at_ms: int) -> Case:
-    """The worker has finished. Only a confirmed case whose gate passed and that has a model is repaired."""
-    state: State
-    if result.verdict == "could_not_check":
-        state, note = "could_not_check", "the inspection could not tell"
-    elif result.verdict == "not_confirmed":
-        state, note = "dismissed", "the inspection found no backdoor for this label"
-    elif result.gate_passed and result.output and result.model_digest and result.guard_digest:
-        state, note = "repaired", ""
-    else:
-        state, note = "refused", "the repaired model did not pass the gate"
-    return move(case, state, at_ms=at_ms, result=result, progress=None, note=note)
+def confirmed(case: Case, *, at_ms: int, **changes: Any) -> Case:
+    """The inspection confirmed the suspicion: from now on it is a case."""
+    return move(case, "confirmed", at_ms=at_ms, is_case=True, **changes)
 
 
-def crashed(case: Case, reason: str, *, attempts: int, at_ms: int) -> Case:
-    """The worker ended without a result. After ``attempts`` of these the case is given up."""
-    failures = case.failures + 1
-    if failures >= attempts:
-        note = f"the worker failed {failures} times, the last time: {reason}"
-        return move(case, "could_not_check", at_ms=at_ms, failures=failures, progress=None, note=note)
-    return move(case, "confirming", at_ms=at_ms, failures=failures, progress=None, note=reason)
+def progressed(case: Case, progress: Progress, *, at_ms: int) -> list[Case]:
+    """The moves that a job's progress means: one that repairs has confirmed."""
+    moves: list[Case] = []
+    if progress.stage != "confirming":
+        if case.state == "inspecting":
+            moves.append(confirmed(case, at_ms=at_ms))
+        if (moves or [case])[-1].state == "confirmed":
+            moves.append(move((moves or [case])[-1], "repairing", at_ms=at_ms))
+    return moves
+
+
+def settled(case: Case, result: Result, *, at_ms: int) -> list[Case]:
+    """The moves that a job's result means.
+
+    Only a confirmed case whose gate passed and that has a model is repaired.
+    """
+    found = result.reason
+    if result.verdict == "confirmed":
+        moves = []
+        if case.state == "inspecting":
+            case = confirmed(case, at_ms=at_ms, result=result, note=found)
+            moves.append(case)
+        if not result.repaired and case.state == "confirmed":
+            return moves
+        if case.state == "confirmed":
+            case = move(case, "repairing", at_ms=at_ms)
+            moves.append(case)
+        if result.gate_passed and result.output and result.model_digest and result.guard_digest:
+            return [*moves, move(case, "repaired", at_ms=at_ms, result=result, note="")]
+        note = "the repaired model did not pass the gate"
+        return [*moves, move(case, "refused", at_ms=at_ms, result=result, note=note)]
+    if result.verdict == "not_confirmed" and not case.is_case:
+        note = "the inspection found no backdoor for this label" + (f": {found}" if found else "")
+        return [move(case, "dismissed", at_ms=at_ms, result=result, note=note)]
+    note = "two inspections disagree" if result.verdict == "not_confirmed" else "the inspection could not tell"
+    note += f": {found}" if found else ""
+    # What confirmed it stays with it.
+    changes = {} if case.is_case else {"result": result}
+    return [move(case, "could_not_check", at_ms=at_ms, note=note, **changes)]
+
+
+def explain(case: Case) -> str:
+    """What happened and what is waited for, in plain words for the model's owner."""
+    return " ".join(filter(None, (_seen(case), _inspected(case), _done(case), _waited_for(case))))
+
+
+def _seen(case: Case) -> str:
+    label = f"{case.label}" + (f" ({case.label_name})" if case.label_name not in ("", str(case.label)) else "")
+    what = "its inputs" if case.label == -1 else f"the inputs that it calls {label}"
+    named = ", ".join(case.devices[:_MAX_NAMED]) + (", ..." if len(case.devices) > _MAX_NAMED else "")
+    return (
+        f"Model {case.model} flags {case.flagged} of {case.inputs} of {what}, more than clean inputs explain, "
+        f"on {_devices(len(case.devices))} ({named})."
+    )
+
+
+def _devices(count: int) -> str:
+    return "1 device" if count == 1 else f"{count} devices"
+
+
+def _inspected(case: Case) -> str:
+    found = f" ({case.result.reason})" if case.result and case.result.reason else ""
+    if case.is_case:
+        return f"The inspection of the hub's own copy of the model confirmed a backdoor{found}."
+    match case.state:
+        case "suspected":
+            return "Devices' reports alone prove nothing: no inspection has begun."
+        case "inspecting":
+            return "The hub's own copy of the model is being inspected."
+        case "dismissed":
+            return f"The inspection of the hub's own copy found no backdoor for this label{found}."
+        case "could_not_check":
+            return f"It could not be checked: {case.note}. That is neither a confirmation nor an all-clear."
+    return f"It was not inspected: {case.note}."
+
+
+def _done(case: Case) -> str:
+    if not case.is_case:
+        return ""
+    release = case.release
+    where = f" (release {release.sequence})" if release else ""
+    if release and case.state in ("rolling_out", "closed"):
+        held = f"; waiting for {', '.join(release.held[:_MAX_NAMED])}" if release.held else ""
+        return f"The repaired model{where} runs on {_devices(len(release.updated))}{held}."
+    done: dict[State, str] = {
+        "confirmed": "Nothing was changed so far.",
+        "repairing": "The model is being repaired.",
+        "repaired": "A repaired model passed the gate.",
+        "released": f"The repaired model is signed{where} and offered to no device yet.",
+        "could_not_check": f"The repair could not be finished: {case.note}. Devices keep the model that they have.",
+    }
+    return done.get(case.state, f"It ended without a repaired model in the fleet: {case.note}.")
+
+
+_WAITS: dict[State, str] = {
+    "suspected": "the inspection",
+    "inspecting": "the inspection's result",
+    "confirmed": "the repair",
+    "repairing": "the repair's result",
+    "repaired": "the release",
+    "released": "the time to object to pass",
+    "rolling_out": "the remaining devices",
+}
+
+
+def _waited_for(case: Case) -> str:
+    if case.awaiting:
+        name = {"inspect": "inspection", "repair": "repair", "stage": "roll-out"}[case.awaiting]
+        return f"Waiting for a person to approve the {name}."
+    if case.state not in OPEN:
+        return "Nothing more is waited for."
+    return f"Waiting for {_WAITS[case.state]}" + (f": {case.note}." if case.note and not case.result else ".")

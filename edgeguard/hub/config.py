@@ -22,8 +22,9 @@ Example:
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -35,28 +36,54 @@ from edgeguard.settings import BrokerConfig, NonEmpty, Section
 
 Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 Probability = Annotated[float, Meta(gt=0, lt=1)]
+Days = Annotated[int, Meta(ge=1, le=36_500)]
 
 
 class StoreConfig(Section, frozen=True, kw_only=True):
     """``[store]``: the database.
 
     Attributes:
-        url: a SQLAlchemy URL; without it, SQLite in the file ``hub.db`` of the state folder.
+        url: a SQLAlchemy URL, ``postgresql+psycopg://...`` where several hubs share a database; without it, SQLite in
+            the file ``hub.db`` of the state folder.
+        reports_days: reports are kept whole for so many days, and then as sums a device, model and day.
+        rollups_days: so many days these sums are kept.
+        alerts_days: so many days alerts are kept.
+        events_days: so many days the timeline goes back.
+        epoch_hours: counts of labels are told apart by epochs of so many hours.
+        keep_epochs: so many epochs are told apart; older counts are kept as one sum.
+        boots_kept: of so many boots a device the hub remembers for ever what it received, ...
+        boots_days: ... and of any other for so many days after which it still hears the device.
     """
 
     url: NonEmpty | None = None
+    reports_days: Days = 7
+    rollups_days: Days = 400
+    alerts_days: Days = 90
+    events_days: Days = 400
+    epoch_hours: Annotated[int, Meta(ge=1, le=8760)] = 24
+    keep_epochs: Annotated[int, Meta(ge=1, le=1000)] = 16
+    boots_kept: Annotated[int, Meta(ge=1, le=100_000)] = 64
+    boots_days: Days = 30
 
 
 class WebConfig(Section, frozen=True, kw_only=True):
-    """``[web]``: the HTTP server that devices fetch releases from. It asks nobody who they are.
+    """``[web]``: the HTTP server with the API, which asks for a token, and the releases that devices fetch.
 
     Attributes:
         host: address to listen on; only this machine by default.
         port: TCP port; 0 takes a free one and says which in the log.
+        certificate: PEM file of the server's certificate, and those between it and its authority, for HTTPS; needs key.
+        key: PEM file of that certificate's private key, without a pass phrase.
+        anonymous: what may be done without a token, on a host of this machine alone; "viewer" may read everything.
+        metrics: who may read /metrics: whoever has a token, or everyone.
     """
 
     host: NonEmpty = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8080
+    certificate: Path | None = None
+    key: Path | None = None
+    anonymous: Literal["none", "viewer"] = "none"
+    metrics: Literal["token", "open"] = "token"
 
 
 class ReleaseConfig(Section, frozen=True, kw_only=True):
@@ -73,26 +100,49 @@ class ReleaseConfig(Section, frozen=True, kw_only=True):
     base_url: Annotated[str, Meta(pattern="^https?://[^/ ]", max_length=2000)] | None = None
 
 
+class StepsConfig(Section, frozen=True, kw_only=True):
+    """``[policy.steps]``: what the hub does by itself, what a person approves first, and what it never does.
+
+    Attributes:
+        inspect: search the hub's own copy of a suspected model for a backdoor.
+        ask: what to ask the fleet for before a repair: channels ranked by activity, or votes on the least active.
+        repair: repair a model in which a backdoor was confirmed.
+        stage: sign a repaired model and roll it out.
+        recalibrate: tell a device whose site has changed to fit its guard anew.
+    """
+
+    inspect: Literal["auto", "approve", "never"] = "auto"
+    ask: Literal["never", "ranks", "votes"] = "never"
+    repair: Literal["auto", "approve", "never"] = "auto"
+    stage: Literal["auto", "approve", "never"] = "auto"
+    recalibrate: Literal["auto", "approve", "never"] = "never"
+
+
 class PolicyConfig(Section, frozen=True, kw_only=True):
     """``[policy]``: when evidence is a suspicion, and how carefully a repaired model is rolled out.
 
     Attributes:
-        alpha: a label is suspicious when a clean model would show this many flags with a smaller probability.
-        device_alpha: the same for one device on its own.
+        alpha: labels times epochs times this is how many false suspicions are to be expected at most.
+        device_alpha: a device shows an excess of its own when chance would show it with less than this.
         min_devices: so many devices must each show an excess; never more than run the model.
+        quorum_share: the same as a share of the devices that run the model; the larger of both counts.
         min_flagged: fewer flagged inputs than this prove nothing.
-        device_share: the largest share of the counted inputs, and of the flagged ones, that one device may bring.
+        device_share: the largest share that one device may bring to what the features are pooled to.
         channels: how many channels a suspicion names.
         attempts: a worker that crashed this often is given up.
         worker_timeout_s: a worker that takes longer is ended, which counts as a crash.
         veto_s: seconds between release and roll-out in which an operator may object.
         canaries: devices that get a release first.
-        interval_s: seconds between two looks at the evidence.
+        interval_s: seconds between two steps of the loop.
+        assess_s: at least so many seconds between two looks at the evidence.
+        ask_s: so many seconds the fleet has to answer what a repair would like to know.
+        steps: who decides on each step.
     """
 
     alpha: Probability = 1e-6
-    device_alpha: Probability = 0.01
+    device_alpha: Probability = 0.05
     min_devices: Annotated[int, Meta(ge=1)] = 2
+    quorum_share: Annotated[float, Meta(ge=0, le=1)] = 0.0025
     min_flagged: Annotated[int, Meta(ge=1)] = 20
     device_share: Annotated[float, Meta(gt=0, le=1)] = 0.5
     channels: Annotated[int, Meta(ge=1, le=4096)] = 16
@@ -101,6 +151,29 @@ class PolicyConfig(Section, frozen=True, kw_only=True):
     veto_s: Annotated[float, Meta(ge=0)] = 0.0
     canaries: Annotated[int, Meta(ge=1)] = 1
     interval_s: Annotated[float, Meta(ge=0.05, le=3600)] = 1.0
+    assess_s: Annotated[float, Meta(ge=0, le=86400)] = 10.0
+    ask_s: Annotated[float, Meta(ge=0, le=86400)] = 60.0
+    steps: StepsConfig = StepsConfig()
+
+
+class NotifyConfig(Section, frozen=True, kw_only=True):
+    """``[[notify]]``: one place to tell of events.
+
+    Attributes:
+        name: what this place is called in logs.
+        kind: an HTTP POST, a message of the broker, or sensors that Home Assistant discovers at the broker.
+        events: the kinds of events to tell; without, all of them.
+        url: where a webhook posts to.
+        secret_file: file whose first line is the key that a webhook's body is signed with.
+        prefix: Home Assistant's discovery prefix.
+    """
+
+    name: Name
+    kind: Literal["webhook", "mqtt", "homeassistant"]
+    events: Annotated[tuple[NonEmpty, ...], Meta(max_length=64)] = ()
+    url: Annotated[str, Meta(pattern="^https?://[^/ ]", max_length=2000)] | None = None
+    secret_file: Path | None = None
+    prefix: NonEmpty = "homeassistant"
 
 
 class ModelConfig(Section, frozen=True, kw_only=True):
@@ -121,6 +194,31 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     sequence: Annotated[int, Meta(ge=0, le=2**53)] = 0
 
 
+class IngestConfig(Section, frozen=True, kw_only=True):
+    """``[ingest]``: how reports come in, and how much of it one device may bring. Each worker counts for itself.
+
+    Attributes:
+        workers: so many processes take reports and alerts, from one shared subscription; 0: the hub's own process does.
+        group: name of that subscription; all hubs of a fleet that share it have the same database.
+        ack_every_s: a device gets at most one acknowledgement in this time, which stands for all reports before it.
+        messages_per_second: what one device may send for ever. What exceeds its limits is not stored and not
+            acknowledged to it: it sends that again later.
+        burst_messages: what it may send at once.
+        kib_per_second: the same for the size of its messages.
+        burst_mib: the same for the size at once; no message is larger than half a MiB.
+        dead_letters_per_minute: rejected messages of one device that are kept and told in the log.
+    """
+
+    workers: Annotated[int, Meta(ge=0, le=64)] = 0
+    group: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "edgeguard-hub"
+    ack_every_s: Annotated[float, Meta(ge=0, le=60)] = 1.0
+    messages_per_second: Annotated[float, Meta(gt=0, le=1e6)] = 50.0
+    burst_messages: Annotated[int, Meta(ge=1, le=10**6)] = 1024
+    kib_per_second: Annotated[float, Meta(gt=0, le=1e6)] = 512.0
+    burst_mib: Annotated[float, Meta(ge=1, le=1024)] = 8.0
+    dead_letters_per_minute: Annotated[float, Meta(gt=0, le=1e6)] = 10.0
+
+
 class HubConfig(Section, frozen=True, kw_only=True):
     """The whole file.
 
@@ -135,10 +233,12 @@ class HubConfig(Section, frozen=True, kw_only=True):
     broker: BrokerConfig
     client_id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "edgeguard-hub"
     store: StoreConfig = StoreConfig()
+    ingest: IngestConfig = IngestConfig()
     web: WebConfig = WebConfig()
     release: ReleaseConfig | None = None
     policy: PolicyConfig = PolicyConfig()
     models: tuple[ModelConfig, ...] = ()
+    notify: tuple[NotifyConfig, ...] = ()
 
 
 def load(path: Path) -> HubConfig:
@@ -162,7 +262,7 @@ def parse(raw: dict[str, Any], *, base: Path, name: str = "configuration") -> Hu
         ConfigError: an unknown or missing key, a wrong type, a value out of range, an id that is not valid.
     """
     config = settings.convert(raw, HubConfig, base=base, name=name)
-    topics.check_fleet(config.fleet)
+    topics.check_fleet(config.fleet, f"{name}: fleet")
     settings.check_broker(config.broker, name)
     names = [model.name for model in config.models]
     if len(set(names)) != len(names):
@@ -171,8 +271,40 @@ def parse(raw: dict[str, Any], *, base: Path, name: str = "configuration") -> Hu
         raise ConfigError(
             name, got="release.keys inside release.folder, which is served to everyone", do="keep the keys elsewhere"
         )
+    _check_web(config.web, name)
+    _check_notify(config.notify, name)
     models = tuple(msgspec.structs.replace(model, data=_data(model.data, base.absolute())) for model in config.models)
     return msgspec.structs.replace(config, models=models)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address can only mean this machine."""
+    try:
+        return host.lower() == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_web(web: WebConfig, name: str) -> None:
+    """Raise ConfigError for half a certificate, and where strangers would reach what needs no token."""
+    if bool(web.certificate) != bool(web.key):
+        raise ConfigError(name, got="only one of web.certificate and web.key", do="give both or neither")
+    if web.anonymous != "none" and not is_loopback(web.host):
+        raise ConfigError(
+            f"{name}: web.anonymous", got=f'"{web.anonymous}" with web.host {web.host}', expected='"none"',
+            do="make tokens: edgeguard hub token add",
+        )  # fmt: skip
+
+
+def _check_notify(targets: tuple[NotifyConfig, ...], name: str) -> None:
+    """Raise ConfigError for a webhook without an address or a key, and for two places of one name."""
+    for target in targets:
+        if target.kind == "webhook" and (target.url is None or target.secret_file is None):
+            missing = "url" if target.url is None else "secret_file"
+            what = f"{name}: [[notify]] {target.name}"
+            raise ConfigError(what, got=f"a webhook without {missing}", do="add this key")
+    if len({target.name for target in targets}) != len(targets):
+        raise ConfigError(name, got="two [[notify]] of one name", do="give each its own name")
 
 
 def store_url(config: HubConfig) -> str:

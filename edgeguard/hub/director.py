@@ -1,7 +1,12 @@
 """Moves the loop on: evidence to suspicion, suspicion to case, case to repair, repair to release, release to devices.
 
-Everything that it does follows from the database and the clock, step by step, so that a hub that was killed goes on
-where it stood: an unfinished repair is run again, a release that was made but not recorded is found and recorded.
+Rules enforced here:
+
+* of several hubs on one database one decides at a time, by a lease; all run jobs;
+* each step is taken by policy, or once a person approved it; long work is put into the database as a job;
+* everything that it does follows from the database and the clock, step by step, so that a hub that was killed goes on
+  where it stood: an unfinished job is run again, a release that was made but not recorded is found and recorded;
+* evidence is looked at only when there is some that is new, and not more often than policy says.
 """
 
 from __future__ import annotations
@@ -10,12 +15,15 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from hashlib import sha256
-from itertools import zip_longest
 from pathlib import Path
+from random import SystemRandom
+from typing import Any, Literal
 
 import msgspec
+from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from edgeguard.contract import topics
@@ -24,17 +32,35 @@ from edgeguard.contract.messages import Desired
 from edgeguard.detection.metadata import read as read_metadata
 from edgeguard.errors import EdgeGuardError, ModelError, TrustError
 from edgeguard.hub import cases, evidence, policy, rollout
-from edgeguard.hub.cases import WORKING, Case, Job, Progress, Released, Result
+from edgeguard.hub import commands as questions
+from edgeguard.hub.casebook import Casebook, Move, StaleError
+from edgeguard.hub.cases import WORKING, Case, Choice, Dormant, Progress, Released, Result, State, Step
+from edgeguard.hub.commands import Commands
 from edgeguard.hub.config import HubConfig
+from edgeguard.hub.drift import Finding
+from edgeguard.hub.evidence import DeviceEvidence
 from edgeguard.hub.ingest import Device, ModelShape
+from edgeguard.hub.jobs import LEADER, Jobs, Lease, Runner, Sources, Work
 from edgeguard.hub.listener import Listener
+from edgeguard.hub.policy import Suspicion
 from edgeguard.hub.store import Store
-from edgeguard.hub.worker import Failed, Worker, finished, read_output
+from edgeguard.hub.trust import Trust
 from edgeguard.release.repository import Release, Repository
 
 REPAIR = (sys.executable, "-m", "edgeguard.repair.case")
 RENEW_S = 6 * 3600.0
 PAUSE_AFTER_ERROR_S = 5.0
+ASKED = 64
+"""So many devices are asked for ranks or votes at most."""
+RECALIBRATED = 64
+"""So many devices are told to fit their guard anew at most, for each finding."""
+LOOKING, FOLLOWING = 0.1, 0.02
+"""The share of the time that looking at the evidence of a large fleet may take, and following its roll-outs."""
+_DEFAULT_TEXT: Mapping[State, str] = {
+    "confirmed": "the inspection confirmed a backdoor",
+    "repairing": "the model is being repaired",
+    "repaired": "the repaired model passed the gate",
+}
 
 log = logging.getLogger(__name__)
 
@@ -87,10 +113,13 @@ class Director:
     Args:
         config: the hub's configuration.
         store: the database.
+        book: the records.
+        commands: what is asked of devices.
         models: the models of the configuration.
         repository: signed releases, None where repaired models are not released.
         listener: publishes the hints.
         clock_ms: the hub's clock.
+        owner: names this hub, the same after a restart.
         command: the repair worker's program and first arguments.
     """
 
@@ -99,173 +128,274 @@ class Director:
         config: HubConfig,
         *,
         store: Store,
+        book: Casebook,
+        commands: Commands,
         models: Mapping[str, Model],
         repository: Repository | None,
         listener: Listener,
         clock_ms: Callable[[], int],
+        owner: str,
         command: Sequence[str] = REPAIR,
     ) -> None:
         self._config = config
+        self._policy = config.policy
         self._store = store
+        self._book = book
+        self._commands = commands
         self._repository = repository
         self._listener = listener
         self._clock_ms = clock_ms
-        self._command = command
-        self._worker: tuple[int, Worker] | None = None
+        self._lease = Lease(store, LEADER, owner=owner)
+        self._jobs = Jobs(store, owner=owner)
+        self._runner = Runner(
+            self._jobs,
+            folder=config.state_dir / "cases",
+            command=command,
+            sources=self._sources,
+            said=self._said,
+            attempts=config.policy.attempts,
+            timeout_s=config.policy.worker_timeout_s,
+        )
         self._published: dict[str, tuple[int, float]] = {}
         """The release that each device was last hinted at, and when on the monotonic clock."""
         self._connection = 0
         self._renew_at = time.monotonic()
-        self._paused_until = 0.0
-        self._news = True
+        self._paused_until: dict[str, float] = {}
+        self._assess_at = 0.0
+        self._assessed: tuple[int, int] | None = None
+        """How many reports and models there were at the last look at the evidence."""
+        self._devices_at = 0.0
+        self._unusable: set[tuple[int, int]] = set()
         self.models: dict[str, Model] = dict(models)
-        for case in store.cases():
-            self._adopt(case)
+        self._adopt(book.all())
 
     def tick(self) -> None:
-        """Do what is due. A failure is logged and everything is tried again a little later."""
-        if time.monotonic() < self._paused_until:
-            return
-        try:
-            known = self._store.cases()
-            self._watch_worker(known)
-            if self._news:
-                self._news = False
-                self._assess(known)
-            devices = self._store.devices()
-            for case in self._store.cases():
-                self._advance(case, devices)
-            self._renew()
-        except (EdgeGuardError, SQLAlchemyError, OSError) as error:
-            log.error("the loop pauses %g s: %s", PAUSE_AFTER_ERROR_S, error)  # noqa: TRY400
-            self._paused_until = time.monotonic() + PAUSE_AFTER_ERROR_S
-            self._news = True
-
-    def notice(self) -> None:
-        """There is new evidence. May be called from any thread."""
-        self._news = True
+        """Do what is due. What fails is logged and tried again a little later, and keeps nothing else waiting."""
+        for step in (self._lead, self._runner.tick):
+            now_s = time.monotonic()
+            if now_s < self._paused_until.get(step.__qualname__, 0.0):
+                continue
+            try:
+                step(now_s)
+            except StaleError:
+                log.info("a case was moved by somebody else meanwhile; looking again")
+            except (EdgeGuardError, SQLAlchemyError, OSError) as error:
+                log.error("the loop pauses %g s: %s", PAUSE_AFTER_ERROR_S, error)  # noqa: TRY400
+                self._paused_until[step.__qualname__] = time.monotonic() + PAUSE_AFTER_ERROR_S
 
     def stop(self) -> None:
-        """End the repair worker; its case is taken up again at the next start."""
-        if self._worker is not None:
-            self._worker[1].stop()
-            self._worker = None
+        """End the worker and lay down the lead; another hub, or this one at its next start, goes on."""
+        with suppress(SQLAlchemyError):
+            self._runner.stop()
+            self._lease.release()
 
-    # -- evidence to case
+    def _lead(self, now_s: float) -> None:
+        known = self._book.all()
+        self._adopt(known)
+        if not self._lease.held(now_s):
+            return
+        if now_s >= self._assess_at:
+            self._assess_news(known)
+            self._assess_at = max(now_s + self._policy.assess_s, _rest_until(now_s, LOOKING))
+            known = self._book.all()
+        for case in known:
+            self._advance(case)
+        self._roll_out_all(known, now_s)
+        self._commands.tick()
+        self._renew()
+
+    # -- evidence to suspicion
+
+    def _assess_news(self, known: Sequence[Case]) -> None:
+        """Look at the evidence where reports came since the last look, whichever hub or worker stored them."""
+        came = self._store.counts()["reports"], len(self.models)
+        if came != self._assessed:
+            self._assess(known)
+            self._assessed = came
 
     def _assess(self, known: Sequence[Case]) -> None:
+        devices = self._store.devices()
+        epoch = self._store.epoch(self._clock_ms())
         for digest, model in self.models.items():
-            rows = self._store.evidence(digest, model.guard.guard_digest)
-            if not rows:
+            counts = self._store.label_counts(digest, model.guard.guard_digest)
+            if not counts.devices:
                 continue
-            suspicions = policy.assess(
-                self._pool(model, rows),
-                self._config.policy,
-                fpr_upper=model.guard.fpr_upper,
-                fpr=model.guard.fpr,
-                taps=model.guard.taps,
-                devices=sum(device.model_digest == digest for device in self._store.devices()),
+            trust = self._book.trust(digest)
+            assessment = policy.assess(
+                counts,
+                self._policy,
+                guard=model.guard,
+                devices=sum(device.model_digest == digest for device in devices),
+                trust=trust,
+                now_epoch=epoch,
             )
-            first = next((s for s in suspicions if cases.is_news(s, known)), None)
+            first = next((s for s in assessment.suspicions if cases.is_news(s, known)), None)
             if first is not None:
-                case = cases.open_case(first, model=model.name, at_ms=self._clock_ms())
-                text = (
-                    f"model {model.name}, label {_label(model, first.label)}: {first.flagged} of {first.inputs} inputs "
-                    f"flagged on {len(first.devices)} devices (p = {first.p_value:.1e})"
-                    + ("" if first.calibrated else ", calibration never saw this class, or hardly")
-                )
-                self._save(case, "suspected", text)
+                self._suspect(model, first, trust)
+            for finding in assessment.findings:
+                self._tell(model, finding, devices)
 
-    def _pool(self, model: Model, rows: Sequence[evidence.DeviceEvidence]) -> tuple[evidence.LabelEvidence, ...]:
-        return evidence.pool(
-            rows,
-            model_digest=model.guard.model_digest,
-            width=model.guard.feature_count,
-            share=self._config.policy.device_share,
+    def _suspect(self, model: Model, suspicion: Suspicion, trust: Mapping[str, Trust]) -> None:
+        behind = [row for row in self._features(model, suspicion.label) if row.device in suspicion.devices]
+        weights = {device: known.weight for device, known in trust.items()}
+        channels = policy.channels(behind, model.guard, self._policy.channels, weights=weights)
+        names = model.guard.classes
+        name = names[suspicion.label] if 0 <= suspicion.label < len(names) else ""
+        case = cases.open_case(
+            replace(suspicion, channels=channels), model=model.name, label_name=name, at_ms=self._clock_ms()
         )
+        label = f"{case.label} ({name})" if name not in ("", str(case.label)) else f"{case.label}"
+        self._save(Move(case=case, text=f"model {model.name}, label {label}: {suspicion.reason}"))
 
-    # -- case to repaired model
+    def _features(self, model: Model, label: int) -> list[DeviceEvidence]:
+        return self._store.label_features(model.guard.model_digest, model.guard.guard_digest, label)
 
-    def _watch_worker(self, known: Sequence[Case]) -> None:
-        if self._worker is None:
-            case = next((c for c in known if c.state in WORKING), None)
-            if case is not None:
-                self._take_up(case)
+    def _tell(self, model: Model, finding: Finding, devices: Sequence[Device]) -> None:
+        """What has changed without pointing at a label: told, and where policy says so, answered."""
+        subject = f"{model.name}, {finding.subject}"
+        choice = self._policy.steps.recalibrate
+        if not self._book.tell_daily(finding.kind, subject, f"{subject}: {finding.text}", {"model": model.name}):
             return
-        number, worker = self._worker
-        case = next(c for c in known if c.id == number)
-        heard = worker.poll(time.monotonic())
-        for said, after in zip_longest(heard, heard[1:]):
-            if isinstance(said, Progress):
-                if isinstance(after, Progress) and (said.stage, said.text) == (after.stage, after.text):
-                    continue
-                case = self._note_progress(case, said)
-            else:
-                self._worker = None
-                self._end_of_run(case, said)
-
-    def _take_up(self, case: Case) -> None:
-        """Take the result of a run that finished while the hub was away, else start the next run."""
-        result = finished(self._folder(case)) if case.runs else None
-        if result is not None:
-            self._end_of_run(case, result)
+        if finding.kind != "drift" or choice == "never":
             return
+        there = [d.device for d in devices if d.online and d.model_digest == model.guard.model_digest]
+        site = finding.subject.removeprefix("site ")
+        drifted = [d for d in there if finding.subject == "fleet" or d.rpartition("-")[0] == site]
+        for device in drifted[:RECALIBRATED]:
+            why = f"{finding.subject}: {finding.text}"
+            self._commands.issue(device, "recalibrate", why=why, propose=choice == "approve", source="sidecar")
+
+    # -- suspicion to repaired model
+
+    def _advance(self, case: Case) -> None:
+        """What the record's state asks for, as far as policy lets it."""
+        if case.state in WORKING:
+            self._follow(case)
+        elif case.state == "suspected" and self._may(case, "inspect", self._policy.steps.inspect):
+            self._inspect(case)
+        elif case.state == "confirmed" and self._may(case, "repair", self._policy.steps.repair):
+            self._repair(case)
+        elif (
+            case.state == "repaired"
+            and self._repository is not None
+            and self._may(case, "stage", self._policy.steps.stage)
+        ):
+            self._release(case, self._repository)
+
+    def _may(self, case: Case, step: Step, choice: Choice) -> bool:
+        allowed = cases.may(case, step, choice)
+        now = self._clock_ms()
+        if allowed is None and case.awaiting != step:
+            asked = msgspec.structs.replace(case, awaiting=step, updated_ms=now)
+            self._save(Move(case=asked, text=f"waits for a person to approve: {step}", kind="awaiting_approval"))
+        note = f"policy.steps.{step} is never"
+        if allowed is False and case.note != note:
+            self._save(Move(case=msgspec.structs.replace(case, note=note, updated_ms=now), text=note, kind="held"))
+        return bool(allowed)
+
+    def _inspect(self, case: Case) -> None:
+        steps = self._policy.steps
+        whole = steps.repair == "auto" and steps.ask == "never"
+        self._begin(case, "inspecting", f"inspecting model {case.model}", stop_after=None if whole else "inspect")
+
+    def _repair(self, case: Case) -> None:
+        steps = self._policy.steps
+        if steps.ask != "never" and case.asked_ms is None:
+            self._ask(case, steps.ask)
+            return
+        dormant: tuple[Dormant, ...] = ()
+        if case.asked_ms is not None:
+            asked = self._commands.of_case(case.id)
+            late = self._clock_ms() >= case.asked_ms + self._policy.ask_s * 1000
+            if not late and any(entry.state == "waiting" for entry in asked):
+                return
+            model = self.models.get(case.model_digest)
+            dormant = questions.dormant(model.guard, asked) if model else ()
+        text = f"repairing model {case.model}" + (" with the fleet's answers" if dormant else "")
+        self._begin(case, "repairing", text, dormant=dormant, after=case.job)
+
+    def _ask(self, case: Case, how: Literal["ranks", "votes"]) -> None:
+        """Ask some of the devices that run the model; drawn at random, so that nobody can see to being asked."""
+        model = self.models.get(case.model_digest)
+        there = [d.device for d in self._store.devices() if d.online and d.model_digest == case.model_digest]
+        drawn = SystemRandom().sample(there, min(len(there), ASKED))
+        asked = msgspec.structs.replace(case, asked_ms=self._clock_ms(), updated_ms=self._clock_ms())
+        self._save(Move(case=asked, text=f"asks {len(drawn)} devices for {how}", kind="asked"))
+        for device in drawn:
+            for name, fields in questions.questions(model.guard, how) if model else ():
+                self._commands.issue(device, name, case=case.id, expires_s=max(1.0, self._policy.ask_s), **fields)
+
+    def _begin(self, case: Case, state: State, text: str, **what: Any) -> None:
+        """Put the job for an inspection or repair into the database, where what it needs is there."""
         model = self.models.get(case.model_digest)
         if model is None or model.keras is None:
-            note = "the hub has no trainable form of this model: name it under [[models]]"
-            self._save(cases.move(case, "could_not_check", at_ms=self._clock_ms(), note=note), "could_not_check", note)
+            self._give_up(case, "the hub has no trainable form of this model: name it under [[models]]")
             return
-        rows = self._store.evidence(case.model_digest, model.guard.guard_digest)
-        mine = next((item for item in self._pool(model, rows) if item.label == case.label), None)
-        if mine is None:
+        rows = self._features(model, case.label)
+        if not rows:
             # The model was calibrated anew while the case was open: what was counted belongs to its earlier guard.
-            note = "no evidence for this label under the guard that the model has now"
-            self._save(cases.move(case, "could_not_check", at_ms=self._clock_ms(), note=note), "could_not_check", note)
+            self._give_up(case, "no evidence for this label under the guard that the model has now")
             return
-        # Counted before it starts: a folder is never used twice, even when the hub is killed in between.
-        case = cases.started(case, judged=mine.flagged, at_ms=self._clock_ms())
-        case = self._save(case, "confirming", f"inspecting model {model.name}")
-        job = Job(
-            guarded=str(model.guarded),
-            keras=model.keras,
-            data=model.data,
+        mine = evidence.pool_label(
+            rows,
+            model_digest=case.model_digest,
+            width=model.guard.feature_count,
+            share=self._policy.device_share,
+            weights={device: known.weight for device, known in self._book.trust(case.model_digest).items()},
+        )
+        work = Work(
+            case=case.id,
+            model_digest=case.model_digest,
+            guard_digest=model.guard.guard_digest,
             label=case.label,
+            channels=tuple(channel.index for channel in case.channels),
             flagged_mean=tuple(mine.flagged_mean.tolist()),
             unflagged_mean=tuple(mine.unflagged_mean.tolist()),
             unflagged_std=tuple(mine.unflagged_std.tolist()),
-            out_dir=str(self._folder(case)),
-            seed=case.id,
+            **what,
         )
-        deadline_s = time.monotonic() + self._config.policy.worker_timeout_s
-        self._worker = (case.id, Worker(self._command, job, deadline_s=deadline_s))
+        judged = sum(row.flagged for row in rows if row.device in case.devices)
+        moved = cases.move(case, state, at_ms=self._clock_ms(), judged=judged)
+        self._save(
+            Move(case=moved, text=text),
+            also=lambda db, written: msgspec.structs.replace(written, job=self._jobs.add(db, work)),
+        )
 
-    def _note_progress(self, case: Case, said: Progress) -> Case:
-        before = case.progress
-        moved = cases.progressed(case, said, at_ms=self._clock_ms())
-        if before is not None and (before.stage, before.text) == (said.stage, said.text):
-            return self._store.save(moved)
-        return self._save(moved, said.stage, said.text or said.stage)
-
-    def _end_of_run(self, case: Case, said: Result | Failed) -> None:
+    def _follow(self, case: Case) -> None:
+        """Move the case as far as its job is."""
+        entry = self._jobs.get(case.job) if case.job is not None else None
         now = self._clock_ms()
-        if isinstance(said, Failed):
-            if said.final:
-                case = cases.move(case, "could_not_check", at_ms=now, progress=None, note=said.reason)
-            else:
-                case = cases.crashed(case, said.reason, attempts=self._config.policy.attempts, at_ms=now)
-            kind = "could_not_check" if case.state == "could_not_check" else "worker_failed"
-            self._save(case, kind, case.note)
-            return
-        case = cases.settled(case, said, at_ms=now)
-        self._save(case, case.state, case.note or "the repaired model passed the gate")
+        if entry is None:
+            self._give_up(case, "its job is gone")
+        elif entry.state == "failed":
+            self._give_up(case, entry.reason)
+        elif entry.result is not None:
+            moves = cases.settled(case, entry.result, at_ms=now)
+            self._save(*(Move(case=moved, text=moved.note or _DEFAULT_TEXT[moved.state]) for moved in moves))
+        elif entry.progress is not None:
+            moves = cases.progressed(case, entry.progress, at_ms=now)
+            if moves:
+                self._save(*(Move(case=moved, text=_DEFAULT_TEXT[moved.state]) for moved in moves))
+
+    def _give_up(self, case: Case, note: str) -> None:
+        self._save(Move(case=cases.move(case, "could_not_check", at_ms=self._clock_ms(), note=note), text=note))
+
+    def _sources(self) -> dict[str, Sources]:
+        """What this hub can work on."""
+        return {
+            digest: Sources(
+                guard_digest=model.guard.guard_digest, guarded=str(model.guarded), keras=model.keras, data=model.data
+            )
+            for digest, model in self.models.items()
+            if model.keras is not None
+        }
+
+    def _said(self, case: int, word: Progress) -> None:
+        """The worker came to its next step. Not told to anybody but the timeline."""
+        detail = {"case": case, "stage": word.stage}
+        self._book.tell("progress", f"case {case}", word.text or word.stage, detail)
 
     # -- repaired model to fleet
-
-    def _advance(self, case: Case, devices: Sequence[Device]) -> None:
-        if case.state == "repaired" and self._repository is not None:
-            self._release(case, self._repository)
-        elif case.state in ("released", "rolling_out", "closed") and case.release is not None:
-            self._roll_out(case, case.release, devices)
 
     def _release(self, case: Case, repository: Repository) -> None:
         assert case.result is not None
@@ -273,7 +403,7 @@ class Director:
         try:
             content = self._check_output(case, case.result)
         except (ModelError, TrustError) as error:
-            self._save(cases.move(case, "refused", at_ms=now, note=str(error)), "refused", str(error))
+            self._save(Move(case=cases.move(case, "refused", at_ms=now, note=str(error)), text=str(error)))
             return
         release = _made_before(repository, case, content) or repository.add(
             content,
@@ -290,16 +420,14 @@ class Director:
             replaces=case.model_digest,
             at_ms=now,
         )
-        case = self._save(
-            cases.move(case, "released", at_ms=now, release=released),
-            "released",
-            f"release {release.sequence}, {release.target}, signed",
-        )
-        self._adopt(case)
+        moved = cases.move(case, "released", at_ms=now, release=released)
+        self._save(Move(case=moved, text=f"release {release.sequence}, {release.target}, signed"))
 
     def _check_output(self, case: Case, result: Result) -> bytes:
         """The repaired file, which must say of itself what the worker said of it."""
-        content = read_output(result, self._folder(case))
+        content = self._jobs.file(case.job, "output") if case.job is not None else None
+        if content is None:
+            raise ModelError(f"repaired model of case {case.id}", got="no file", expected="the worker's output")
         guard = read_metadata(content)
         if (guard.model_digest, guard.guard_digest) != (result.model_digest, result.guard_digest):
             raise TrustError(
@@ -307,28 +435,36 @@ class Director:
             )
         return content
 
+    def _roll_out_all(self, known: Sequence[Case], now_s: float) -> None:
+        rolling = [case for case in known if case.state in ("released", "rolling_out", "closed") and case.release]
+        if not rolling or now_s < self._devices_at:
+            return
+        began_s = time.monotonic()
+        devices = self._store.devices()
+        self._devices_at = _rest_until(began_s, FOLLOWING)
+        for case in rolling:
+            assert case.release is not None
+            with suppress(StaleError):
+                self._roll_out(case, case.release, devices)
+
     def _roll_out(self, case: Case, release: Released, devices: Sequence[Device]) -> None:
         now = self._clock_ms()
-        if case.state == "released" and self._veto(case).exists():
-            note = "an operator objected to the release"
-            self._save(cases.move(case, "refused", at_ms=now, note=note), "refused", note)
-            return
         plan = rollout.next_hints(devices, release, self._config.policy, now)
         after = msgspec.structs.replace(
             release, canaries=plan.canaries, everyone=plan.everyone, updated=plan.updated, held=plan.held
         )
+        changed = msgspec.structs.replace(case, release=after, updated_ms=now)
         if case.state == "released" and plan.hints:
-            case = cases.move(case, "rolling_out", at_ms=now, release=after)
-            self._save(case, "rolling_out", f"release {release.sequence} goes to {', '.join(plan.canaries)} first")
+            moved = cases.move(case, "rolling_out", at_ms=now, release=after)
+            self._save(Move(case=moved, text=f"release {release.sequence} goes to {', '.join(plan.canaries)} first"))
         elif case.state == "rolling_out" and plan.done:
-            case = cases.move(case, "closed", at_ms=now, release=after)
-            self._save(case, "closed", f"release {release.sequence} runs on {len(plan.updated)} devices")
+            moved = cases.move(case, "closed", at_ms=now, release=after)
+            self._save(Move(case=moved, text=f"release {release.sequence} runs on {len(plan.updated)} devices"))
         elif case.state != "released" and after != release:
-            moved = cases.move(case, case.state, at_ms=now, release=after)
             if plan.everyone and not release.everyone:
-                self._save(moved, "rolling_out", f"release {release.sequence} goes to the whole fleet")
+                self._save(Move(case=changed, text=f"release {release.sequence} goes to the whole fleet"))
             else:
-                self._store.save(moved)
+                self._book.note(changed)
         # Recorded first: a canary that was hinted must be known as one after a restart.
         self._publish([device for device in devices if device.device in plan.hints], release)
 
@@ -347,49 +483,62 @@ class Director:
             if due and self._listener.publish(device.device, topics.MODEL_DESIRED, desired, retain=True):
                 self._published[device.device] = (release.sequence, now_s)
 
-    def _adopt(self, case: Case) -> None:
-        """Watch the repaired model of a release like any other."""
-        if case.release is None or case.result is None or case.release.model_digest in self.models:
-            return
-        path = self._folder(case) / (case.result.output or "")
-        before = self.models.get(case.model_digest)
-        try:
-            _, guard = read_model(path)
-        except ModelError as error:
-            log.error("a released model is not watched: %s", error)  # noqa: TRY400
-            return
-        self.models[guard.model_digest] = Model(
-            name=case.model,
-            guarded=path,
-            keras=str(self._folder(case) / case.result.keras) if case.result.keras else None,
-            data=before.data if before else "",
-            guard=guard,
-        )
+    def _adopt(self, known: Sequence[Case]) -> None:
+        """Watch the repaired model of each release like any other; its files may come from another hub's job."""
+        for case in known:
+            if case.release is None or case.result is None or case.release.model_digest in self.models:
+                continue
+            if (case.id, case.release.sequence) in self._unusable or case.job is None:
+                continue
+            try:
+                guarded, keras = self._files(case, case.job)
+                _, guard = read_model(guarded)
+            except (ModelError, OSError) as error:
+                log.error("a released model is not watched: %s", error)  # noqa: TRY400
+                self._unusable.add((case.id, case.release.sequence))
+                continue
+            before = self.models.get(case.model_digest)
+            self.models[guard.model_digest] = Model(
+                name=case.model,
+                guarded=guarded,
+                keras=str(keras) if keras.exists() else None,
+                data=before.data if before else "",
+                guard=guard,
+            )
+
+    def _files(self, case: Case, job: int) -> tuple[Path, Path]:
+        """The repaired model and its trainable form as files of this hub."""
+        folder = self._config.state_dir / "models" / str(case.id)
+        paths = folder / "repaired.tflite", folder / "repaired.keras"
+        names: tuple[Literal["output", "trainable"], ...] = ("output", "trainable")
+        for path, name in zip(paths, names, strict=True):
+            content = None if path.exists() else self._jobs.file(job, name)
+            if content is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                temporary = path.with_name(f".{path.name}.tmp")
+                temporary.write_bytes(content)
+                temporary.replace(path)
+        return paths
 
     def _renew(self) -> None:
         if self._repository is not None and time.monotonic() >= self._renew_at:
             self._repository.renew()
             self._renew_at = time.monotonic() + RENEW_S
 
-    def _save(self, case: Case, kind: str, text: str) -> Case:
-        case = self._store.save(case, (kind, text))
-        log.info("case %d, %s: %s", case.id, kind, text)
+    def _save(self, *moves: Move, also: Callable[[Connection, Case], Case] | None = None) -> Case:
+        case = self._book.save(*moves, also=also)
+        for move in moves:
+            log.info("case %d, %s: %s", case.id, move.kind or move.case.state, move.text)
         return case
 
-    def _folder(self, case: Case) -> Path:
-        return self._config.state_dir / "cases" / str(case.id) / f"run-{case.runs}"
 
-    def _veto(self, case: Case) -> Path:
-        """An operator objects by making this file."""
-        return self._config.state_dir / "veto" / str(case.id)
+def _rest_until(began_s: float, share: float) -> float:
+    """When to do again what has just ended, so that it takes no more than this share of the time."""
+    now_s = time.monotonic()
+    return now_s + (now_s - began_s) / share
 
 
 def _made_before(repository: Repository, case: Case, content: bytes) -> Release | None:
     """The release of this very file, where the hub was killed between making and recording it."""
     digest = sha256(content).hexdigest()
     return next((r for r in repository.releases() if r.file_digest == digest and r.replaces == case.model_digest), None)
-
-
-def _label(model: Model, label: int) -> str:
-    names = model.guard.classes
-    return f"{label} ({names[label]})" if 0 <= label < len(names) and names[label] != str(label) else str(label)

@@ -15,8 +15,9 @@ Rules enforced here:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 import msgspec
@@ -29,6 +30,8 @@ from edgeguard.contract.messages import (
     Birth,
     Boot,
     Health,
+    LabelCount,
+    LabelEvidence,
     Message,
     Report,
     Reported,
@@ -41,6 +44,8 @@ from edgeguard.errors import LinkError
 MAX_WINDOW = 1_000_000_000
 """No window holds more inputs: keeps sums far from the limits of a database's integers."""
 _HEAD = 256
+_TOPIC = 300
+"""Longer than any topic of ours; longer ones are not remembered."""
 _LARGEST = 3.4028235e38  # float32, which features are made of
 _FLAGGED_BINS = EDGES.index(THRESHOLD) + 1
 
@@ -62,8 +67,7 @@ class ModelShape:
     classes: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Accepted:
+class Accepted(msgspec.Struct, frozen=True, kw_only=True):
     """A message that holds together. ``retained`` when the broker repeated it rather than the device sent it now."""
 
     device: str
@@ -72,14 +76,20 @@ class Accepted:
     retained: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rejected:
-    """A message that was not taken. ``identity``: device, boot and seq, where they could be read nevertheless."""
+class Rejected(msgspec.Struct, frozen=True, kw_only=True):
+    """A message that was not taken. ``identity``: device, boot and seq, where they could be read nevertheless.
+
+    ``listed`` is False where the device has too many dead letters already: then it is acknowledged and no more.
+    """
 
     topic: str
     reason: str
     head: bytes
     identity: tuple[str, str, int] | None = None
+    listed: bool = True
+
+
+_address = lru_cache(maxsize=65536)(topics.parse)
 
 
 class _Identity(msgspec.Struct):
@@ -101,10 +111,11 @@ def read(
     """
     device = None
     try:
-        address = topics.parse(topic)
-        ours = address.fleet == fleet and address.channel in _KINDS
-        _require(ours, f"topic {topic[:200]!r} is not a device's channel in fleet {fleet}")
-        device = address.device
+        address = _address(topic) if len(topic) <= _TOPIC else topics.parse(topic)
+        if address.fleet == fleet and address.channel in _KINDS:
+            device = address.device
+        else:
+            return reject(topic, payload, f"topic {topic[:200]!r} is not a channel of fleet {fleet}", device=None)
         message = messages.decode(_KINDS[address.channel], payload)
         if isinstance(message, Report):
             _check_report(message, models.get(message.model_digest))
@@ -128,52 +139,62 @@ def reject(topic: str, payload: bytes, reason: str, *, device: str | None) -> Re
 
 
 def _check_report(report: Report, model: ModelShape | None) -> None:
-    """Raise ValueError with the rule that a report breaks."""
-    labels = {count.label: count for count in report.labels}
-    flagged = sum(count.flagged for count in report.labels)
-    _require(report.inputs <= MAX_WINDOW, f"more than {MAX_WINDOW} inputs in one window")
-    _require(len(labels) == len(report.labels), "a label is counted twice")
-    _require(all(c.flagged <= c.inputs for c in report.labels), "more flagged inputs than inputs of a label")
-    _require(
-        sum(c.inputs for c in report.labels) + report.unchecked == report.inputs,
-        "inputs are not the sum over labels and unchecked",
-    )
-    _require(
-        sum(report.histogram) == report.inputs - report.unchecked, "the histogram does not count the checked inputs"
-    )
-    _require(sum(report.histogram[_FLAGGED_BINS:]) == flagged, "flagged inputs are not those above 1 in the histogram")
-    _require(len({e.label for e in report.evidence}) == len(report.evidence), "evidence for a label stands twice")
-    for evidence in report.evidence:
-        count = labels.get(evidence.label)
-        _require(
-            count is not None
-            and evidence.flagged <= count.flagged
-            and evidence.unflagged <= count.inputs - count.flagged,
-            "evidence for more inputs than were counted",
-        )
-        described = len(evidence.unflagged_mean) if evidence.unflagged else 0
-        _require(
-            len(evidence.unflagged_mean) == len(evidence.unflagged_std) == described
-            and bool(described) == bool(evidence.unflagged),
-            "unflagged features do not match their count",
-        )
-        _require(all(value >= 0 for value in evidence.unflagged_std), "a standard deviation is negative")
+    """Raise ValueError with the rule that a report breaks. Plain loops: this runs for every report of the fleet."""
+    counts: dict[int, LabelCount] = {}
+    inputs = flagged = 0
+    for count in report.labels:
+        counts[count.label] = count
+        inputs += count.inputs
+        flagged += count.flagged
+        if count.flagged > count.inputs:
+            raise ValueError("more flagged inputs than inputs of a label")
+    histogram = report.histogram
+    if report.inputs > MAX_WINDOW:
+        raise ValueError(f"more than {MAX_WINDOW} inputs in one window")
+    _require(len(counts) == len(report.labels), "a label is counted twice")
+    _require(inputs + report.unchecked == report.inputs, "inputs are not the sum over labels and unchecked")
+    _require(sum(histogram) == inputs, "the histogram does not count the checked inputs")
+    _require(sum(histogram[_FLAGGED_BINS:]) == flagged, "flagged inputs are not those above 1 in the histogram")
+    widths: set[int] = set()
+    if report.evidence:
+        _require(len({e.label for e in report.evidence}) == len(report.evidence), "evidence for a label stands twice")
+        for evidence in report.evidence:
+            _check_evidence(evidence, counts.get(evidence.label))
+            _check_vector(evidence.flagged_mean, widths)
+            if evidence.unflagged:
+                _check_vector(evidence.unflagged_mean, widths)
+                _check_vector(evidence.unflagged_std, widths)
     if report.activation is not None:
         _require(report.activation.inputs <= report.inputs, "activation means of more inputs than were counted")
-    vectors = _vectors(report)
-    widths = {len(vector) for vector in vectors}
+        _check_vector(report.activation.mean, widths)
     _require(len(widths) <= 1 and 0 not in widths, "feature vectors of unequal or no length")
-    _require(all(abs(v) <= _LARGEST for vector in vectors for v in vector), "a feature is not a finite float32")
     if model is not None:
-        _require(widths <= {model.width}, f"features of width {widths}, the model has {model.width}")
+        if not widths <= {model.width}:
+            raise ValueError(f"features of width {widths}, the model has {model.width}")
         known = range(model.classes) if model.classes else (-1,)
-        _require(all(label in known for label in labels), "a label that the model does not have")
+        for label in counts:
+            _require(label in known, "a label that the model does not have")
 
 
-def _vectors(report: Report) -> list[tuple[float, ...]]:
-    vectors = [e.flagged_mean for e in report.evidence]
-    vectors += [v for e in report.evidence if e.unflagged for v in (e.unflagged_mean, e.unflagged_std)]
-    return vectors + ([report.activation.mean] if report.activation is not None else [])
+def _check_evidence(evidence: LabelEvidence, count: LabelCount | None) -> None:
+    _require(
+        count is not None and evidence.flagged <= count.flagged and evidence.unflagged <= count.inputs - count.flagged,
+        "evidence for more inputs than were counted",
+    )
+    described = len(evidence.unflagged_mean) if evidence.unflagged else 0
+    _require(
+        len(evidence.unflagged_mean) == len(evidence.unflagged_std) == described
+        and bool(described) == bool(evidence.unflagged),
+        "unflagged features do not match their count",
+    )
+    _require(not evidence.unflagged_std or min(evidence.unflagged_std) >= 0, "a standard deviation is negative")
+
+
+def _check_vector(vector: tuple[float, ...], widths: set[int]) -> None:
+    """Note its length; JSON has no NaN, so that the extremes say that all of it is a finite float32."""
+    widths.add(len(vector))
+    if vector and not (min(vector) >= -_LARGEST and max(vector) <= _LARGEST):
+        raise ValueError("a feature is not a finite float32")
 
 
 def _require(holds: bool, rule: str) -> None:
@@ -181,8 +202,7 @@ def _require(holds: bool, rule: str) -> None:
         raise ValueError(rule)
 
 
-@dataclass(frozen=True)
-class Stream:
+class Stream(msgspec.Struct, frozen=True):
     """What of one (device, boot) was received: all up to ``through``, but ``gaps``."""
 
     through: int = 0
@@ -190,6 +210,8 @@ class Stream:
 
     def take(self, seq: int) -> tuple[bool, Stream]:
         """Whether ``seq`` is new, and the stream after it."""
+        if seq == self.through + 1:
+            return True, Stream(seq, self.gaps)
         if seq > self.through:
             missing = range(max(self.through + 1, seq - MAX_GAPS), seq)
             return True, Stream(seq, (*self.gaps, *missing)[-MAX_GAPS:])
@@ -200,6 +222,40 @@ class Stream:
     def ack(self, boot: str) -> Ack:
         """What the device may forget."""
         return Ack(boot=boot, through_seq=self.through, gaps=self.gaps)
+
+
+class Acks:
+    """Acknowledgements that wait to be sent: the latest for each (device, boot), which stands for those before it.
+
+    All leave together, at most once in ``every_s`` seconds: a device in a hurry costs no message for each report.
+    """
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s = every_s
+        self._next_s = -math.inf
+        self._waiting: dict[tuple[str, str], Ack] = {}
+
+    def add(self, acks: Iterable[tuple[str, Ack]]) -> None:
+        """Let these wait."""
+        for device, ack in acks:
+            self._waiting[device, ack.boot] = ack
+
+    def due_in_s(self, now_s: float) -> float:
+        """Seconds until something is to be sent, infinite where nothing waits."""
+        return max(self._next_s - now_s, 0.0) if self._waiting else math.inf
+
+    def take(self, now_s: float) -> list[tuple[str, Ack]]:
+        """What is to be sent now, by device. ``now_s`` is a clock of any origin."""
+        if self.due_in_s(now_s) > 0:
+            return []
+        self._next_s = now_s + self._every_s
+        return self.take_all()
+
+    def take_all(self) -> list[tuple[str, Ack]]:
+        """Everything that waits."""
+        taken = [(device, ack) for (device, _), ack in self._waiting.items()]
+        self._waiting.clear()
+        return taken
 
 
 Outcome = Literal["updated", "refused", "failed"]

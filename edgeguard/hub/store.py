@@ -4,34 +4,50 @@ Rules enforced here:
 
 * one transaction takes a whole batch: reports, their evidence and the record of what was received, so that nothing is
   lost and nothing counted twice, whenever the hub is killed;
-* a commit is on disk when it returns (SQLite: write-ahead log, ``synchronous=FULL``);
+* a commit is on disk when it returns (SQLite: write-ahead log, ``synchronous=FULL``; PostgreSQL: as it is set up);
+* several hubs may share one PostgreSQL. What a batch changes, it holds until the commit; where two hubs got into each
+  other's way all the same, one has an ``OperationalError`` and tries again;
+* totals are kept, not counted: they cost the same however many reports there are, and no retention changes them;
 * dead letters are bounded: the oldest leave;
-* all that is particular to SQLite stands in ``_prepare_sqlite``.
+* what differs between the databases stands in ``_engine`` and in :mod:`edgeguard.hub.bulk`.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
-from sqlalchemy import Connection, Engine, Row, Table, create_engine, event, func, insert, select, update
-from sqlalchemy.engine import make_url
+import numpy as np
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    Row,
+    ScalarSelect,
+    create_engine,
+    event,
+    func,
+    make_url,
+    select,
+)
 from sqlalchemy.exc import SQLAlchemyError
 
 from edgeguard.contract.messages import Ack
 from edgeguard.errors import ConfigError
-from edgeguard.hub import batch, schema
-from edgeguard.hub.cases import Case
-from edgeguard.hub.evidence import DeviceEvidence
+from edgeguard.hub import batch, migrations, schema, tallies
+from edgeguard.hub.evidence import DeviceEvidence, LabelCounts
 from edgeguard.hub.ingest import Accepted, Device, Rejected
 
 BUSY_TIMEOUT_S = 5.0
+EPOCH_HOURS = 24
 _WRITES = "edgeguard_writes"
-_SUMMED = ("inputs", "unchecked", "flagged")
+_SHARDS = 16
+_SQLITE = ("journal_mode = WAL", "synchronous = FULL", "cache_size = -65536", "secure_delete = OFF")
+"""Cache in KiB. Some builds overwrite what was deleted: a page more to write for each, and the log keeps it anyway."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,37 +68,38 @@ class Store:
     Args:
         url: a SQLAlchemy URL.
         fleet: rows of other fleets are neither read nor touched.
+        epoch_hours: how long an epoch is, by which counts of labels are told apart.
         busy_timeout_s: how long a SQLite transaction waits for another one.
 
     Raises:
-        ConfigError: the database cannot be opened, is damaged or of another version.
+        ConfigError: the database cannot be opened, is damaged or of a newer version.
     """
 
-    def __init__(self, url: str, *, fleet: str, busy_timeout_s: float = BUSY_TIMEOUT_S) -> None:
-        self._fleet = fleet
+    def __init__(
+        self, url: str, *, fleet: str, epoch_hours: int = EPOCH_HOURS, busy_timeout_s: float = BUSY_TIMEOUT_S
+    ) -> None:
+        self.fleet = fleet
+        self._epoch_ms = epoch_hours * 3_600_000
+        self._shard = secrets.randbelow(_SHARDS)
+        self._numbers = batch.Numbers()
         try:
             parsed = make_url(url)
             name = parsed.render_as_string(hide_password=True)
         except SQLAlchemyError as error:
             raise ConfigError("store.url", got=error, expected="a URL such as sqlite:////var/lib/hub.db") from error
         try:
-            sqlite = parsed.get_backend_name() == "sqlite"
-            self._engine = create_engine(parsed, connect_args={"timeout": busy_timeout_s} if sqlite else {})
-            if sqlite:
-                _prepare_sqlite(self._engine)
-            with self._write() as db:
-                schema.metadata.create_all(db)
-                version = db.scalar(select(func.max(schema.schema_version.c.version)))
-                if version is None:
-                    db.execute(insert(schema.schema_version), {"version": schema.VERSION})
+            self._engine = _engine(parsed, busy_timeout_s)
+            with self.read() as db:
+                current = migrations.version(db) == migrations.head()
+            if not current:
+                with self.write() as db:
+                    migrations.upgrade(db)
         except (SQLAlchemyError, ImportError, OSError) as error:
             reason = getattr(error, "orig", None) or error
             raise ConfigError(
                 f"database {name}", got=reason, expected="a database that can be read and written",
                 do="check store.url, the folder and the disk",
             ) from error  # fmt: skip
-        if version not in (None, schema.VERSION):
-            raise ConfigError(f"database {name}", got=f"version {version}", expected=f"version {schema.VERSION}")
 
     def close(self) -> None:
         """Close all connections."""
@@ -97,126 +114,154 @@ class Store:
         Raises:
             SQLAlchemyError: nothing was changed.
         """
-        with self._write() as db:
-            return batch.apply(db, self._fleet, items, now_ms=now_ms)
+        place = batch.Place(fleet=self.fleet, epoch=self.epoch(now_ms), shard=self._shard, now_ms=now_ms)
+        with self.write() as db:
+            acks, learned = batch.apply(db, place, items, self._numbers)
+        if learned.devices or learned.models:
+            self._numbers = self._numbers.with_(learned)
+        return acks
+
+    def epoch(self, now_ms: int) -> int:
+        """The epoch of a time."""
+        return now_ms // self._epoch_ms
 
     def devices(self) -> list[Device]:
         """All devices, by name."""
-        table = schema.devices
-        with self._read() as db:
-            rows = db.execute(select(table).where(table.c.fleet == self._fleet).order_by(table.c.device))
-            return [batch.to_device(row) for row in rows]
+        table, streams = schema.devices, schema.streams
+        heard = select(func.max(streams.c.last_ms)).where(streams.c.device_id == table.c.id).scalar_subquery()
+        chosen = select(table, heard.label("heard_ms")).where(table.c.fleet == self.fleet).order_by(table.c.device)
+        with self.read() as db:
+            rows = db.execute(chosen).all()
+        return [replace(batch.to_device(r), last_seen_ms=max(r.last_seen_ms, r.heard_ms or 0)) for r in rows]
+
+    def label_counts(self, model_digest: str, guard_digest: str) -> LabelCounts:
+        """What every device counted for one model with one guard, by label and epoch."""
+        table, devices = schema.label_counts, schema.devices
+        chosen = select(table.c.device_id, table.c.epoch, table.c.labels)
+        with self.read() as db:
+            rows = db.execute(chosen.where(table.c.model_id == self._model(model_digest, guard_digest))).all()
+            names = db.execute(
+                select(devices.c.id, devices.c.device).where(devices.c.fleet == self.fleet).order_by(devices.c.device)
+            )
+            known = {row.id: row.device for row in names}
+        numbers, epochs, packed = zip(*rows, strict=True) if rows else ((), (), ())
+        present = set(numbers)
+        position = {number: i for i, number in enumerate(number for number in known if number in present)}
+        which, label, inputs, flagged = tallies.unpack(packed)
+        device = np.array([position[number] for number in numbers], dtype=np.int64)
+        epoch = np.array(epochs, dtype=np.int64)
+        return LabelCounts(
+            devices=tuple(known[number] for number in position),
+            device=device[which],
+            label=label,
+            epoch=epoch[which],
+            inputs=inputs,
+            flagged=flagged,
+        )
 
     def evidence(self, model_digest: str, guard_digest: str) -> list[DeviceEvidence]:
         """The sums of every device and label for one model with one guard."""
-        table = schema.evidence
-        chosen = select(table).where(
-            table.c.fleet == self._fleet,
-            table.c.model_digest == model_digest,
-            table.c.guard_digest == guard_digest,
-        )
-        with self._read() as db:
-            return [batch.to_evidence(row) for row in db.execute(chosen)]
+        return self._evidence(model_digest, guard_digest, None)
+
+    def label_features(self, model_digest: str, guard_digest: str, label: int) -> list[DeviceEvidence]:
+        """The sums of every device for one label of one model with one guard."""
+        return self._evidence(model_digest, guard_digest, label)
 
     def counts(self) -> dict[str, int]:
-        """Totals: reports, inputs, unchecked, flagged, alerts, dead_letters, devices."""
-        reports = schema.reports
-        with self._read() as db:
-            row = db.execute(
-                select(
-                    func.count(),
-                    *(
-                        func.coalesce(func.sum(c), 0)
-                        for c in (reports.c.inputs, reports.c.unchecked, reports.c.flagged)
-                    ),
-                ).where(reports.c.fleet == self._fleet)
-            ).one()
-            dead = select(func.max(schema.dead_letters.c.number)).where(schema.dead_letters.c.fleet == self._fleet)
-            return {
-                **dict(zip(("reports", *_SUMMED), map(int, row), strict=True)),
-                "alerts": self._count(db, schema.alerts),
-                "dead_letters": db.scalar(dead) or 0,
-                "devices": self._count(db, schema.devices),
-            }
+        """Totals of all that ever came: reports, inputs, unchecked, flagged, alerts, dead_letters; and devices."""
+        table, devices = schema.totals, schema.devices
+        sums = [func.coalesce(func.sum(table.c[name]), 0) for name in batch.TOTALS]
+        with self.read() as db:
+            row = db.execute(select(*sums).where(table.c.fleet == self.fleet)).one()
+            known = db.scalar(select(func.count()).select_from(devices).where(devices.c.fleet == self.fleet))
+        return {**dict(zip(batch.TOTALS, map(int, row), strict=True)), "devices": known or 0}
 
     def dead_letters(self) -> list[tuple[str, str, bytes]]:
         """Those still kept, oldest first: topic, reason and head of the payload."""
         table = schema.dead_letters
-        with self._read() as db:
-            rows = db.execute(select(table).where(table.c.fleet == self._fleet).order_by(table.c.number))
+        with self.read() as db:
+            rows = db.execute(select(table).where(table.c.fleet == self.fleet).order_by(table.c.id))
             return [(row.topic, row.reason, row.head) for row in rows]
-
-    def cases(self) -> list[Case]:
-        """All cases, oldest first."""
-        table = schema.cases
-        with self._read() as db:
-            rows = db.execute(select(table).where(table.c.fleet == self._fleet).order_by(table.c.id))
-            return [_to_case(row) for row in rows]
-
-    def save(self, case: Case, *events: tuple[str, str]) -> Case:
-        """Write a case, and what happened to it, in one transaction.
-
-        Args:
-            case: one without an id is new and gets one.
-            events: kind and text of each.
-
-        Returns:
-            The case with its id.
-        """
-        table = schema.cases
-        row = {
-            "fleet": self._fleet,
-            "model_digest": case.model_digest,
-            "label": case.label,
-            "state": case.state,
-            "created_ms": case.created_ms,
-            "updated_ms": case.updated_ms,
-            "detail": msgspec.to_builtins(case),
-        }
-        with self._write() as db:
-            if case.id:
-                db.execute(update(table).where(table.c.id == case.id, table.c.fleet == self._fleet), row)
-            else:
-                key = db.execute(insert(table), row).inserted_primary_key
-                assert key is not None
-                case = msgspec.structs.replace(case, id=key[0])
-            for kind, text in events:
-                detail = {"case": case.id, "model": case.model, "label": case.label}
-                self._event(db, case.updated_ms, kind, f"case {case.id}", text, detail)
-        return case
 
     def add_event(
         self, kind: str, subject: str, text: str, *, at_ms: int, detail: Mapping[str, Any] | None = None
     ) -> None:
         """Write one entry of the timeline."""
-        with self._write() as db:
+        with self.write() as db:
             self._event(db, at_ms, kind, subject, text, detail or {})
 
     def events(self, *, since: int = 0, limit: int = 1000) -> list[Event]:
         """The first ``limit`` entries of the timeline after id ``since``."""
         table = schema.events
-        chosen = select(table).where(table.c.fleet == self._fleet, table.c.id > since).order_by(table.c.id).limit(limit)
-        with self._read() as db:
+        chosen = select(table).where(table.c.fleet == self.fleet, table.c.id > since).order_by(table.c.id).limit(limit)
+        with self.read() as db:
             return [
                 Event(id=r.id, at_ms=r.at_ms, kind=r.kind, subject=r.subject, text=r.text, detail=r.detail)
                 for r in db.execute(chosen)
             ]
 
     def _event(self, db: Connection, at_ms: int, kind: str, subject: str, text: str, detail: Mapping[str, Any]) -> None:
-        batch.add_event(db, self._fleet, at_ms=at_ms, kind=kind, subject=subject, text=text, detail=detail)
+        batch.add_event(db, self.fleet, at_ms=at_ms, kind=kind, subject=subject, text=text, detail=detail)
 
-    def _count(self, db: Connection, table: Table) -> int:
-        return db.scalar(select(func.count()).select_from(table).where(table.c.fleet == self._fleet)) or 0
+    def _model(self, model_digest: str, guard_digest: str) -> ScalarSelect[int]:
+        table = schema.models
+        return (
+            select(table.c.id)
+            .where(
+                table.c.fleet == self.fleet,
+                table.c.model_digest == model_digest,
+                table.c.guard_digest == guard_digest,
+            )
+            .scalar_subquery()
+        )
+
+    def _evidence(self, model_digest: str, guard_digest: str, label: int | None) -> list[DeviceEvidence]:
+        """Counts and feature sums of all labels, or of one, by device and label."""
+        table, devices = schema.features, schema.devices
+        chosen = (
+            select(table, devices.c.device)
+            .join(devices, devices.c.id == table.c.device_id)
+            .where(table.c.model_id == self._model(model_digest, guard_digest))
+        )
+        if label is not None:
+            chosen = chosen.where(table.c.label == label)
+        counts = self.label_counts(model_digest, guard_digest)
+        with self.read() as db:
+            found = {(row.device, row.label): row for row in db.execute(chosen)}
+        sums: dict[tuple[int, int], tuple[int, int]] = {}
+        wanted = slice(None) if label is None else counts.label == label
+        columns = (counts.device, counts.label, counts.inputs, counts.flagged)
+        for device, of, inputs, flagged in zip(*(column[wanted].tolist() for column in columns), strict=True):
+            before = sums.get((device, of), (0, 0))
+            sums[device, of] = (before[0] + inputs, before[1] + flagged)
+        return [
+            DeviceEvidence(
+                device=counts.devices[device], label=of, inputs=inputs, flagged=flagged,
+                **_features(found.get((counts.devices[device], of))),
+            )
+            for (device, of), (inputs, flagged) in sorted(sums.items())
+        ]  # fmt: skip
 
     @contextmanager
-    def _write(self) -> Iterator[Connection]:
+    def write(self) -> Iterator[Connection]:
+        """A transaction that may change rows: committed at the end, rolled back when an error leaves it."""
         with self._engine.connect().execution_options(**{_WRITES: True}) as db, db.begin():
             yield db
 
     @contextmanager
-    def _read(self) -> Iterator[Connection]:
+    def read(self) -> Iterator[Connection]:
+        """A transaction that reads only."""
         with self._engine.connect() as db:
             yield db
+
+
+def _engine(url: URL, busy_timeout_s: float) -> Engine:
+    if url.get_backend_name() != "sqlite":
+        # What a batch reads after it waited for another one must be what that one wrote.
+        return create_engine(url, isolation_level="READ COMMITTED")
+    engine = create_engine(url, connect_args={"timeout": busy_timeout_s})
+    _prepare_sqlite(engine)
+    return engine
 
 
 def _prepare_sqlite(engine: Engine) -> None:
@@ -228,7 +273,7 @@ def _prepare_sqlite(engine: Engine) -> None:
     @event.listens_for(engine, "connect")
     def _connect(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # the driver leaves BEGIN to the listener below
-        for setting in ("journal_mode = WAL", "synchronous = FULL"):
+        for setting in _SQLITE:
             connection.execute(f"PRAGMA {setting}").close()
 
     @event.listens_for(engine, "begin")
@@ -238,5 +283,13 @@ def _prepare_sqlite(engine: Engine) -> None:
         db.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
-def _to_case(row: Row[Any]) -> Case:
-    return msgspec.structs.replace(msgspec.convert(row.detail, Case), id=row.id)
+def _features(row: Row[Any] | None) -> dict[str, Any]:
+    if row is None:
+        return {}
+    return {
+        "flagged_vectors": row.flagged,
+        "flagged_sum": batch.to_vector(row.flagged_sum),
+        "unflagged": row.unflagged,
+        "unflagged_sum": batch.to_vector(row.unflagged_sum),
+        "unflagged_squares": batch.to_vector(row.unflagged_squares),
+    }

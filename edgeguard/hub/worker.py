@@ -1,4 +1,4 @@
-"""Runs the repair of one case in a child process and reads its progress, without ever waiting for it.
+"""Runs the inspection and repair of one case in a child process and reads its progress, without ever waiting for it.
 
 The child is ``COMMAND JOB.json``. It writes one JSON object a line to its standard output: a ``Progress``, and last
 ``{"result": Result}``; the same result lies in ``result.json`` of its folder. Its standard error goes to
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import msgspec
 
-from edgeguard.errors import EXIT_USAGE, ModelError
+from edgeguard.errors import EXIT_USAGE
 from edgeguard.hub.cases import Job, Progress, Result
 
 _MAX_LINE = 1 << 20
@@ -142,16 +142,3 @@ def finished(folder: Path) -> Result | None:
             return msgspec.json.decode(file.read(_MAX_RESULT), type=Result)
     except (OSError, msgspec.DecodeError, ValueError, RecursionError):
         return None
-
-
-def read_output(result: Result, folder: Path) -> bytes:
-    """The repaired guarded model that a result names.
-
-    Raises:
-        ModelError: it cannot be read.
-    """
-    path = folder / (result.output or "")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ModelError(f"repaired model {path}", got=error.strerror, expected="the worker's output") from error

@@ -8,13 +8,17 @@ is also written to ``result.json`` in the job's folder. A job can be run again; 
 Rules enforced here:
 
 * nothing is repaired that was not confirmed, and nothing is offered for release that the gate has not passed;
+* the suspected channels guide the search for a trigger. What is found is held against all that devices reported, so
+  that nobody chooses what it is held against;
 * the data that repairs, and the data that gates and calibrates, are disjoint.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,8 +51,11 @@ REPAIR_SHARE = 1 / 3
 MAX_CONTROLS = 9
 MAX_ROUNDS = 3
 KEPT_TRIGGERS = 3
+CONFIRMED = "confirmed.npz"
 TARGET_SHARES = (0.1, 0.25)
 """One attempt each: the second shows the student more of the target label's own inputs, for a recall that fell."""
+GAMMA = 0.1
+"""The usual weight of the evidence in the search for a trigger."""
 GATE_INPUTS = 1500
 FEATURE_INPUTS = 500
 
@@ -56,7 +63,9 @@ FEATURE_INPUTS = 500
 class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the hub asks for. The three vectors are the fleet's evidence, in the order of ``edgeguard_features``.
 
-    ``data`` names clean, labelled inputs of the model's owner; ``unflagged_mean`` may be empty.
+    ``data`` names clean, labelled inputs of the model's owner; ``unflagged_mean`` may be empty. ``channels`` are the
+    suspected ones among the features, none: all. ``dormant``: see :func:`pruning.with_dormant`. ``stop_after`` ends the
+    run once the suspicion is confirmed or not; ``resume`` is the folder of such a run, which is then not done again.
     """
 
     guarded: str
@@ -66,14 +75,22 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     flagged_mean: tuple[float, ...]
     unflagged_mean: tuple[float, ...] = ()
     unflagged_std: tuple[float, ...] = ()
+    channels: tuple[int, ...] = ()
+    dormant: tuple[pruning.Dormant, ...] = ()
+    stop_after: Literal["inspect"] | None = None
+    resume: str | None = None
     out_dir: str
     seed: int = 0
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of it. ``output`` is the repaired, guarded file; only with ``gate_passed`` is it fit for release."""
+    """What came of it. ``output`` is the repaired, guarded file; only with ``gate_passed`` is it fit for release.
+
+    ``repaired`` False: the run ended after the inspection, as the job says.
+    """
 
     verdict: Literal["confirmed", "not_confirmed", "could_not_check"]
+    repaired: bool = True
     gate_passed: bool
     output: str | None = None
     model_digest: str | None = None
@@ -127,7 +144,16 @@ class _Case:
         self.clean_mean = features.mean(axis=0)
         spread = features.std(axis=0)
         self.std = np.maximum(spread, max(0.05 * float(spread.mean()), 1e-6))
-        self.evidence = Evidence(flagged_mean=self.flagged_mean.astype(np.float32), std=self.std.astype(np.float32))
+        guiding = np.isin(self._norms, job.channels) if job.channels else np.ones(len(self._norms), dtype=bool)
+        if not guiding.any():
+            raise ModelError("job", got=f"channels {job.channels[:5]}", expected="channels of the tapped activations")
+        self.evidence = Evidence(
+            flagged_mean=self.flagged_mean.astype(np.float32),
+            # At an infinite spread no distance counts.
+            std=np.where(guiding, self.std, np.inf).astype(np.float32),
+        )
+        self.focus = guiding.size / int(guiding.sum())
+        """What the evidence's weight is multiplied by: it is a mean over all channels, and only so many count."""
         if job.unflagged_mean:
             self.usual = self._vector("unflagged_mean", job.unflagged_mean)
         else:
@@ -154,11 +180,14 @@ def run(job: Job, say: Say) -> Result:
     case = _Case(job)
     out = Path(job.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    finding, triggers = _confirm(case, say)
+    finding, triggers = _resumed(case) or _confirm(case, say)
     summary: dict[str, Any] = {"finding": asdict(finding)}
     if finding.outcome != "confirmed":
         return Result(verdict=finding.outcome, gate_passed=False, summary=summary)
     _draw(triggers[0], case.x_gate[0], out)
+    if job.stop_after == "inspect":
+        _keep_finding(finding, triggers, out)
+        return Result(verdict=finding.outcome, repaired=False, gate_passed=False, summary=summary)
     return _repair(case, finding, triggers, out, summary, say)
 
 
@@ -172,6 +201,7 @@ def _confirm(case: _Case, say: Say) -> tuple[Finding, list[Trigger]]:
         case.x_repair,
         [label],
         evidence=case.evidence,
+        gamma=GAMMA * case.focus,
         seed=case.job.seed,
         progress=_stage(say, "confirming", "seeking the trigger that devices saw"),
     )[0]
@@ -267,6 +297,7 @@ def _attempt(
     student.set_weights(case.original.get_weights())
     answers = classes_of(case.original, case.x_repair)
     ranked = pruning.rank(case.metadata.taps, (case.flagged_mean - case.usual) / case.std)
+    ranked = pruning.with_dormant(ranked, case.job.dormant, case.metadata.taps)
     pruned = pruning.prune(
         student, ranked, agrees=lambda model: float(np.mean(classes_of(model, case.x_repair) == answers))
     )
@@ -347,13 +378,46 @@ def _keep(case: _Case, say: Say) -> list[Trigger]:
             case.x_repair,
             [label],
             evidence=case.evidence,
-            gamma=gamma,
+            gamma=gamma * case.focus,
             seed=seed + 1000 + number,
             progress=_stage(say, "confirming", "seeking more triggers, to judge the repair by"),
         )[0]
-        for number, gamma in zip(range(KEPT_TRIGGERS), (0.1, 0.03, 0.3), strict=True)
+        for number, gamma in zip(range(KEPT_TRIGGERS), (GAMMA, 0.03, 0.3), strict=True)
     ]
     return [trigger for trigger in found if trigger.success >= confirm.MIN_SUCCESS]
+
+
+def _keep_finding(finding: Finding, triggers: list[Trigger], out: Path) -> None:
+    """What a later run needs to go on from here."""
+    np.savez(
+        out / CONFIRMED,
+        finding=json.dumps(asdict(finding)),
+        masks=np.stack([trigger.mask for trigger in triggers]),
+        patterns=np.stack([trigger.pattern for trigger in triggers]),
+        success=np.asarray([trigger.success for trigger in triggers]),
+    )
+
+
+def _resumed(case: _Case) -> tuple[Finding, list[Trigger]] | None:
+    """What an earlier run confirmed; None where there is none for this label that can be used."""
+    if case.job.resume is None:
+        return None
+    try:
+        with np.load(Path(case.job.resume) / CONFIRMED) as kept:
+            finding = Finding(**json.loads(str(kept["finding"])))
+            shape = case.metadata.input.shape
+            triggers = [
+                Trigger(
+                    label=finding.label,
+                    mask=mask.reshape(*shape[:2], 1),
+                    pattern=pattern.reshape(shape),
+                    success=float(s),
+                )
+                for mask, pattern, s in zip(kept["masks"], kept["patterns"], kept["success"], strict=True)
+            ]
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        return None
+    return (finding, triggers) if finding.label == case.job.label and triggers else None
 
 
 def _draw(trigger: Trigger, example: npt.NDArray[np.uint8], out: Path) -> None:

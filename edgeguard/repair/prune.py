@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -30,6 +31,13 @@ class Channel:
     shift: float
 
 
+class Dormant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Channels of one layer that devices find least active on clean inputs, the least active first."""
+
+    layer: str
+    channels: tuple[int, ...]
+
+
 def rank(taps: Sequence[Tap], shift: npt.NDArray[np.float64]) -> list[Channel]:
     """Channels by the upward shift of their l-infinity norm, largest first; those below MIN_SHIFT are left out.
 
@@ -44,6 +52,23 @@ def rank(taps: Sequence[Tap], shift: npt.NDArray[np.float64]) -> list[Channel]:
         for i in range(tap.channels)
     ]
     return sorted((c for c in channels if c.shift >= MIN_SHIFT), key=lambda c: -c.shift)
+
+
+def with_dormant(ranked: Sequence[Channel], dormant: Sequence[Dormant], taps: Sequence[Tap]) -> list[Channel]:
+    """The ranked channels, and after them those that the fleet finds dormant on clean inputs.
+
+    A backdoor may live in channels that clean inputs leave alone: federated pruning (Wu et al., Mitigating Backdoor
+    Attacks in Federated Learning, 2020). Layers and channels that are not tapped are left out.
+    """
+    widths = {tap.source_layer: tap.channels for tap in taps if tap.kind != "logit" and tap.source_layer}
+    known = {(channel.layer, channel.channel) for channel in ranked}
+    more = [
+        Channel(entry.layer, channel, 0.0)
+        for entry in dormant
+        for channel in dict.fromkeys(entry.channels)
+        if 0 <= channel < widths.get(entry.layer, 0) and (entry.layer, channel) not in known
+    ]
+    return [*ranked, *more]
 
 
 def prune(
@@ -109,4 +134,4 @@ def _silence(layer: Any, channel: int) -> None:
     layer.set_weights(weights)
 
 
-__all__ = ["Channel", "prune", "rank"]
+__all__ = ["Channel", "Dormant", "prune", "rank", "with_dormant"]

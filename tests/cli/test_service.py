@@ -267,6 +267,11 @@ def test_the_brokers_password_is_handed_over_by_systemd(fit: Fit) -> None:
     assert settings.password_file == Path("/etc/secret")
 
 
+def test_the_key_of_the_devices_certificate_is_handed_over_by_systemd(fit: Fit) -> None:
+    settings, _ = fit(CONFIG.replace("[sources", 'ca = "/a"\ncertificate = "/c"\nkey = "/etc/own.key"\n[sources'))
+    assert settings.key_file == Path("/etc/own.key")
+
+
 def test_a_camera_brings_its_extra(fit: Fit) -> None:
     assert fit(CONFIG)[1] == ("device", "update")
     assert fit(f"{CONFIG}[sources.camera]\n")[1] == ("device", "update", "camera")
@@ -499,7 +504,11 @@ def test_a_file_that_is_no_wheel_of_ours_is_refused_before_anything_is_done(boar
     [
         (("fleet", "flet"), "flet"),
         (("/var/lib/edgeguard", "/srv"), "state_dir"),
-        (("[sources", 'username = "u"\npassword_file = "secret"\n[sources'), "password file /etc/edgeguard/secret"),
+        (
+            ("[sources", 'username = "u"\npassword_file = "secret"\n[sources'),
+            "broker.password_file /etc/edgeguard/secret",
+        ),
+        (("[sources", 'ca = "/a"\ncertificate = "/c"\nkey = "own.key"\n[sources'), "broker.key /etc/edgeguard/own.key"),
         (("[sources.socket]", '[sources.folder]\npath = "/home/pi/inbox"'), "/home/pi/inbox"),
     ],
 )

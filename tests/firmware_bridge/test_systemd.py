@@ -23,8 +23,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgeguard import settings as agents
 from edgeguard.errors import ConfigError
-from firmware_bridge.systemd import CREDENTIAL, GROUP, Notifier, Settings, Watchdog, unit
+from firmware_bridge.systemd import CREDENTIAL, GROUP, KEY_CREDENTIAL, Notifier, Settings, Watchdog, unit
 from tests.simulators import needs
 
 SETTINGS = Settings(python=Path("/bin/sh"), config=Path("/etc/edgeguard/agent.toml"))
@@ -306,6 +307,7 @@ def test_the_unit_passes_systemds_own_check_but_for_what_older_versions_do_not_k
         camera=True,
         network=False,
         password_file=Path("/etc/edgeguard/pass word"),
+        key_file=Path("/etc/edgeguard/own.key"),
         writable=(Path("/srv/in box"),),
     )
     done = analyze(tmp_path, settings, "verify")
@@ -351,7 +353,7 @@ def test_paths_are_escaped_by_the_rules_of_the_line_that_they_stand_in() -> None
         "/etc/\udcff",
     ],
 )
-@pytest.mark.parametrize("key", ["python", "config", "password_file", "writable"])
+@pytest.mark.parametrize("key", ["python", "config", "password_file", "key_file", "writable"])
 def test_a_path_that_no_line_can_hold_is_refused(key: str, path: str) -> None:
     with pytest.raises(ConfigError, match="unit: path"):
         unit(_with(key, Path(path)))
@@ -364,8 +366,13 @@ def test_a_path_that_the_sandbox_hides_is_refused(key: str, folder: str) -> None
         unit(_with(key, Path(folder) / "x"))
 
 
-def test_the_password_may_lie_where_only_root_looks() -> None:
-    assert f"LoadCredential={CREDENTIAL}:/root/secret" in lines(_with("password_file", Path("/root/secret")))
+@pytest.mark.parametrize(("key", "name"), [("password_file", CREDENTIAL), ("key_file", KEY_CREDENTIAL)])
+def test_password_and_key_may_lie_where_only_root_looks(key: str, name: str) -> None:
+    assert f"LoadCredential={name}:/root/secret" in lines(_with(key, Path("/root/secret")))
+
+
+def test_the_agent_looks_for_its_credentials_under_the_units_names() -> None:
+    assert (agents.CREDENTIAL, agents.KEY_CREDENTIAL) == (CREDENTIAL, KEY_CREDENTIAL)
 
 
 def _with(key: str, path: Path) -> Settings:

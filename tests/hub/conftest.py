@@ -20,6 +20,7 @@ from edgeguard.hub.store import Store
 from edgeguard.release.repository import Repository
 from tests.simulators import fleet
 from tests.simulators.mosquitto import Mosquitto, free_port
+from tests.simulators.postgres import Postgres
 
 
 @dataclass
@@ -29,7 +30,9 @@ class Setting:
     folder: Path
     broker_port: int
     web_port: int = field(default_factory=free_port)
-    policy: str = "interval_s = 0.1"
+    policy: str = "interval_s = 0.1\nassess_s = 0.1"
+    more: str = ""
+    """Further sections of the configuration."""
     _process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -38,9 +41,11 @@ class Setting:
         path = self.folder / "hub.toml"
         path.write_text(
             f'fleet = "test"\nstate_dir = "state"\n[broker]\nhost = "127.0.0.1"\nport = {self.broker_port}\n'
-            f"[web]\nport = {self.web_port}\n[policy]\n{self.policy}\n"
+            f'[web]\nport = {self.web_port}\nanonymous = "viewer"\n'
+            f"[policy]\n{self.policy}\n"
             '[release]\nfolder = "release"\nkeys = "keys"\n'
             '[[models]]\nname = "signs"\nguarded = "signs.tflite"\nkeras = "signs.keras"\ndata = "digits"\n'
+            f"{self.more}\n"
         )
         return path
 
@@ -99,6 +104,32 @@ class Setting:
         """Kill what the test left running."""
         if self._process is not None and self._process.poll() is None:
             self.kill()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL cluster for all tests together."""
+    cluster = Postgres(durable=False)
+    cluster.start()
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def template(postgres: Postgres) -> str:
+    """A database of PostgreSQL in which there is a hub's schema and nothing else."""
+    name = postgres.create()
+    Store(postgres.url(name), fleet="template").close()
+    return name
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a fresh database of this test's own, once for each kind of database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'hub.db'}"
+    postgres: Postgres = request.getfixturevalue("postgres")
+    return postgres.url(postgres.create(request.getfixturevalue("template")))
 
 
 @pytest.fixture

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from edgeguard.contract import topics
 from edgeguard.errors import EXIT_CLEAN, EXIT_INTERNAL, EXIT_USAGE
-from edgeguard.hub.cases import Case
+from edgeguard.hub import cases
+from edgeguard.hub.casebook import Casebook, Move
+from edgeguard.hub.policy import Suspicion
 from tests.hub.conftest import Setting
 from tests.simulators import fleet
 from tests.simulators.fleet import Publisher, wait_until
 from tests.simulators.mosquitto import Mosquitto, free_port
+from tests.simulators.postgres import Postgres
 
 REPORTS = 200
 
@@ -59,31 +66,93 @@ def test_a_hub_killed_in_mid_stream_stores_every_report_once_and_counts_it_once(
     np.testing.assert_allclose(total, 2 * REPORTS * np.array([1, 2, 3, 7]))
 
 
-def test_hub_and_broker_killed_together_lose_nothing(setting: Setting, mosquitto: Mosquitto) -> None:
+@dataclass
+class Errant:
+    """A device that repeats itself, sends in any order and whose clock jumps; it counts what it sends."""
+
+    publisher: Publisher
+    random: random.Random
+    reports: int = 0
+    inputs: int = 0
+    flagged: int = 0
+
+    def send(self, seqs: range) -> None:
+        """Send reports with these numbers, and some of them twice."""
+        for seq in self.random.sample(seqs, len(seqs)):
+            inputs, flagged = self.random.randint(1, 50), self.random.randint(0, 1)
+            at_ms = self.random.choice((0, 1, 1000 * seq, 2**53))
+            made = msgspec.structs.replace(
+                fleet.report(seq, counts=((0, inputs, flagged), (1, 7, 0))), started_ms=at_ms, ended_ms=2**53 - at_ms
+            )
+            self.publisher.keep(made)
+            if self.random.random() < 0.3:
+                self.publisher.send(topics.REPORT, made)
+            self.reports, self.inputs = self.reports + 1, self.inputs + inputs + 7
+            self.flagged += flagged
+
+
+@pytest.mark.parametrize(
+    ("database", "victims"),
+    [
+        ("sqlite", ("hub", "broker")),
+        ("postgresql", ("database",)),
+        ("postgresql", ("hub", "broker", "database")),
+    ],
+)
+def test_whatever_is_killed_the_database_says_what_the_devices_counted(
+    setting: Setting, mosquitto: Mosquitto, request: pytest.FixtureRequest, database: str, victims: tuple[str, ...]
+) -> None:
+    cluster: Postgres | None = None
+    if database == "postgresql":
+        cluster = request.getfixturevalue("postgres")
+        url = cluster.url(cluster.create(request.getfixturevalue("template")))
+        setting.more = f'[store]\nurl = "{url}"'
     setting.start()
     setting.wait_until_up()
-    with Publisher(setting.broker_port, "d1") as device:
-        wait_until(device.connected)
-        for seq in range(1, 101):
-            device.keep(fleet.report(seq))
-            if seq == 50:
-                mosquitto.kill()
+    with ExitStack() as stack:
+        devices = [
+            Errant(stack.enter_context(Publisher(setting.broker_port, name)), random.Random(name))
+            for name in ("d1", "d2", "d3")
+        ]
+        wait_until(lambda: all(device.publisher.connected() for device in devices))
+        for block in range(3):
+            for device in devices:
+                device.send(range(40 * block + 1, 40 * block + 41))
+            # In the middle of the stream: something was stored, and not everything.
+            wait_until(lambda block=block: any(d.publisher.waiting < 40 * (block + 1) for d in devices))  # type: ignore[misc]
+            if "hub" in victims:
                 setting.kill()
+            if "broker" in victims:
+                mosquitto.kill()
+            if cluster is not None and "database" in victims:
+                cluster.kill()
+                cluster.start()
+            if "broker" in victims:
                 mosquitto.start()
+            if "hub" in victims:
                 setting.start()
-        wait_until(lambda: not device.waiting)
-    counts = setting.store().counts()
-    assert (counts["reports"], counts["dead_letters"]) == (100, 0)
+        wait_until(lambda: not any(device.publisher.waiting for device in devices), timeout_s=90)
+    store = setting.store()
+    counts = store.counts()
+    assert (counts["reports"], counts["inputs"], counts["flagged"], counts["dead_letters"]) == (
+        sum(device.reports for device in devices),
+        sum(device.inputs for device in devices),
+        sum(device.flagged for device in devices),
+        0,
+    )
+    rows = store.evidence(fleet.MODEL, fleet.GUARD)
+    for device in devices:
+        mine = [row for row in rows if row.device == device.publisher.device]
+        assert (sum(r.inputs for r in mine), sum(r.flagged for r in mine)) == (device.inputs, device.flagged)
 
 
 def test_an_error_of_its_own_is_told_with_its_traceback_and_a_status_of_its_own(setting: Setting) -> None:
     store = setting.store()
-    store.save(
-        Case(
-            model="signs", model_digest=fleet.MODEL, label=1, state="dismissed", created_ms=1, updated_ms=1,
-            devices=(), flagged=1, inputs=1, p_value=0.0, channels=(),
-        )
+    suspicion = Suspicion(
+        model_digest=fleet.MODEL, label=1, devices=("a",), flagged=1, inputs=1, p_value=0.0, excess=1.0, channels=(),
     )  # fmt: skip
+    case = cases.open_case(suspicion, model="signs", label_name="stop", at_ms=1)
+    Casebook(store, clock_ms=lambda: 1).save(Move(case=case, text="seen"))
     store.close()
     with sqlite3.connect(setting.state / "hub.db") as db:
         db.execute("UPDATE cases SET detail = '{}'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -10,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeguard.contract import topics
-from edgeguard.contract.messages import MAX_GAPS, MAX_PAYLOAD, Alert, LabelCount, Message, Report, encode
-from edgeguard.hub.ingest import MAX_WINDOW, Accepted, Device, ModelShape, Rejected, Stream, read
+from edgeguard.contract.messages import MAX_GAPS, MAX_PAYLOAD, Ack, Alert, LabelCount, Message, Report, encode
+from edgeguard.hub.ingest import MAX_WINDOW, Accepted, Acks, Device, ModelShape, Rejected, Stream, read
 from tests.simulators import fleet
 
 MODELS = {fleet.MODEL: ModelShape(width=fleet.WIDTH, classes=2)}
@@ -241,3 +242,28 @@ class TestDevice:
     def test_what_the_broker_repeats_is_no_sign_of_life(self) -> None:
         assert Device(device="d1").after(fleet.status(), now_ms=None).last_seen_ms == 0
         assert Device(device="d1").after(fleet.status(), now_ms=9).last_seen_ms == 9
+
+
+class TestAcks:
+    def test_the_first_ack_leaves_at_once(self) -> None:
+        acks = Acks(0.5)
+        assert acks.due_in_s(0.0) == math.inf
+        acks.add([("d1", Ack(boot=fleet.BOOT, through_seq=1))])
+        assert acks.due_in_s(0.0) == 0.0
+        assert acks.take(0.0) == [("d1", Ack(boot=fleet.BOOT, through_seq=1))]
+
+    def test_those_after_it_wait_and_the_latest_stands_for_all(self) -> None:
+        acks = Acks(0.5)
+        for seq in range(1, 100):
+            acks.add([("d1", Ack(boot=fleet.BOOT, through_seq=seq)), ("d2", Ack(boot=fleet.BOOT, through_seq=seq))])
+            left = acks.take(0.0)
+            assert bool(left) == (seq == 1)
+        assert acks.due_in_s(0.1) == pytest.approx(0.4)
+        assert acks.take(0.5) == [(name, Ack(boot=fleet.BOOT, through_seq=99)) for name in ("d1", "d2")]
+        assert acks.take(1.5) == []
+
+    def test_boots_of_one_device_are_acknowledged_each(self) -> None:
+        acks = Acks(0.5)
+        acks.add([("d1", Ack(boot="0" * 16, through_seq=5)), ("d1", Ack(boot="1" * 16, through_seq=1))])
+        assert len(acks.take_all()) == 2
+        assert acks.take_all() == []

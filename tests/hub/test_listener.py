@@ -6,14 +6,16 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy.exc import DataError
 
 from edgeguard.contract import topics
 from edgeguard.contract.messages import Ack, Alert, Desired, Report, encode
+from edgeguard.hub.config import IngestConfig
 from edgeguard.hub.ingest import Accepted, ModelShape, Rejected
-from edgeguard.hub.listener import Listener
+from edgeguard.hub.listener import RETAINED, SHARED, Listener
 from edgeguard.hub.store import Store
 from edgeguard.settings import BrokerConfig
 from tests.simulators import fleet
@@ -38,17 +40,17 @@ def database(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def listen(mosquitto: Mosquitto) -> Iterator[Callable[[Store], Listener]]:
+def listen(mosquitto: Mosquitto) -> Iterator[Callable[..., Listener]]:
     running: list[Listener] = []
 
-    def start(store: Store) -> Listener:
+    def start(store: Store, **more: Any) -> Listener:
         made = Listener(
             BrokerConfig(host="127.0.0.1", port=mosquitto.port),
             fleet="test",
-            client_id="hub",
             store=store,
             models=lambda: MODELS,
             clock_ms=lambda: 7,
+            **{"client_id": "hub", **more},
         )
         made.start()
         running.append(made)
@@ -68,7 +70,7 @@ def device(mosquitto: Mosquitto) -> Iterator[Publisher]:
 
 
 def test_a_stored_report_is_acknowledged_to_its_device(
-    database: str, listen: Callable[[Store], Listener], device: Publisher
+    database: str, listen: Callable[..., Listener], device: Publisher
 ) -> None:
     store = Store(database, fleet="test")
     listen(store)
@@ -79,7 +81,7 @@ def test_a_stored_report_is_acknowledged_to_its_device(
 
 
 def test_nothing_is_acknowledged_before_the_commit(
-    tmp_path: Path, database: str, listen: Callable[[Store], Listener], device: Publisher
+    tmp_path: Path, database: str, listen: Callable[..., Listener], device: Publisher
 ) -> None:
     store = Store(database, fleet="test", busy_timeout_s=0.1)
     listen(store)
@@ -96,7 +98,7 @@ def test_nothing_is_acknowledged_before_the_commit(
 
 
 def test_a_report_whose_ack_was_lost_is_acknowledged_again_and_stored_once(
-    database: str, listen: Callable[[Store], Listener], device: Publisher
+    database: str, listen: Callable[..., Listener], device: Publisher
 ) -> None:
     store = Store(database, fleet="test")
     listen(store)
@@ -109,7 +111,7 @@ def test_a_report_whose_ack_was_lost_is_acknowledged_again_and_stored_once(
 
 @pytest.mark.parametrize("payload", [b'{"boot":"%s","seq":1}' % fleet.BOOT.encode(), encode(fleet.report(1, width=9))])
 def test_a_report_that_can_never_be_accepted_is_not_sent_for_ever(
-    payload: bytes, database: str, listen: Callable[[Store], Listener], device: Publisher
+    payload: bytes, database: str, listen: Callable[..., Listener], device: Publisher
 ) -> None:
     store = Store(database, fleet="test")
     listen(store)
@@ -120,7 +122,7 @@ def test_a_report_that_can_never_be_accepted_is_not_sent_for_ever(
 
 
 def test_the_hub_goes_on_after_hostile_payloads_on_every_channel(
-    database: str, listen: Callable[[Store], Listener], device: Publisher
+    database: str, listen: Callable[..., Listener], device: Publisher
 ) -> None:
     store = Store(database, fleet="test")
     listen(store)
@@ -135,7 +137,7 @@ def test_the_hub_goes_on_after_hostile_payloads_on_every_channel(
 
 
 def test_one_message_that_the_database_cannot_take_does_not_hold_up_the_others(
-    database: str, listen: Callable[[Store], Listener], device: Publisher
+    database: str, listen: Callable[..., Listener], device: Publisher
 ) -> None:
     store = Picky(database, fleet="test")
     for seq in range(1, 6):
@@ -147,7 +149,7 @@ def test_one_message_that_the_database_cannot_take_does_not_hold_up_the_others(
 
 
 def test_alerts_are_stored_and_acknowledged_like_reports(
-    database: str, listen: Callable[[Store], Listener], device: Publisher
+    database: str, listen: Callable[..., Listener], device: Publisher
 ) -> None:
     store = Store(database, fleet="test")
     listen(store)
@@ -161,7 +163,7 @@ def test_alerts_are_stored_and_acknowledged_like_reports(
 
 
 def test_what_arrives_while_the_hub_is_away_is_delivered_afterwards(
-    database: str, listen: Callable[[Store], Listener], device: Publisher
+    database: str, listen: Callable[..., Listener], device: Publisher
 ) -> None:
     store = Store(database, fleet="test")
     listen(store).stop()
@@ -172,7 +174,7 @@ def test_what_arrives_while_the_hub_is_away_is_delivered_afterwards(
 
 
 def test_a_killed_broker_loses_nothing(
-    database: str, listen: Callable[[Store], Listener], device: Publisher, mosquitto: Mosquitto
+    database: str, listen: Callable[..., Listener], device: Publisher, mosquitto: Mosquitto
 ) -> None:
     store = Store(database, fleet="test")
     hub = listen(store)
@@ -188,7 +190,7 @@ def test_a_killed_broker_loses_nothing(
     assert sum(row.inputs for row in store.evidence(fleet.MODEL, fleet.GUARD)) == 150 * 30
 
 
-def test_a_hint_reaches_its_device(database: str, listen: Callable[[Store], Listener], device: Publisher) -> None:
+def test_a_hint_reaches_its_device(database: str, listen: Callable[..., Listener], device: Publisher) -> None:
     hub = listen(Store(database, fleet="test"))
     hint = Desired(target="signs-1.tflite", sequence=1)
     assert hub.publish("d1", topics.MODEL_DESIRED, hint, retain=True)
@@ -209,3 +211,134 @@ def test_without_a_broker_each_attempt_is_one_line_in_the_log(database: str, cap
     hub.stop()
     assert all("refused" in line.getMessage() and "\n" not in line.getMessage() for line in caplog.records)
     assert not hub.publish("d1", topics.MODEL_DESIRED, Desired(target="t", sequence=1))
+
+
+def test_a_connection_whose_process_is_killed_is_made_again_and_nothing_is_lost(
+    database: str, listen: Callable[..., Listener], device: Publisher
+) -> None:
+    store = Store(database, fleet="test")
+    hub = listen(store)
+    for seq in range(1, 151):
+        device.keep(fleet.report(seq))
+        if seq == 75:
+            assert hub._link._process is not None
+            hub._link._process.kill()
+            wait_until(lambda: hub.connections == 2)
+    wait_until(lambda: not device.waiting)
+    assert (store.counts()["reports"], store.counts()["dead_letters"]) == (150, 0)
+
+
+def test_a_device_in_a_hurry_is_acknowledged_less_often_than_it_sends(
+    database: str, listen: Callable[..., Listener], device: Publisher
+) -> None:
+    store = Store(database, fleet="test")
+    listen(store, limits=IngestConfig(ack_every_s=5.0))
+    device.keep(fleet.report(1))
+    wait_until(lambda: not device.waiting)
+    for seq in range(2, 201):
+        device.keep(fleet.report(seq))
+    wait_until(lambda: not device.waiting)
+    assert len(device.acks) == 2
+
+
+class TestFloods:
+    TIGHT = IngestConfig(messages_per_second=60.0, burst_messages=40, ack_every_s=0.1)
+
+    def test_what_exceeds_a_limit_waits_with_its_device_and_nothing_is_lost(
+        self, database: str, listen: Callable[..., Listener], device: Publisher
+    ) -> None:
+        store = Store(database, fleet="test")
+        hub = listen(store, limits=self.TIGHT)
+        for seq in range(1, 151):
+            device.keep(fleet.report(seq))
+        wait_until(lambda: hub.totals.limited)
+        wait_until(lambda: not device.waiting)
+        assert (store.counts()["reports"], store.counts()["inputs"]) == (150, 150 * 30)
+        assert [(e.kind, e.subject) for e in store.events()] == [("rate_limited", "d1")]
+
+    def test_others_are_served_meanwhile(
+        self, database: str, listen: Callable[..., Listener], device: Publisher, mosquitto: Mosquitto
+    ) -> None:
+        store = Store(database, fleet="test")
+        hub = listen(store, limits=self.TIGHT)
+        with Publisher(mosquitto.port, "d2") as quiet:
+            wait_until(quiet.connected)
+            for seq in range(1, 2001):
+                device.send(topics.REPORT, fleet.report(seq))
+                if seq % 100 == 0:
+                    quiet.keep(fleet.report(seq // 100))
+            wait_until(lambda: not quiet.waiting)
+        wait_until(lambda: hub.totals.limited + hub.totals.taken >= 2020)
+        assert store.counts()["reports"] < 2020 - hub.totals.limited + 1
+        assert hub.totals.limited > 1000
+
+    def test_one_that_floods_its_status_can_still_be_heard_with_reports(
+        self, database: str, listen: Callable[..., Listener], device: Publisher
+    ) -> None:
+        store = Store(database, fleet="test")
+        hub = listen(store, limits=self.TIGHT)
+        for session in range(1, 501):
+            device.send(topics.STATUS, fleet.status(session=session))
+        device.keep(fleet.report(1))
+        wait_until(lambda: not device.waiting)
+        assert hub.totals.limited > 300
+
+    def test_rejected_messages_are_all_acknowledged_but_kept_and_told_in_a_limited_number(
+        self, database: str, listen: Callable[..., Listener], device: Publisher, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        store = Store(database, fleet="test")
+        hub = listen(store)
+        for seq in range(1, 301):
+            device.keep_raw(fleet.BOOT, seq, b'{"boot":"%s","seq":%d}' % (fleet.BOOT.encode(), seq))
+        wait_until(lambda: not device.waiting)
+        assert hub.totals.rejected >= 300
+        assert 50 <= len(store.dead_letters()) < 80
+        assert len([line for line in caplog.records if "rejected" in line.getMessage()]) < 80
+
+
+class TestReplies:
+    def test_each_is_handed_over_with_its_device_and_command(
+        self, database: str, listen: Callable[..., Listener], device: Publisher
+    ) -> None:
+        heard: list[tuple[str, str, bytes]] = []
+        listen(Store(database, fleet="test"), replied=lambda *reply: heard.append(reply))
+        device.send(topics.reply("ping"), b"{}")
+        wait_until(lambda: heard == [("d1", "ping", b"{}")])
+
+    def test_one_that_cannot_be_taken_holds_nothing_up(
+        self, database: str, listen: Callable[..., Listener], device: Publisher
+    ) -> None:
+        def refuse(*_: object) -> None:
+            raise ValueError("no such command")
+
+        listen(Store(database, fleet="test"), replied=refuse)
+        device.send(topics.reply("ping"), b"{}")
+        device.keep(fleet.report(1))
+        wait_until(lambda: not device.waiting)
+
+
+class TestSharedSubscription:
+    def test_two_share_the_reports_and_store_each_once(
+        self, database: str, listen: Callable[..., Listener], device: Publisher
+    ) -> None:
+        stores = [Store(database, fleet="test") for _ in range(2)]
+        hubs = [
+            listen(store, client_id=f"hub-{i}", channels=SHARED, group="hubs", limits=IngestConfig(ack_every_s=0.1))
+            for i, store in enumerate(stores)
+        ]
+        for seq in range(1, 201):
+            device.keep(fleet.report(seq))
+        wait_until(lambda: not device.waiting)
+        assert (stores[0].counts()["reports"], stores[0].counts()["inputs"]) == (200, 200 * 30)
+        assert all(hub.totals.taken > 20 for hub in hubs)
+
+    def test_a_session_is_rid_of_what_it_had_subscribed_to_before(
+        self, database: str, listen: Callable[..., Listener], device: Publisher
+    ) -> None:
+        store = Store(database, fleet="test")
+        listen(store).stop()
+        listen(store, channels=RETAINED)
+        device.send(topics.REPORT, fleet.report(1))
+        device.send(topics.STATUS, fleet.status())
+        wait_until(lambda: [d.state for d in store.devices()] == ["online"])
+        assert store.counts()["reports"] == 0

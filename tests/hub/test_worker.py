@@ -8,9 +8,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edgeguard.errors import ModelError
-from edgeguard.hub.cases import Job, Progress, Result
-from edgeguard.hub.worker import Failed, Worker, finished, read_output
+from edgeguard.hub.cases import Dormant, Job, Progress, Result
+from edgeguard.hub.worker import Failed, Worker, finished
+from edgeguard.repair import case
 from tests.simulators.fleet import wait_until
 
 SAY = "import json, sys, time, os\ndef say(**m): print(json.dumps(m), flush=True)\njob = json.load(open(sys.argv[1]))\n"
@@ -132,9 +132,17 @@ def test_the_job_says_all_that_the_worker_needs(tmp_path: Path) -> None:
     assert msgspec.json.decode(content, type=Job) == job(tmp_path)
 
 
-def test_a_missing_output_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"gone\.tflite"):
-        read_output(Result(verdict="confirmed", output="gone.tflite"), tmp_path)
+def test_the_child_understands_what_the_hub_writes_and_the_hub_what_the_child_says(tmp_path: Path) -> None:
+    hint = Dormant(layer="relu2", channels=(3,))
+    ours = msgspec.structs.replace(
+        job(tmp_path), channels=(1, 2), dormant=(hint,), stop_after="inspect", resume="r"
+    )  # fmt: skip
+    theirs = msgspec.json.decode(msgspec.json.encode(ours), type=case.Job)
+    assert msgspec.to_builtins(theirs) == msgspec.to_builtins(ours)
+    said = case.Result(verdict="confirmed", repaired=False, gate_passed=False, summary={"finding": {"reason": "why"}})
+    heard = msgspec.json.decode(msgspec.json.encode(said), type=Result)
+    assert msgspec.to_builtins(heard) == msgspec.to_builtins(said)
+    assert heard.reason == "why"
 
 
 def _state(pid: int) -> str:

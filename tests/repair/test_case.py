@@ -71,6 +71,28 @@ def test_an_attacked_model_is_confirmed_repaired_and_passes_the_gate(attacked: A
 
 
 @pytest.mark.slow
+def test_an_inspection_of_the_suspected_channels_and_a_repair_that_goes_on_from_it(
+    attacked: Attacked, tmp_path: Path
+) -> None:
+    document = json.loads(job(attacked, tmp_path).read_text())
+    taps = attacked.conversion.metadata.taps
+    logits = {column for tap in taps if tap.kind == "logit" for column in tap.columns}
+    shift = np.abs(np.subtract(document["flagged_mean"], document["unflagged_mean"]))
+    channels = [int(c) for c in np.argsort(-shift) if int(c) not in logits][:16]
+    done = run(job(attacked, tmp_path, channels=channels, stop_after="inspect"))
+    result = json.loads(done.stdout.splitlines()[-1])["result"]
+    assert (result["verdict"], result["repaired"], result["output"]) == ("confirmed", False, None)
+    assert not list((tmp_path / "out").glob("repaired*"))
+
+    dormant = [{"layer": tap.source_layer, "channels": [0, 1]} for tap in taps if tap.kind == "l1"]
+    again = {"channels": channels, "dormant": dormant, "resume": document["out_dir"], "out_dir": str(tmp_path / "next")}
+    lines = [json.loads(line) for line in run(job(attacked, tmp_path, **again)).stdout.splitlines()]
+    assert "seeking the trigger that devices saw" not in {line.get("text") for line in lines}
+    assert lines[-1]["result"]["summary"]["finding"] == result["summary"]["finding"]
+    assert lines[-1]["result"]["gate_passed"]
+
+
+@pytest.mark.slow
 def test_a_false_suspicion_of_a_clean_model_is_not_confirmed_and_changes_nothing(
     clean_twin: Attacked, tmp_path: Path
 ) -> None:
@@ -91,6 +113,7 @@ def test_a_false_suspicion_of_a_clean_model_is_not_confirmed_and_changes_nothing
         ({"keras": "/no/such/file"}, "no such file"),
         ({"data": "no-such-data"}, "no-such-data"),
         ({"surprise": 1}, "surprise"),
+        ({"channels": [100000]}, "channels"),
     ],
 )
 def test_a_job_that_cannot_be_done_is_one_line_and_exit_code_2(

@@ -1,0 +1,296 @@
+"""What the API takes and gives, as pydantic models: its OpenAPI document is made of these. No logic.
+
+Times are milliseconds since 1970 and their names end in ``_ms``. What is not known is null, never zero.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from edgeguard.hub.access import Role
+from edgeguard.hub.cases import State, Step
+
+MAX_INTEGER = 2**53
+"""Larger numbers are not exact in every reader of JSON."""
+
+_ID = "[a-z0-9][a-z0-9._-]{0,62}"
+Id = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+DeviceName = Annotated[str, StringConstraints(pattern=rf"^{_ID}(~{_ID})?$")]
+TokenName = Annotated[str, StringConstraints(pattern=rf"^{_ID}$")]
+CommandId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16,64}$")]
+Sentence = Annotated[str, StringConstraints(max_length=500, pattern=r"^[^\x00-\x1f\x7f]*$")]
+DeviceState = Literal["online", "offline", "stopped", "unknown"]
+
+_DIGEST = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+_GUARD = "60303ae22b998861bce3b28f33eec1be758a213c86c93c076dbe9f558c11c752"
+_AT = 1_767_225_600_000
+T = TypeVar("T")
+
+
+class View(BaseModel):
+    """Base of all."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _example(**values: Any) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": [values]})
+
+
+class Problem(View):
+    """Why a request was not answered: what is wrong, what was found, what would be right, and what to do."""
+
+    model_config = _example(what="limit", got="5000", expected="Input should be less than or equal to 500", do="")
+
+    what: str
+    got: str | None = None
+    expected: str | None = None
+    do: str | None = None
+
+
+class Page(View, Generic[T]):
+    """A part of a list. ``next`` is the ``cursor`` of the part after it, null at the end."""
+
+    items: list[T]
+    next: str | None = None
+
+
+class Device(View):
+    """A device: what it last said of itself, what it runs, and what became of the last release offered to it."""
+
+    model_config = _example(
+        device="camera-1", state="online", last_seen_ms=_AT, model_digest=_DIGEST, guard_digest=_GUARD, sequence=3,
+        outcome="updated", outcome_sequence=3, reason="", birth={"board": "Raspberry Pi 5"}, health={"p50_us": 81.5},
+    )  # fmt: skip
+
+    device: str
+    state: DeviceState
+    last_seen_ms: int | None
+    model_digest: str | None
+    guard_digest: str | None
+    sequence: int = Field(description="number of the release that it runs, 0 for a file that was never released")
+    outcome: Literal["updated", "refused", "failed"] | None
+    outcome_sequence: int | None
+    reason: str
+    birth: dict[str, Any] | None = Field(description="its last birth message; null in lists")
+    health: dict[str, Any] | None = Field(description="its last health message; null in lists")
+
+
+class Model(View):
+    """A model that this hub watches: one of its configuration, or a repaired one that it released."""
+
+    model_config = _example(
+        name="signs", model_digest=_DIGEST, guard_digest=_GUARD, classes=["stop", "yield"], fpr=0.01, devices=12,
+    )  # fmt: skip
+
+    name: str
+    model_digest: str
+    guard_digest: str
+    classes: list[str]
+    fpr: float = Field(description="the false-positive rate that its calibration promises")
+    devices: int = Field(description="how many devices run it")
+
+
+class Report(View):
+    """One window of one device, as it was counted."""
+
+    model_config = _example(
+        device="camera-1", boot="00000000000000ab", seq=7, model_digest=_DIGEST, guard_digest=_GUARD, inputs=64,
+        unchecked=0, flagged=1, stored_ms=_AT,
+    )  # fmt: skip
+
+    device: str
+    boot: str
+    seq: int
+    model_digest: str
+    guard_digest: str
+    inputs: int
+    unchecked: int
+    flagged: int
+    stored_ms: int = Field(description="by the hub's clock")
+
+
+class Audit(View):
+    """One entry of an audit trail."""
+
+    at_ms: int
+    who: str
+    was: str | None
+    became: str
+    why: str
+
+
+class Channel(View):
+    """A channel that flagged inputs move."""
+
+    tensor: str
+    source_layer: str
+    kind: str
+    channel: int
+    index: int = Field(description="position in edgeguard_features")
+    shift_in_std: float
+
+
+class Release(View):
+    """The signed release of a repaired model, and how far its roll-out is."""
+
+    target: str
+    sequence: int
+    model_digest: str
+    guard_digest: str
+    replaces: str
+    at_ms: int
+    canaries: list[str]
+    everyone: bool
+    updated: list[str]
+    held: list[str]
+
+
+class Case(View):
+    """A suspicion about one label of one model, or a case: ``is_case`` once an inspection confirmed it."""
+
+    model_config = _example(
+        id=1, is_case=True, state="confirmed", model="signs", model_digest=_DIGEST, label=0, label_name="stop",
+        created_ms=_AT, updated_ms=_AT + 90_000, devices=["camera-1", "camera-2"], flagged=140, inputs=1600,
+        p_value=1e-90, awaiting="repair", approved=[], note="",
+    )  # fmt: skip
+
+    id: int
+    is_case: bool
+    state: State
+    model: str
+    model_digest: str
+    label: int
+    label_name: str
+    created_ms: int
+    updated_ms: int
+    devices: list[str]
+    flagged: int
+    inputs: int
+    p_value: float
+    awaiting: Step | None = Field(description="the step that waits for a person")
+    approved: list[Step]
+    note: str
+
+
+class CaseDetail(Case):
+    """The same with what the evidence points at, what was done, why, and by whom."""
+
+    model_config = ConfigDict(json_schema_extra={})
+
+    explanation: str = Field(description="what happened, for the model's owner")
+    channels: list[Channel]
+    release: Release | None
+    summary: dict[str, Any] | None = Field(description="what inspection and repair measured; null before")
+    audit: list[Audit]
+
+
+class Decision(View):
+    """A person's word on a step of a case. Whose word it is, the token says."""
+
+    model_config = _example(step="repair", approve=True, why="seen on two cameras of gate 3")
+
+    step: Step
+    approve: bool
+    why: Sentence = ""
+
+
+class Verdict(View):
+    """A person's word on a command that the hub proposed."""
+
+    model_config = _example(approve=True, why="the camera was moved")
+
+    approve: bool
+    why: Sentence = ""
+
+
+class Event(View):
+    """One entry of the timeline. ``id`` grows with time."""
+
+    model_config = _example(
+        id=12, at_ms=_AT, kind="suspected", subject="case 1", text="model signs, label 0 (stop)", detail={"case": 1},
+    )  # fmt: skip
+
+    id: int
+    at_ms: int
+    kind: str
+    subject: str
+    text: str
+    detail: dict[str, Any]
+
+
+class DeadLetter(View):
+    """A message that could not be accepted."""
+
+    model_config = _example(
+        number=3, at_ms=_AT, topic="edgeguard/v1/demo/camera-1/report", reason="Report message; got version 2",
+        head="eyJ2IjoyLCAuLi4=",
+    )  # fmt: skip
+
+    number: int
+    at_ms: int
+    topic: str
+    reason: str
+    head: str = Field(description="the beginning of the message, in base64")
+
+
+class Command(View):
+    """What to ask of a device."""
+
+    model_config = _example(name="ping")
+
+    name: Literal["ping"]
+
+
+class CommandState(View):
+    """A command, and what became of it. One that is proposed waits for a person."""
+
+    model_config = _example(
+        id="019b6e0f2c00a1b2c3d4", device="camera-1", name="ping", state="ok", issued_ms=_AT, replied_ms=_AT + 40,
+        reason="", reply={"id": "019b6e0f2c00a1b2c3d4", "state": "ok", "result": {"uptime_s": 61.5}},
+    )  # fmt: skip
+
+    id: str
+    device: str
+    name: str
+    state: Literal["proposed", "waiting", "working", "ok", "refused", "failed", "expired"]
+    issued_ms: int
+    replied_ms: int | None
+    reason: str
+    reply: dict[str, Any] | None
+
+
+class Token(View):
+    """A token without its secret. ``used_ms`` is kept to the hour."""
+
+    model_config = _example(name="grafana", role="viewer", created_ms=_AT, expires_ms=_AT + 7_776_000_000, used_ms=_AT)
+
+    name: str
+    role: Role
+    created_ms: int
+    expires_ms: int | None
+    used_ms: int | None
+
+
+class NewToken(View):
+    """A token to make. Without ``lifetime_s`` it never expires."""
+
+    model_config = _example(name="grafana", role="viewer", lifetime_s=7_776_000)
+
+    name: TokenName
+    role: Role
+    lifetime_s: Annotated[int, Field(ge=60, le=10 * 366 * 86400)] | None = None
+
+
+class MadeToken(Token):
+    """A token that was just made. ``secret`` is shown this once."""
+
+    model_config = _example(
+        name="grafana", role="viewer", created_ms=_AT, expires_ms=_AT + 7_776_000_000, used_ms=_AT,
+        secret="egt_..."
+    )  # fmt: skip
+
+    secret: str

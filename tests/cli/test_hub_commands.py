@@ -1,0 +1,320 @@
+"""``edgeguard hub``: what it asks a running hub, how it shows the answers, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from edgeguard.contract import messages
+from edgeguard.contract.messages import Alive, PingReply
+from edgeguard.errors import EXIT_CLEAN, EXIT_FINDINGS, EXIT_NOT_CHECKED, EXIT_USAGE
+from tests.cli.conftest import Run
+from tests.hub.serving import Served, serve
+from tests.simulators import fleet
+from tests.simulators.fleet import wait_until
+from tests.simulators.mosquitto import free_port
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    """A hub that every command asks, as an operator."""
+    with serve(tmp_path) as served:
+        monkeypatch.setenv("EDGEGUARD_URL", f"http://127.0.0.1:{served.web.port}")
+        monkeypatch.setenv("EDGEGUARD_TOKEN", served.secrets["operator"])
+        yield served
+
+
+LISTS = ("devices", "models", "reports", "dead-letters", "cases")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *LISTS,
+        "case",
+        "events",
+        "approve",
+        "reject",
+        "ping",
+        "openapi",
+        "token",
+        "token add",
+        "token list",
+        "token revoke",
+    ],
+)
+def test_each_command_explains_itself_with_an_example(edgeguard: Run, command: str) -> None:
+    code, out, _ = edgeguard("hub", *command.split(), "--help")
+    assert code == 0
+    assert f"edgeguard hub {command}" in " ".join(out.split("Example")[-1].split())
+
+
+def test_the_devices_are_shown_in_a_table(edgeguard: Run, hub: Served) -> None:
+    hub.take("d1", fleet.status(), fleet.birth())
+    hub.take("gate~cam", fleet.status("offline"))
+    code, out, _ = edgeguard("hub", "devices")
+    head, first, second = out.splitlines()
+    assert code == EXIT_CLEAN
+    assert head.split()[:3] == ["device", "state", "seen"]
+    assert first.split()[:2] == ["d1", "online"]
+    assert fleet.MODEL[:12] in first
+    assert second.split()[:2] == ["gate~cam", "offline"]
+    assert edgeguard("hub", "devices", "--state", "offline")[1].count("\n") == 2
+
+
+def test_the_same_in_json(edgeguard: Run, hub: Served) -> None:
+    hub.take("d1", fleet.status(), fleet.birth())
+    code, out, _ = edgeguard("hub", "devices", "--json")
+    assert code == EXIT_CLEAN
+    assert [device["device"] for device in json.loads(out)] == ["d1"]
+
+
+@pytest.mark.parametrize("command", LISTS[2:])
+def test_where_there_is_nothing_it_says_so(edgeguard: Run, hub: Served, command: str) -> None:
+    assert edgeguard("hub", command)[:2] == (EXIT_CLEAN, "none\n")
+    assert edgeguard("hub", command, "--json")[:2] == (EXIT_CLEAN, "[]\n")
+
+
+def test_more_rows_than_a_page_has_are_fetched(edgeguard: Run, hub: Served) -> None:
+    hub.take("d1", *(fleet.report(seq) for seq in range(1, 601)))
+    assert len(json.loads(edgeguard("hub", "reports", "--limit", 1000, "--json")[1])) == 600
+    assert len(json.loads(edgeguard("hub", "reports", "--limit", 550, "--json")[1])) == 550
+
+
+def test_what_a_device_wrote_moves_no_cursor(edgeguard: Run, hub: Served) -> None:
+    hub.take(
+        "d1", fleet.status(), msgspec.structs.replace(fleet.reported("refused"), reason="\x1b[2Jgone\r\nd2  online")
+    )
+    out = edgeguard("hub", "devices")[1]
+    assert out.count("\n") == 2
+    assert "\x1b" not in out
+
+
+class TestCases:
+    def test_a_suspicion_is_no_finding(self, edgeguard: Run, hub: Served) -> None:
+        hub.add_case()
+        code, out, _ = edgeguard("hub", "cases")
+        assert code == EXIT_CLEAN
+        assert "suspicion" in out
+
+    @pytest.mark.parametrize(("state", "code"), [("confirmed", EXIT_FINDINGS), ("closed", EXIT_CLEAN)])
+    def test_an_open_case_is_one(self, edgeguard: Run, hub: Served, state: str, code: int) -> None:
+        hub.add_case(state=state, is_case=True)
+        assert edgeguard("hub", "cases")[0] == code
+        assert edgeguard("hub", "cases", "--json")[0] == code
+        assert edgeguard("hub", "case", 1)[0] == code
+        assert edgeguard("hub", "cases", "--suspected")[:2] == (EXIT_CLEAN, "none\n")
+
+    def test_one_is_told_with_its_explanation_and_who_decided(self, edgeguard: Run, hub: Served) -> None:
+        hub.add_case(state="confirmed", is_case=True, awaiting="repair")
+        out = edgeguard("hub", "case", 1)[1]
+        assert "waits for approval of repair" in out
+        assert "Model signs flags 40 of 100" in out
+        code, out, _ = edgeguard("hub", "approve", 1, "repair", "--why", "seen twice")
+        assert (code, out) == (EXIT_CLEAN, "case 1: approved repair; now confirmed\n")
+        out = edgeguard("hub", "case", 1)[1]
+        assert "operator" in out
+        assert "seen twice" in out
+        assert json.loads(edgeguard("hub", "case", 1, "--json")[1])["approved"] == ["repair"]
+
+    def test_a_rejection_ends_it(self, edgeguard: Run, hub: Served) -> None:
+        hub.add_case(state="confirmed", is_case=True, awaiting="repair")
+        assert edgeguard("hub", "reject", 1, "repair")[1] == "case 1: rejected repair; now refused\n"
+
+    @pytest.mark.parametrize(
+        ("arguments", "word"),
+        [
+            (("case", 9), "case 9"),
+            (("approve", 1, "stage"), "nothing to decide"),
+            (("cases", "--state", "odd"), "state"),
+        ],
+    )
+    def test_what_the_hub_refuses_is_one_line(
+        self, edgeguard: Run, hub: Served, arguments: tuple[object, ...], word: str
+    ) -> None:
+        hub.add_case()
+        code, _, err = edgeguard("hub", *arguments)
+        assert code == EXIT_USAGE
+        assert err.count("\n") == 1
+        assert word in err
+
+
+class TestPing:
+    def test_an_answer_is_told(self, edgeguard: Run, hub: Served) -> None:
+        hub.take("d1", fleet.status())
+        done = threading.Event()
+
+        def answer() -> None:
+            wait_until(hub.commands.latest)
+            reply = PingReply(
+                id=hub.commands.latest()[0].id, state="ok", result=Alive(boot=fleet.BOOT, session=1, uptime_s=61.0)
+            )
+            hub.commands.heard("d1", "ping", messages.encode(reply))
+            done.set()
+
+        threading.Thread(target=answer).start()
+        code, out, _ = edgeguard("hub", "ping", "d1")
+        assert done.wait(5)
+        assert (code, out) == (EXIT_CLEAN, "d1: there, up 61 s, answered after 0 ms\n")
+
+    def test_silence_is_not_checked(self, edgeguard: Run, hub: Served) -> None:
+        hub.take("d1", fleet.status())
+        code, out, _ = edgeguard("hub", "ping", "d1", "--wait", "0.3")
+        assert code == EXIT_NOT_CHECKED
+        assert "no answer" in out
+
+    def test_a_device_that_nobody_knows_is_told(self, edgeguard: Run, hub: Served) -> None:
+        code, _, err = edgeguard("hub", "ping", "nobody")
+        assert (code, "device nobody" in err) == (EXIT_USAGE, True)
+
+
+class TestEvents:
+    def test_the_last_ones_come_oldest_first(self, edgeguard: Run, hub: Served) -> None:
+        for text in ("one", "two", "three"):
+            hub.book.tell("test", "it", text)
+        out = edgeguard("hub", "events", "--limit", 2)[1]
+        assert [line.split()[-1] for line in out.splitlines()] == ["two", "three"]
+        lines = edgeguard("hub", "events", "--json")[1].splitlines()
+        assert [json.loads(line)["text"] for line in lines] == ["one", "two", "three"]
+
+    def test_they_are_followed(self, hub: Served) -> None:
+        hub.book.tell("test", "it", "before")
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from edgeguard.cli import main; main()", "hub", "events", "--follow", "--json"],
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["text"] == "before"
+        hub.book.tell("test", "it", "after")
+        assert json.loads(process.stdout.readline())["text"] == "after"
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+class TestTokens:
+    @pytest.fixture
+    def config(self, tmp_path: Path) -> Path:
+        path = tmp_path / "hub.toml"
+        path.write_text('fleet = "test"\nstate_dir = "new"\n[broker]\nhost = "127.0.0.1"\n[web]\nport = 8123\n')
+        return path
+
+    def test_the_first_is_made_before_there_is_a_hub(self, edgeguard: Run, config: Path) -> None:
+        code, out, _ = edgeguard(
+            "hub", "token", "add", "ops", "--role", "admin", "--expires", "90d", "--config", config
+        )
+        assert code == EXIT_CLEAN
+        assert out.startswith("egt_")
+        assert out.count("\n") == 1
+        code, listed, _ = edgeguard("hub", "--config", config, "token", "list", "--json")
+        (token,) = json.loads(listed)
+        assert (token["name"], token["role"]) == ("ops", "admin")
+        assert token["expires_ms"] - token["created_ms"] == 90 * 86_400_000
+        assert out.strip() not in listed
+        assert edgeguard("hub", "token", "revoke", "ops", "--config", config)[0] == EXIT_CLEAN
+        assert edgeguard("hub", "token", "list", "--config", config)[1] == "none\n"
+
+    def test_an_admin_makes_more_over_the_api(self, edgeguard: Run, hub: Served) -> None:
+        admin = ("--token", hub.secrets["admin"])
+        code, out, _ = edgeguard("hub", "token", "add", "grafana", *admin)
+        assert code == EXIT_CLEAN
+        assert hub.ask("GET", "/v1/devices", role=None, Authorization=f"Bearer {out.strip()}")[0] == 200
+        assert "grafana" in edgeguard("hub", "token", "list", *admin)[1]
+        assert edgeguard("hub", "token", "revoke", "grafana", *admin)[0] == EXIT_CLEAN
+        assert hub.ask("GET", "/v1/devices", role=None, Authorization=f"Bearer {out.strip()}")[0] == 401
+
+    def test_an_operator_makes_none(self, edgeguard: Run, hub: Served) -> None:
+        code, _, err = edgeguard("hub", "token", "add", "mine", "--role", "admin")
+        assert (code, "role admin" in err) == (EXIT_USAGE, True)
+
+    @pytest.mark.parametrize("text", ["90", "d", "-1d", "1w", "1.5h", "999999d"])
+    def test_a_lifetime_that_is_none_is_refused(self, edgeguard: Run, config: Path, text: str) -> None:
+        code, _, err = edgeguard("hub", "token", "add", "x", "--expires", text, "--config", config)
+        assert (code, "--expires" in err) == (EXIT_USAGE, True)
+
+
+class TestConnection:
+    def test_a_hub_that_does_not_answer_is_not_checked(self, edgeguard: Run) -> None:
+        code, _, err = edgeguard("hub", "cases", "--url", f"http://127.0.0.1:{free_port()}", "--token", "x")
+        assert code == EXIT_NOT_CHECKED
+        assert err.count("\n") == 1
+
+    def test_a_wrong_token_is_told(self, edgeguard: Run, hub: Served) -> None:
+        code, _, err = edgeguard("hub", "cases", "--token", "egt_wrong")
+        assert (code, "authorization" in err) == (EXIT_USAGE, True)
+
+    def test_the_token_may_lie_in_a_file(
+        self, edgeguard: Run, hub: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("EDGEGUARD_TOKEN")
+        file = tmp_path / "token"
+        file.write_text(hub.secrets["viewer"] + "\n")
+        assert edgeguard("hub", "devices", "--token-file", file)[0] == EXIT_CLEAN
+        assert edgeguard("hub", "devices")[0] == EXIT_USAGE
+        assert edgeguard("hub", "devices", "--token-file", tmp_path / "none")[0] == EXIT_USAGE
+
+    def test_the_configuration_says_where_the_hub_is(
+        self, edgeguard: Run, hub: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("EDGEGUARD_URL")
+        config = tmp_path / "hub.toml"
+        config.write_text(
+            'fleet = "test"\nstate_dir = "s"\n[broker]\nhost = "127.0.0.1"\n'
+            f'[web]\nhost = "0.0.0.0"\nport = {hub.web.port}\n'
+        )
+        assert edgeguard("hub", "devices", "--config", config)[0] == EXIT_CLEAN
+        assert edgeguard("hub", "--config", config, "devices")[0] == EXIT_CLEAN
+
+    @pytest.mark.parametrize("url", ["ftp://x", "127.0.0.1:8080", "http://", "file:///etc/passwd", "http://x/?a=b"])
+    def test_an_address_that_is_none_is_told(self, edgeguard: Run, url: str) -> None:
+        code, _, err = edgeguard("hub", "devices", "--url", url)
+        assert (code, err.startswith("edgeguard: url")) == (EXIT_USAGE, True)
+
+    def test_a_token_is_not_carried_to_where_an_answer_points(self, edgeguard: Run, hub: Served) -> None:
+        class Elsewhere(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(302)
+                self.send_header("Location", f"http://127.0.0.1:{hub.web.port}/v1/devices")
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None: ...
+
+        with HTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+            threading.Thread(target=server.handle_request).start()
+            code, _, err = edgeguard("hub", "devices", "--url", f"http://127.0.0.1:{server.server_address[1]}")
+        assert (code, "302" in err) == (EXIT_USAGE, True)
+
+    @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"<html>", b"\xff\xfe", b"[" * 100_000])
+    def test_an_answer_that_is_none_is_not_checked(self, edgeguard: Run, body: bytes) -> None:
+        class Strange(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None: ...
+
+        with HTTPServer(("127.0.0.1", 0), Strange) as server:
+            threading.Thread(target=server.handle_request).start()
+            code, _, err = edgeguard("hub", "devices", "--url", f"http://127.0.0.1:{server.server_address[1]}")
+        assert code == EXIT_NOT_CHECKED
+        assert err.count("\n") == 1
+
+
+def test_without_a_configuration_and_a_command_there_is_nothing_to_do(edgeguard: Run) -> None:
+    code, _, err = edgeguard("hub")
+    assert (code, "--config" in err) == (EXIT_USAGE, True)
+
+
+def test_the_document_is_written(edgeguard: Run, tmp_path: Path) -> None:
+    assert edgeguard("hub", "openapi", "--output", tmp_path / "api.json")[0] == EXIT_CLEAN
+    assert (tmp_path / "api.json").read_text() == edgeguard("hub", "openapi")[1]
