@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-arm64 lint conversion zoo bench-detection art-strip bench-agent bench-fleet conformance fuzz wheel clean
+.PHONY: help demo test test-all test-arm64 lint conversion zoo bench-detection art-strip bench-agent bench-fleet bench-ingest bench-store documents conformance fuzz wheel clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -71,6 +71,14 @@ bench-fleet: $(STAMP) ## time to a case, false alarms and liars in simulated fle
 
 bench-ingest: $(STAMP) ## how fast the hub takes reports beside a bare subscriber; writes benchmarks/results (ARGS=--quick)
 	$(BIN)/python -m benchmarks.ingest --json benchmarks/results/ingest.json $(ARGS)
+
+bench-store: $(STAMP) ## what a report costs the database, and how large a year of 10,000 devices is; writes benchmarks/results
+	$(BIN)/python -m benchmarks.store_size --json benchmarks/results/store_size.json $(ARGS)
+	$(BIN)/python -m benchmarks.store_apply --json benchmarks/results/store_apply.json $(ARGS)
+
+documents: $(STAMP) ## docs/openapi.json and docs/asyncapi.json, from the code
+	$(BIN)/edgeguard hub openapi -o docs/openapi.json
+	$(BIN)/python -m edgeguard.contract.asyncapi > docs/asyncapi.json
 
 conformance: $(STAMP) ## ONNX import against the onnx package's own tests; writes benchmarks/results
 	$(BIN)/python -m benchmarks.onnx_conformance --json benchmarks/results/onnx_conformance.json

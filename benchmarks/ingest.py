@@ -473,7 +473,7 @@ def main() -> int:
         stack.callback(postgres.stop)
         postgres.start()
         files = iter(range(10**6))
-        databases = {
+        databases: dict[str, Callable[[], str]] = {
             "sqlite": lambda: f"sqlite:///{folder}/{next(files)}.db",
             "postgresql": lambda: postgres.url(postgres.create()),
         }
@@ -490,12 +490,13 @@ def main() -> int:
             "limits": LIMITS,
         }
         found["rate"] = rate(broker.port, databases, block, rounds, say)
-        for part, measure in (
-            ("latency", lambda url: latency(broker.port, url, 2.0 if options.quick else 20.0)),
-            ("two_workers", lambda url: two_workers(broker.port, url, block)),
-            ("memory", lambda url: flat_memory(broker.port, url, memory_reports, max(memory_reports // 10, 1000), say)),
-            ("growth", lambda url: growth(url, rows, say)),
-        ):
+        parts: dict[str, Callable[[str], Any]] = {
+            "latency": lambda url: latency(broker.port, url, 2.0 if options.quick else 20.0),
+            "two_workers": lambda url: two_workers(broker.port, url, block),
+            "memory": lambda url: flat_memory(broker.port, url, memory_reports, max(memory_reports // 10, 1000), say),
+            "growth": lambda url: growth(url, rows, say),
+        }
+        for part, measure in parts.items():
             found[part] = {name: measure(make()) for name, make in databases.items()}
             say(f"{part}: {json.dumps(found[part])}")
     kept = judge(found)

@@ -33,7 +33,7 @@ from edgeguard.hub import ingest
 from edgeguard.hub.config import IngestConfig
 from edgeguard.hub.ingest import Accepted, Acks, ModelShape, Rejected
 from edgeguard.hub.limits import Limiter
-from edgeguard.hub.link import RECONNECT_FIRST_S, Arrivals, Arrived, Down, Link, Order, State, Up
+from edgeguard.hub.link import RECONNECT_FIRST_S, Arrivals, Down, Link, Order, State, Up
 from edgeguard.hub.store import Store
 from edgeguard.settings import BrokerConfig, password
 
@@ -72,9 +72,16 @@ class Totals(msgspec.Struct, frozen=True):
     lag_s: float = 0.0
 
 
-class _Raw(NamedTuple):
+class _Delivery(NamedTuple):
+    """What the connection brought at once, read: its messages count ``size`` bytes, and ``mids`` are to be answered."""
+
+    at_s: float
     connection: int
-    message: Arrived
+    items: list[Accepted | Rejected]
+    replies: list[tuple[str, str, bytes]]
+    mids: list[int]
+    messages: int
+    size: int
 
 
 class Listener:
@@ -126,8 +133,7 @@ class Listener:
             unsubscribe=_others(fleet, channels, group, replies=replied is not None),
         )
         self._link = Link(order)
-        self._queue: queue.Queue[tuple[float, Arrivals]] = queue.Queue(_QUEUE)
-        self._oldest_s = 0.0
+        self._queue: queue.Queue[_Delivery] = queue.Queue(_QUEUE)
         self._acks = Acks(limits.ack_every_s)
         self._gate = _Gate(limits)
         self._stopping = threading.Event()
@@ -200,10 +206,11 @@ class Listener:
     def _hear(self, up: Up) -> None:
         where = f"broker {self._broker.host}:{self._broker.port}"
         if isinstance(up, Arrivals):
-            arrival = (time.monotonic(), up)
+            # Read here: decoding goes on while the other thread waits for the database.
+            delivery = self._read(up)
             while not self._stopping.is_set():
                 with suppress(queue.Full):
-                    self._queue.put(arrival, timeout=_TICK_S)
+                    self._queue.put(delivery, timeout=_TICK_S)
                     return
         elif isinstance(up, State):
             self.connected = up.connected
@@ -225,22 +232,23 @@ class Listener:
             self._send_acks(self._acks.take(time.monotonic()))
         self._send_acks(self._acks.take_all())
 
-    def _take(self) -> list[_Raw]:
+    def _take(self) -> list[_Delivery]:
         """What is there, waiting only for the first."""
-        batch: list[_Raw] = []
-        size = 0
+        batch: list[_Delivery] = []
+        messages = size = 0
         wait_s = min(_TICK_S, self._acks.due_in_s(time.monotonic()))
         with suppress(queue.Empty):
-            while len(batch) < BATCH and size < BATCH_BYTES:
-                at_s, arrivals = self._queue.get_nowait() if batch or not wait_s else self._queue.get(timeout=wait_s)
-                self._oldest_s = self._oldest_s if batch else at_s
-                for message in arrivals.messages:
-                    batch.append(_Raw(arrivals.connection, message))
-                    size += len(message.payload)
+            while messages < BATCH and size < BATCH_BYTES:
+                delivery = self._queue.get_nowait() if batch or not wait_s else self._queue.get(timeout=wait_s)
+                batch.append(delivery)
+                messages, size = messages + delivery.messages, size + delivery.size
         return batch
 
-    def _handle(self, batch: Sequence[_Raw]) -> None:
-        items = self._read([raw.message for raw in batch])
+    def _handle(self, batch: Sequence[_Delivery]) -> None:
+        for delivery in batch:
+            for device, channel, payload in delivery.replies:
+                self._hand_over(device, channel, payload)
+        items = [item for delivery in batch for item in delivery.items]
         began_s = time.monotonic()
         acks = self._store_all(items) if items else []
         if acks is None:
@@ -248,25 +256,31 @@ class Listener:
         done_s = time.monotonic()
         self._batches += 1
         self._stored_s += done_s - began_s
-        self._lag_s += done_s - self._oldest_s
-        for connection in {raw.connection for raw in batch}:
-            mids = [raw.message.mid for raw in batch if raw.connection == connection and raw.message.qos]
+        self._lag_s += done_s - batch[0].at_s
+        for connection in {delivery.connection for delivery in batch}:
+            mids = [mid for delivery in batch if delivery.connection == connection for mid in delivery.mids]
             self._link.send(Down(connection, mids, []))
         self._acks.add(acks)
         self._write_events()
         if items:
             self._stored()
 
-    def _read(self, messages: Sequence[Arrived]) -> list[Accepted | Rejected]:
-        """What of these is to be stored."""
+    def _read(self, arrived: Arrivals) -> _Delivery:
+        """What of these is to be stored or handed over."""
         models, now_s = self._models(), time.monotonic()
         items: list[Accepted | Rejected] = []
-        for topic, payload, _, _, retained in messages:
+        replies: list[tuple[str, str, bytes]] = []
+        mids: list[int] = []
+        size = 0
+        for topic, payload, mid, qos, retained in arrived.messages:
+            size += len(payload)
+            if qos:
+                mids.append(mid)
             device, channel = _parts(topic)
             if not self._gate.passes(device, channel, len(payload), now_s):
                 self._limited += 1
             elif channel.startswith(f"{topics.REPLY}/") and self._replied is not None:
-                self._hand_over(device, channel, payload)
+                replies.append((device, channel, payload))
             else:
                 item = ingest.read(topic, payload, fleet=self._fleet, models=models, retained=retained)
                 if isinstance(item, Rejected):
@@ -278,7 +292,7 @@ class Listener:
                 if isinstance(item, Accepted) or item.listed or item.identity is not None:
                     items.append(item)
         self._taken += sum(isinstance(item, Accepted) for item in items)
-        return items
+        return _Delivery(now_s, arrived.connection, items, replies, mids, len(arrived.messages), size)
 
     def _hand_over(self, device: str, channel: str, payload: bytes) -> None:
         assert self._replied is not None
@@ -366,7 +380,9 @@ class _Gate:
 
     def take_told(self) -> list[str]:
         """Devices to say of that they exceeded their limit."""
-        told, self._told = self._told, []
+        # Filled by the connection's thread: only what is there now is taken out.
+        told = self._told[:]
+        del self._told[: len(told)]
         return told
 
 

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
+from typing import TypeVar
 
 import pytest
 from hypothesis import given
@@ -17,6 +19,8 @@ from edgeguard.hub.link import Arrivals, Arrived, Down, Frames, Link, Order, Sta
 from edgeguard.settings import BrokerConfig
 from tests.simulators.fleet import Publisher, wait_until
 from tests.simulators.mosquitto import Mosquitto, free_port
+
+T = TypeVar("T", bound=Up)
 
 STARTER = """
 import sys, time
@@ -39,12 +43,21 @@ def order(port: int) -> Order:
     )  # fmt: skip
 
 
-def receive(link: Link, kind: type[Up]) -> Up:
-    """The next of a kind."""
-    while True:
-        told = link.receive()
-        assert told is not None
-        for one in told:
+class Ear:
+    """Hears what a link tells, one thing after the other: several may come at once."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._told: deque[Up] = deque()
+
+    def next(self, kind: type[T]) -> T:
+        """The next of a kind."""
+        while True:
+            while not self._told:
+                told = self._link.receive()
+                assert told is not None
+                self._told += told
+            one = self._told.popleft()
             if isinstance(one, kind):
                 return one
 
@@ -67,29 +80,25 @@ def test_a_message_that_is_not_acknowledged_comes_again_on_the_next_connection_u
     mosquitto: Mosquitto,
 ) -> None:
     link = Link(order(mosquitto.port))
+    ear = Ear(link)
     link.start()
     try:
-        first = receive(link, State)
+        first = ear.next(State)
         with Publisher(mosquitto.port, "d1") as device:
             wait_until(device.connected)
             device.send("report", b"one")
             device.send("report", b"two")
             arrived: list[Arrived] = []
             while len(arrived) < 2:
-                arrivals = receive(link, Arrivals)
-                assert isinstance(arrivals, Arrivals)
-                arrived += arrivals.messages
-        assert isinstance(first, State)
+                arrived += ear.next(Arrivals).messages
         link.send(Down(first.connection - 1, [m.mid for m in arrived], []))  # of another connection: means nothing
         link.send(Down(first.connection, [arrived[0].mid], []))
         link.close()
         assert link.receive() is None
         link.end(5.0)
         link.start()
-        second = receive(link, State)
-        again = receive(link, Arrivals)
-        assert isinstance(second, State)
-        assert isinstance(again, Arrivals)
+        second = ear.next(State)
+        again = ear.next(Arrivals)
         assert second.connection > first.connection
         assert [m.payload for m in again.messages] == [b"two"]
     finally:
@@ -99,14 +108,14 @@ def test_a_message_that_is_not_acknowledged_comes_again_on_the_next_connection_u
 
 def test_of_a_message_that_is_too_large_only_as_much_is_kept_as_shows_it(mosquitto: Mosquitto) -> None:
     link = Link(order(mosquitto.port))
+    ear = Ear(link)
     link.start()
     try:
-        receive(link, State)
+        ear.next(State)
         with Publisher(mosquitto.port, "d1") as device:
             wait_until(device.connected)
             device.send("report", bytes(3 * MAX_PAYLOAD))
-            arrivals = receive(link, Arrivals)
-        assert isinstance(arrivals, Arrivals)
+            arrivals = ear.next(Arrivals)
         assert len(arrivals.messages[0].payload) == MAX_PAYLOAD + 1
     finally:
         link.close()
