@@ -53,7 +53,7 @@ from tests.simulators.postgres import Postgres
 
 FLEET = "test"
 DEVICES = 1000
-BROKER = "max_inflight_messages 1000\n"
+BROKER = "max_inflight_messages 4096\n"
 OFFERED = 500
 COPIED = 100_000
 MODELS = {fleet.MODEL: ModelShape(width=fleet.WIDTH, classes=4)}

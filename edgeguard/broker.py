@@ -32,7 +32,7 @@ from edgeguard.settings import BrokerConfig, key_file, password
 CONNECT_TIMEOUT_S = 5.0
 SESSION_EXPIRY_S = 7 * 24 * 3600
 """How long a broker keeps a session that was not clean (MQTT 5, 3.1.2.11.2); of MQTT 3.1.1 the broker decides alone."""
-RECEIVE_MAXIMUM = 1024
+RECEIVE_MAXIMUM = 4096
 """Messages of QoS 1 that a broker may send ahead of their acknowledgements (MQTT 5, 3.1.2.11.3)."""
 
 log = logging.getLogger(__name__)

@@ -37,7 +37,7 @@ from edgeguard.hub.link import RECONNECT_FIRST_S, Arrivals, Down, Link, Order, S
 from edgeguard.hub.store import Store
 from edgeguard.settings import BrokerConfig, password
 
-BATCH = 512
+BATCH = 2048
 """Half of what brokers should send ahead: while one half is committed, the other is on its way."""
 BATCH_BYTES = 8 << 20
 STORE_RETRY_S = 1.0

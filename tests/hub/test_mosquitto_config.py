@@ -210,7 +210,7 @@ class TestText:
             "acl_file /srv/b/acl",
             "persistence true",
             "persistence_location /srv/b/data/",
-            "max_inflight_messages 1024",
+            "max_inflight_messages 4096",
             "max_queued_messages 100000",
             "max_queued_bytes 268435456",
             "max_packet_size 655360",

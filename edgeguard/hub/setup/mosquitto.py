@@ -29,7 +29,8 @@ from edgeguard.contract.messages import MAX_PAYLOAD
 
 HUB = "_hub"
 """The hub's identity. No device can have it, for an id begins with a letter or a digit."""
-MAX_INFLIGHT = 1024
+MAX_INFLIGHT = 4096
+MAX_INFLIGHT_BYTES = 64 << 20
 MAX_QUEUED_MESSAGES = 100_000
 MAX_QUEUED_BYTES = 256 << 20
 MAX_PACKET = MAX_PAYLOAD + (128 << 10)
@@ -96,6 +97,7 @@ autosave_interval 60
 persistent_client_expiration 30d
 # Unacknowledged messages that a client is sent at once: the hub commits in batches of what is under way.
 max_inflight_messages {MAX_INFLIGHT}
+max_inflight_bytes {MAX_INFLIGHT_BYTES}
 # Queued messages, and bytes, for each client.
 max_queued_messages {MAX_QUEUED_MESSAGES}
 max_queued_bytes {MAX_QUEUED_BYTES}
