@@ -57,6 +57,7 @@ TIMED = 30
 CURVE = tuple(np.round(np.concatenate([[0.0], np.geomspace(1e-3, 1.0, 40)]), 6).tolist())
 EDGES = tuple(np.round(np.geomspace(0.05, 50.0, 61), 6).tolist())
 DEVICES = 3
+TRAFFIC = 1000
 _OWN = (
     *(
         f"edgeguard/detection/{name}.py"
@@ -147,12 +148,18 @@ def stream(clean: int, triggered: int, between: int) -> list[tuple[int, int]]:
 
 
 def cases(guarded: GuardedModel, images: Images) -> list[int]:
-    """Labels that the hub's policy calls suspicious when ``DEVICES`` devices share these inputs [N, H, W, C] evenly."""
+    """Labels that the hub's policy calls suspicious when each of ``DEVICES`` devices draws ``TRAFFIC`` of these inputs.
+
+    Args:
+        guarded: the model that they run.
+        images: ``[N, H, W, C]``; drawn with replacement, as there are more inputs in a day than in a test set.
+    """
     described = guarded.metadata
+    verdicts = [guarded.infer(image).verdict for image in images]
+    drawn = np.random.default_rng(0).integers(len(verdicts), size=(DEVICES, TRAFFIC))
     counts: dict[tuple[int, int], list[int]] = {}
-    for place, image in enumerate(images):
-        verdict = guarded.infer(image).verdict
-        total = counts.setdefault((place % DEVICES, -1 if verdict.predicted is None else verdict.predicted), [0, 0])
+    for device, verdict in ((device, verdicts[index]) for device, row in enumerate(drawn) for index in row):
+        total = counts.setdefault((device, -1 if verdict.predicted is None else verdict.predicted), [0, 0])
         total[0] += 1
         total[1] += verdict.flagged
     rows = np.array([(*key, *total) for key, total in counts.items()], dtype=np.int64)

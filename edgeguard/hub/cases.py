@@ -62,6 +62,7 @@ _DECIDED_IN: dict[Step, tuple[State, ...]] = {
     "stage": ("repaired", "released"),
 }
 _MAX_NAMED = 5
+WEEK_MS = 7 * 86_400_000
 
 
 class Dormant(msgspec.Struct, frozen=True, kw_only=True):
@@ -196,12 +197,17 @@ def open_case(suspicion: Suspicion, *, model: str, label_name: str, at_ms: int) 
     )
 
 
-def is_news(suspicion: Suspicion, cases: Iterable[Case]) -> bool:
-    """Whether a suspicion deserves a record of its own beside those that exist."""
+def is_news(suspicion: Suspicion, cases: Iterable[Case], *, now_ms: int) -> bool:
+    """Whether a suspicion deserves a record of its own beside those that exist.
+
+    What could not be checked costs the devices behind it no trust: a week later it is tried again, not sooner.
+    """
     for case in cases:
         if case.model_digest != suspicion.model_digest:
             continue
         if case.state in OPEN or case.state == "closed":
+            return False
+        if case.state == "could_not_check" and case.label == suspicion.label and now_ms < case.updated_ms + WEEK_MS:
             return False
         same = len(set(suspicion.devices) & set(case.devices)) * 2 > len(suspicion.devices)
         if case.label == suspicion.label and same and suspicion.flagged < 2 * max(case.flagged, case.judged):

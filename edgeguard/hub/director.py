@@ -199,7 +199,12 @@ class Director:
             self._assess_at = max(now_s + self._policy.assess_s, _rest_until(now_s, LOOKING))
             known = self._book.all()
         for case in known:
-            self._advance(case)
+            try:
+                self._advance(case)
+            except StaleError:
+                continue
+            except (EdgeGuardError, OSError) as error:
+                log.error("case %d waits: %s", case.id, error)  # noqa: TRY400 - the others do not
         self._roll_out_all(known, now_s)
         self._commands.tick()
         self._renew()
@@ -218,6 +223,11 @@ class Director:
         epoch = self._store.epoch(self._clock_ms())
         for digest, model in self.models.items():
             counts = self._store.label_counts(digest, model.guard.guard_digest)
+            watched = {one.device for one in devices if _runs(one, model)} | set(counts.devices)
+            others = sum(one.model_digest == digest for one in devices if one.device not in watched)
+            if others:
+                text = f"{others} devices run {model.name} with a guard of their own: their counts are not judged"
+                self._book.tell_daily("unwatched", model.name, text)
             if not counts.devices:
                 continue
             trust = self._book.trust(digest)
@@ -225,18 +235,20 @@ class Director:
                 counts,
                 self._policy,
                 guard=model.guard,
-                devices=sum(device.model_digest == digest for device in devices),
+                devices=len(watched),
                 trust=trust,
                 now_epoch=epoch,
             )
-            first = next((s for s in assessment.suspicions if cases.is_news(s, known)), None)
+            now_ms = self._clock_ms()
+            first = next((s for s in assessment.suspicions if cases.is_news(s, known, now_ms=now_ms)), None)
             if first is not None:
                 self._suspect(model, first, trust)
             for finding in assessment.findings:
                 self._tell(model, finding, devices)
 
     def _suspect(self, model: Model, suspicion: Suspicion, trust: Mapping[str, Trust]) -> None:
-        behind = [row for row in self._features(model, suspicion.label) if row.device in suspicion.devices]
+        devices = set(suspicion.devices)
+        behind = [row for row in self._features(model, suspicion.label) if row.device in devices]
         weights = {device: known.weight for device, known in trust.items()}
         channels = policy.channels(behind, model.guard, self._policy.channels, weights=weights)
         names = model.guard.classes
@@ -331,13 +343,13 @@ class Director:
         if model is None or model.keras is None:
             self._give_up(case, "the hub has no trainable form of this model: name it under [[models]]")
             return
-        rows = self._features(model, case.label)
+        rows, behind = self._features(model, case.label), set(case.devices)
         if not rows:
             # The model was calibrated anew while the case was open: what was counted belongs to its earlier guard.
             self._give_up(case, "no evidence for this label under the guard that the model has now")
             return
         mine = evidence.pool_label(
-            rows,
+            [row for row in rows if row.device in behind] or rows,  # others see no trigger, and would hide its channels
             model_digest=case.model_digest,
             width=model.guard.feature_count,
             share=self._policy.device_share,
@@ -536,6 +548,10 @@ def _rest_until(began_s: float, share: float) -> float:
     """When to do again what has just ended, so that it takes no more than this share of the time."""
     now_s = time.monotonic()
     return now_s + (now_s - began_s) / share
+
+
+def _runs(device: Device, model: Model) -> bool:
+    return (device.model_digest, device.guard_digest) == (model.guard.model_digest, model.guard.guard_digest)
 
 
 def _made_before(repository: Repository, case: Case, content: bytes) -> Release | None:

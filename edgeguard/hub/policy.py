@@ -5,9 +5,9 @@ Rules enforced here:
 * a label is suspicious when its flagged inputs speak against every rate that is explained, by an e-value of
   1 / ``alpha``: see :mod:`edgeguard.hub.excess`. As windows begin anew with each epoch, labels times epochs times
   ``alpha`` bounds the expected number of false suspicions, however often one looks;
-* what is explained is what the calibration bounds, widened to hold for all classes together, and no more than
-  ``TOLERANCE`` times what the fleet usually shows for this class. A rate that is usual in the fleet and within its
-  bound is explained, whichever it is; never is less explained than the promise for all inputs together;
+* what is explained is what the calibration bounds, widened up to ``WIDENED_TO`` to hold for all classes together, and
+  no more than ``TOLERANCE`` times what the fleet usually shows for this class. A rate that is usual in the fleet and
+  within its bound is explained, whichever it is; never is less explained than the promise for all inputs together;
 * what raises the other classes of a device explains as much of this one: drift, night and a broken sensor point at no
   label, but are findings of their own: see :mod:`edgeguard.hub.drift`;
 * a few odd devices are no attack: as many as the other classes show;
@@ -45,10 +45,14 @@ from edgeguard.hub.trust import Trust
 UNSEEN = 0.5
 """A bound from here on says that the calibration saw at most four clean inputs of the class, or flagged most."""
 UNSEEN_FLOOR = 0.05
+WIDENED_TO = 0.1
+"""Bounds are widened to hold for all classes together, but not beyond this."""
 TOLERANCE = 2.0
 """How many times the fleet's usual rate of a class devices may show, within its bound, before it needs explaining."""
 MIN_PEERS = 10
 """With fewer devices than this nobody can say what is usual."""
+_SATURATED = 0.9
+"""A device of which so much is explained is flagged everywhere, and says nothing of one class."""
 _CAP = 1.5  # times a quorum's part: what one device may add
 _SIGMAS = 2.0  # a device that is nearer to what is explained counts as one that shows nothing
 _ALONE = 1e-9  # of a single device nobody can tell whether it is odd: it is believed
@@ -190,7 +194,8 @@ def explained_rates(inputs: Vector, flagged: Vector, fpr_upper: Vector, fpr: flo
     """The largest rate of each class ``[C]`` that needs no explaining, from counts ``[devices, C]``."""
     usual = TOLERANCE * excess.rates(inputs, flagged)
     peers = (inputs > 0).sum(axis=0) >= MIN_PEERS
-    bound = excess.widened(fpr_upper)
+    # A wide bound comes from few calibration inputs, not from a high rate: wider still, it would explain anything.
+    bound = np.minimum(excess.widened(fpr_upper), np.maximum(fpr_upper, WIDENED_TO))
     promised = SLACK * fpr
     seen = np.where(peers, np.minimum(bound, np.maximum(usual, promised)), bound)
     unseen = np.maximum(np.where(peers, usual, 0.0), max(promised, UNSEEN_FLOOR))
@@ -239,12 +244,18 @@ def _known(
     quorum: int,
 ) -> _Known:
     usual = excess.rates(everything.inputs, everything.flagged)
+    weight = np.asarray([trust[name].weight if name in trust else 1.0 for name in counts.devices])
+    bar = trusts.bar(trust, quorum)
+    if bar > weight.sum() > 0:
+        # All devices together could not be heard. A small fleet must not be deaf for a year after one wrong rejection:
+        # where nearly all were behind rejected suspicions, they count by how they compare.
+        weight, bar = weight / weight.max(), float(quorum)
     return _Known(
         explained=np.where(fpr_upper < UNSEEN, np.minimum(usual, fpr_upper), usual),
         bound=explained_rates(everything.inputs, everything.flagged, fpr_upper, fpr),
         calm=fpr_upper < (UNSEEN if fpr_upper.min() < UNSEEN else math.inf),
-        weight=np.asarray([trust[name].weight if name in trust else 1.0 for name in counts.devices]),
-        bar=trusts.bar(trust, quorum),
+        weight=weight,
+        bar=bar,
         cap=_CAP * math.log(1.0 / policy.alpha) / quorum,
         odd=_ALONE if quorum == 1 else 0.5,
     )
@@ -253,8 +264,8 @@ def _known(
 def _excesses(window: Window, known: _Known, policy: PolicyConfig) -> Iterator[_Excess]:
     """The labels that are suspicious in one window."""
     inputs, flagged = window.inputs, window.flagged
-    dispersion = excess.dispersion(inputs, flagged, np.minimum(known.explained, known.bound))
     expected = inputs * known.bound
+    dispersion = _dispersion(window, known)
     rho = excess.correlation(dispersion, known.bound)
     spread = np.sqrt(expected * (1.0 + np.maximum(inputs - 1.0, 0.0) * rho))
     device, label = np.nonzero((flagged >= 2) & (flagged > expected + _SIGMAS * spread))
@@ -262,7 +273,7 @@ def _excesses(window: Window, known: _Known, policy: PolicyConfig) -> Iterator[_
         return
     lift = _lift(window, known, device, label)
     mean = known.bound[label] * lift
-    below = mean < UNSEEN  # a device that is flagged everywhere says nothing of one class
+    below = mean < _SATURATED
     device, label, mean = device[below], label[below], mean[below]
     n, k = inputs[device, label], flagged[device, label]
     ratio = excess.log_ratio(n, k, mean, dispersion)
@@ -289,6 +300,17 @@ def _excesses(window: Window, known: _Known, policy: PolicyConfig) -> Iterator[_
             flagged=float(k[behind].sum()),
             explained=float((n * mean)[behind].sum()),
         )
+
+
+def _dispersion(window: Window, known: _Known) -> float:
+    """How much devices differ, by all classes but that of the largest excess: an attack is no difference of theirs."""
+    usual = np.minimum(known.explained, known.bound)
+    expected = (window.inputs * usual).sum(axis=0)
+    worst = int(np.argmax((window.flagged.sum(axis=0) - expected) / np.sqrt(expected + 1.0)))
+    others = np.arange(usual.size) != worst
+    if usual.size < 2:
+        others[:] = True
+    return excess.dispersion(window.inputs[:, others], window.flagged[:, others], usual[others])
 
 
 def _lift(window: Window, known: _Known, device: npt.NDArray[np.intp], label: npt.NDArray[np.intp]) -> Vector:

@@ -85,8 +85,14 @@ class Store:
         try:
             parsed = make_url(url)
             name = parsed.render_as_string(hide_password=True)
-        except SQLAlchemyError as error:
-            raise ConfigError("store.url", got=error, expected="a URL such as sqlite:////var/lib/hub.db") from error
+        except (SQLAlchemyError, ValueError):
+            # What could not be read may be a part of the password: it is not shown.
+            raise ConfigError(
+                "store.url",
+                got="no URL",
+                expected="one such as sqlite:////var/lib/hub.db",
+                do="escape @ and : in it",
+            ) from None
         try:
             self._engine = _engine(parsed, busy_timeout_s)
             with self.read() as db:

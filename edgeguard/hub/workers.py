@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,11 @@ class Supervisor:
         failures = 0
         while not self._stopping.is_set():
             began = time.monotonic()
-            code = self._run(number)
+            try:
+                code = self._run(number)
+            except (OSError, msgspec.MsgspecError) as error:
+                log.error("ingest worker %d: %s", number, error)  # noqa: TRY400
+                code = -1
             if self._stopping.is_set():
                 return
             failures = 0 if time.monotonic() - began >= STEADY_S else failures + 1
@@ -134,7 +139,7 @@ class Supervisor:
             if self._stopping.is_set():
                 _close(process)
         for line in process.stdout:
-            with self._lock:
+            with self._lock, suppress(msgspec.MsgspecError):  # a library may write there too
                 self._totals[number] = msgspec.json.decode(line, type=Totals)
         code = process.wait()
         process.stdout.close()
@@ -220,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = configs.load(options.config)
         config = with_workers(config, options.workers or max(config.ingest.workers, 1))
-        config.state_dir.mkdir(parents=True, exist_ok=True)
+        config.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         supervisor = Supervisor(config, models=shapes(config))
     except EdgeGuardError as error:
         print(error, file=sys.stderr)

@@ -156,10 +156,18 @@ def test_no_job_leaves_a_record_stuck() -> None:
         ("dismissed when others shouted louder", [case("dismissed", devices=("x", "y"), flagged=10**9)], True),
         ("dismissed for another label", [case("dismissed", label=1)], True),
         ("not checked before", [case("could_not_check")], False),
+        ("not checked on far less", [case("could_not_check", flagged=1)], False),
+        ("not checked for others, on far less", [case("could_not_check", devices=("x",), flagged=1)], False),
+        ("not checked for another label", [case("could_not_check", label=1)], True),
     ],
 )
 def test_what_deserves_a_case_of_its_own(what: str, existing: list[Case], news: bool) -> None:
-    assert cases.is_news(SUSPICION, existing) == news, what
+    assert cases.is_news(SUSPICION, existing, now_ms=1000) == news, what
+
+
+def test_what_could_not_be_checked_is_tried_again_a_week_later() -> None:
+    before = [case("could_not_check", flagged=1)]
+    assert cases.is_news(SUSPICION, before, now_ms=before[0].updated_ms + cases.WEEK_MS)
 
 
 def test_a_case_survives_the_database() -> None:

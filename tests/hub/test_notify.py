@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -62,6 +63,13 @@ class World:
 
 def _nobody(_messages: Any) -> None:
     raise LinkError("broker", got="none in this test")
+
+
+def _greet(server: socket.socket) -> None:
+    connection, _ = server.accept()
+    with connection:
+        connection.sendall(b"SSH-2.0-test\r\n")
+        connection.recv(65536)
 
 
 @pytest.fixture
@@ -174,10 +182,26 @@ class TestWebhook:
             world.notifier(targets=targets).send_due()
         assert len(hook.posts) == world.waiting == 50
 
-    def test_a_place_that_was_removed_from_the_configuration_is_forgotten(self, world: World, hook: Webhook) -> None:
+    def test_what_is_for_a_place_of_another_hub_is_left_to_it_and_given_up_in_the_end(
+        self, world: World, hook: Webhook
+    ) -> None:
         world.book.tell("suspected", "case 1", "x")
-        world.notifier(targets=Targets([])).send_due()
+        other = world.notifier(targets=Targets([]))
+        other.send_due()
+        assert (hook.posts, world.waiting) == ([], 1)
+        world.now += 4 * 24 * HOUR_MS
+        other.send_due()
         assert (hook.posts, world.waiting) == ([], 0)
+
+    def test_a_place_that_speaks_another_protocol_is_tried_again_like_any_other(self, world: World) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            targets = Targets([world.config(server.getsockname()[1], name="shell")])
+            Casebook(world.store, clock_ms=lambda: world.now, targets=targets.of).tell("suspected", "case 1", "x")
+            answering = threading.Thread(target=_greet, args=(server,))
+            answering.start()
+            world.notifier(targets=targets).send_due()
+            answering.join()
+        assert world.waiting == 1
 
     @pytest.mark.parametrize(("content", "word"), [(b"short\n", "5 bytes"), (None, "No such file")])
     def test_a_key_that_is_missing_or_short_is_told_at_the_start(

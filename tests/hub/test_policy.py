@@ -128,11 +128,22 @@ def test_a_rate_that_is_usual_in_the_fleet_and_within_the_bound_needs_no_explain
     assert not judge(everywhere, fpr_upper=0.05)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_small_fleet_is_heard_again_when_all_of_it_was_wrong_before(size: int) -> None:
+    attacked = {f"d{i}": {c: (2000, 1000 if c == 1 else 10) for c in range(10)} for i in range(size)}
+    assert judge(attacked, trust={name: Trust(rejections=2, rejected_ms=1) for name in attacked})
+
+
+def test_a_class_that_was_calibrated_on_few_inputs_is_still_judged() -> None:
+    attacked = {f"d{i}": {c: (300, 225 if c == 1 else 3) for c in range(10)} for i in range(3)}
+    assert judge(attacked, fpr_upper=0.26)
+
+
 def test_what_is_usual_lowers_the_bound_where_there_are_enough_devices() -> None:
-    upper = np.array([0.1])
+    upper = np.array([0.05])
     for count, bound in ((MIN_PEERS, TOLERANCE * 0.02), (MIN_PEERS - 1, None)):
         rates = explained_rates(np.full((count, 1), 1e4), np.full((count, 1), 200.0), upper, 0.01)
-        assert rates[0] == pytest.approx(bound, rel=0.01) if bound else rates[0] > 0.1
+        assert rates[0] == pytest.approx(bound, rel=0.01) if bound else rates[0] > 0.05
 
 
 def test_never_is_less_explained_than_the_promise_for_all_inputs_together() -> None:

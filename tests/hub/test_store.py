@@ -314,3 +314,9 @@ def test_a_database_that_cannot_be_opened_is_told_in_one_line(bad: str) -> None:
         Store(bad, fleet="test")
     assert "\n" not in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+def test_a_url_that_cannot_be_read_is_refused_without_a_word_of_its_password() -> None:
+    with pytest.raises(ConfigError) as refused:
+        Store("postgresql+psycopg://user:pa@ss:w0rd@host/db", fleet="test")
+    assert "w0rd" not in str(refused.value)
