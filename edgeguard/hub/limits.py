@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Hashable
 
 KEYS = 65_536
+KNOWN = 1 << 18
 """Buckets at most: about 15 MiB."""
 
 
@@ -86,3 +87,36 @@ class Limiter:
             if not full and len(self._buckets) < self._keys:
                 return
             del self._buckets[key]
+
+
+class Novelties:
+    """How often what one device says may be something that it never said before: each costs rows that stay.
+
+    Args:
+        rate: new things a second of one device, for ever.
+        burst: new things at once.
+        known: so many are remembered, whoever said them; the longest unused are forgotten first.
+
+    Example:
+        >>> boots = Novelties(rate=0.0, burst=1)
+        >>> [boots.passes("d1", boot, now_s=0.0) for boot in ("a", "a", "b")]
+        [True, True, False]
+    """
+
+    def __init__(self, *, rate: float, burst: float, known: int = KNOWN) -> None:
+        self._new = Limiter(rate=rate, burst=burst)
+        self._known: OrderedDict[int, None] = OrderedDict()
+        self._most = known
+
+    def passes(self, device: str, thing: Hashable, *, now_s: float) -> bool:
+        """Whether it is known of this device, or may be new."""
+        key = hash((device, thing))  # salted for each process: nobody can choose what collides
+        if key in self._known:
+            self._known.move_to_end(key)
+            return True
+        if not self._new.passes(device, now_s=now_s):
+            return False
+        self._known[key] = None
+        if len(self._known) > self._most:
+            self._known.popitem(last=False)
+        return True

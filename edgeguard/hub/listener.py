@@ -32,7 +32,7 @@ from edgeguard.contract.messages import Ack, Alert, Message, Report, encode
 from edgeguard.hub import ingest
 from edgeguard.hub.config import IngestConfig
 from edgeguard.hub.ingest import Accepted, Acks, ModelShape, Rejected
-from edgeguard.hub.limits import Limiter
+from edgeguard.hub.limits import Limiter, Novelties
 from edgeguard.hub.link import RECONNECT_FIRST_S, Arrivals, Down, Link, Order, State, Up
 from edgeguard.hub.store import Store
 from edgeguard.settings import BrokerConfig, password
@@ -50,6 +50,8 @@ _RACES = 3
 """Processes that store for one device at once can each find that the other was first."""
 _QUEUE = 64
 _TICK_S = 0.2
+_NEW_MODELS_AT_ONCE, _NEW_MODELS_PER_DAY = 16, 4
+_NEW_BOOTS_AT_ONCE, _NEW_BOOTS_PER_DAY = 256, 480
 _EVENT_EVERY_S = 600.0
 _LETTERS_AT_ONCE = 50
 _LINES_PER_SECOND, _LINES_AT_ONCE = 2.0, 100
@@ -289,6 +291,9 @@ class Listener:
                         item = msgspec.structs.replace(item, listed=False)
                     elif self._gate.tells(now_s):
                         log.warning("message rejected: %s: %s", item.topic, item.reason)
+                elif not self._gate.admits(item, now_s):
+                    self._limited += 1
+                    continue
                 if isinstance(item, Accepted) or item.listed or item.identity is not None:
                     items.append(item)
         self._taken += sum(isinstance(item, Accepted) for item in items)
@@ -300,7 +305,8 @@ class Listener:
             self._replied(topics.check_device(device), channel.partition("/")[2], payload)
         except Exception:
             # Of a device, or of the hub: either way the next message is none the worse for it.
-            log.exception("a reply of %r cannot be taken", device[:200])
+            if self._gate.tells(time.monotonic()):
+                log.exception("a reply of %r cannot be taken", device[:200])
 
     def _send_acks(self, acks: Sequence[tuple[str, Ack]]) -> None:
         if acks and self.connected:
@@ -360,6 +366,8 @@ class _Gate:
         self._letters = Limiter(rate=letters / 60, burst=_LETTERS_AT_ONCE)
         self._lines = Limiter(rate=_LINES_PER_SECOND, burst=_LINES_AT_ONCE)
         self._events = Limiter(rate=1 / _EVENT_EVERY_S, burst=1)
+        self._models = Novelties(rate=_NEW_MODELS_PER_DAY / 86_400, burst=_NEW_MODELS_AT_ONCE)
+        self._boots = Novelties(rate=_NEW_BOOTS_PER_DAY / 86_400, burst=_NEW_BOOTS_AT_ONCE)
         self._told: list[str] = []
 
     def passes(self, device: str, channel: str, size: int, now_s: float) -> bool:
@@ -369,6 +377,19 @@ class _Gate:
         if self._events.passes(device, now_s=now_s) and self.tells(now_s):
             self._told.append(device)
         return False
+
+    def admits(self, item: Accepted, now_s: float) -> bool:
+        """Whether a report or alert is of a model and a boot that its device may have: each new one costs rows."""
+        message = item.message
+        if not isinstance(message, Report | Alert):
+            return True
+        model = message.model_digest, message.guard_digest
+        admitted = self._models.passes(item.device, model, now_s=now_s)
+        if not (admitted and self._boots.passes(item.device, message.boot, now_s=now_s)):
+            if self._events.passes(item.device, now_s=now_s) and self.tells(now_s):
+                self._told.append(item.device)
+            return False
+        return True
 
     def lists(self, device: str, now_s: float) -> bool:
         """Whether another rejected message of a device is kept."""

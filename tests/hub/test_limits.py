@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeguard.hub.limits import Limiter
+from edgeguard.hub.limits import Limiter, Novelties
 
 
 def passed(limiter: Limiter, times: int, *, at_s: float, key: str = "d1", size: int = 0) -> int:
@@ -79,3 +79,15 @@ def test_no_order_of_messages_gets_more_than_rate_and_burst_through(steps: list[
             count, content = count + 1, content + size
     assert count <= 5 + 3.0 * now + 1e-6
     assert content <= 500 + 100.0 * now + 1e-6
+
+
+def test_what_is_new_of_a_device_is_limited_and_what_is_known_passes() -> None:
+    things = Novelties(rate=1.0, burst=2)
+    assert [things.passes("d1", thing, now_s=0.0) for thing in "abca"] == [True, True, False, True]
+    assert things.passes("d2", "c", now_s=0.0)
+    assert things.passes("d1", "c", now_s=1.0)
+
+
+def test_what_was_forgotten_for_lack_of_room_is_new_again() -> None:
+    things = Novelties(rate=0.0, burst=3, known=2)
+    assert [things.passes("d1", thing, now_s=0.0) for thing in "abca"] == [True, True, True, False]

@@ -283,6 +283,16 @@ class TestFloods:
         wait_until(lambda: not device.waiting)
         assert hub.totals.limited > 300
 
+    def test_a_device_that_invents_models_is_heard_with_few_of_them(
+        self, database: str, listen: Callable[..., Listener], device: Publisher
+    ) -> None:
+        store = Store(database, fleet="test")
+        hub = listen(store)
+        for number in range(40):
+            device.send("report", encode(fleet.report(number + 1, model=f"{number:064x}")))
+        wait_until(lambda: hub.totals.limited + hub.totals.taken >= 40)
+        assert store.counts()["reports"] == hub.totals.taken == 16
+
     def test_rejected_messages_are_all_acknowledged_but_kept_and_told_in_a_limited_number(
         self, database: str, listen: Callable[..., Listener], device: Publisher, caplog: pytest.LogCaptureFixture
     ) -> None:
