@@ -27,7 +27,10 @@ _EXTRAS = {
 }
 """Which extra brings a package that a command may miss."""
 
-_OPERATOR = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST})
+_OPERATOR = frozenset({
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT,
+    errno.EISDIR, errno.ENOTEMPTY, errno.EBUSY,
+})  # fmt: skip
 """Failures of the file system that the operator can mend."""
 
 app = typer.Typer(

@@ -14,6 +14,7 @@ import functools
 import getpass
 import inspect
 import json
+import os
 import re
 import sys
 import time
@@ -408,10 +409,10 @@ class _Local:
         from edgeguard.hub.store import Store
 
         settings = configuration.load(config)
-        settings.state_dir.mkdir(parents=True, exist_ok=True)
+        settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         store = Store(configuration.store_url(settings), fleet=settings.fleet)
         self._tokens = Tokens(store, clock_ms=clock_ms)
-        self._who = f"{getpass.getuser()} on this machine"
+        self._who = f"{_user()} on this machine"
 
     def add(self, name: str, role: Any, lifetime_s: int | None) -> Row:
         secret, token = self._tokens.add(name, role, who=self._who, lifetime_s=lifetime_s)
@@ -520,6 +521,13 @@ def _tell(case: Row) -> None:
 def _exit_for(cases: Sequence[Row]) -> None:
     if any(case["is_case"] and case["state"] not in _CLOSED for case in cases):
         raise typer.Exit(EXIT_FINDINGS)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # as in a container that runs under any number
+        return f"user {os.getuid()}"
 
 
 def _part(name: str) -> str:

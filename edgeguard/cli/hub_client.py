@@ -2,7 +2,8 @@
 
 Rules enforced here:
 
-* a token goes to the address that was given and to no other: redirections are not followed, proxies not used;
+* a token goes to the address that was given and to no other: redirections are not followed, proxies not used; it is
+  never printed;
 * whatever comes back is bounded, checked for its shape, and shown without control characters: a device may have
   written it;
 * a hub that cannot be asked is a ``LinkError``: nothing is known then. What it refuses is a ``ConfigError``.
@@ -18,7 +19,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from edgeguard.errors import ConfigError, LinkError
 
@@ -36,13 +37,14 @@ class Client:
         ca: PEM file of the authority that signed its certificate; without, those that this machine trusts.
 
     Raises:
-        ConfigError: not a URL of a web server, or not a file of certificates.
+        ConfigError: not a URL of a web server, no token, or not a file of certificates.
     """
 
     def __init__(self, url: str, token: str | None, ca: Path | None = None) -> None:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
+        if not _is_address(url):
             raise ConfigError("url", got=repr(url), expected="one such as http://127.0.0.1:8080")
+        if token is not None and not (token.isascii() and token.isprintable()):
+            raise ConfigError("token", expected="one line of ASCII", do="give it as edgeguard hub token add printed it")
         self._url = url.rstrip("/")
         self._token = token
         try:
@@ -82,9 +84,9 @@ class Client:
     def follow(self, path: str, since: int | None) -> Iterator[dict[str, Any]]:
         """The data of server-sent events, as long as the connection lasts."""
         with self._open("GET", path, {"since": since}) as response:
-            for line in response:
+            while line := _line(response):
                 if line.startswith(b"data: "):
-                    yield json.loads(line[6:])
+                    yield _parse(line[6:])
 
     def _open(
         self, method: str, path: str, query: Mapping[str, object], body: Mapping[str, object] | None = None
@@ -114,11 +116,48 @@ def plain(value: object) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+class _Answer(dict[str, Any]):
+    """A JSON object that a hub should have written: what is not in it says that another service did."""
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise LinkError("answer of the hub", got=f"no {key!r}", expected="an EdgeGuard hub of this version")
+
+
+def _is_address(url: str) -> bool:
+    """Whether a URL names a web server, and no more than its host, port and path."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host = (parts.hostname or "").encode("idna")  # as the resolver gets it; labels have at most 63 bytes
+        parts.port  # noqa: B018  # raises where it is no number
+    except ValueError:
+        return False
+    return (
+        parts.scheme in ("http", "https")
+        and host != b""
+        and parts.path.isascii()
+        and not (parts.query or parts.fragment)
+    )
+
+
+def _line(response: HTTPResponse) -> bytes:
+    try:
+        return response.readline(_MAX_ANSWER)
+    except (OSError, HTTPException) as error:
+        raise LinkError("events of the hub", got=error, expected="a hub that goes on") from error
+
+
 def _object(response: IO[bytes]) -> dict[str, Any]:
     try:
         content = response.read(_MAX_ANSWER)
-        found = json.loads(content)
-    except (OSError, HTTPException, ValueError, RecursionError) as error:
+    except (OSError, HTTPException) as error:
+        raise LinkError("answer of the hub", got=error, expected="JSON") from error
+    return _parse(content)
+
+
+def _parse(content: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(content, object_hook=_Answer)
+    except (ValueError, RecursionError) as error:
         raise LinkError("answer of the hub", got=error, expected="JSON") from error
     if not isinstance(found, dict):
         raise LinkError("answer of the hub", got=type(found).__name__, expected="a JSON object")

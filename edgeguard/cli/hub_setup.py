@@ -75,7 +75,7 @@ def register(group: typer.Typer) -> None:
         where = folder.absolute()
         typer.echo(
             f"\nKeep {where}/authority/key.pem safe and backed up: who has it can enrol devices.\n"
-            f"Broker: mosquitto -c {where}/broker/mosquitto.conf\n"
+            f"Broker: mosquitto -c {where}/mosquitto.conf\n"
             f"        the account {made.user} must own its files: sudo chown -R {made.user}: {where}/broker\n"
             f"Hub:    edgeguard hub --config {where}/hub.toml\n"
             f"Device: edgeguard hub enroll NAME --folder {where}"

@@ -247,7 +247,7 @@ def _owner(folder: Path) -> str:
 def _lock(folder: Path) -> Iterator[None]:
     """Hold the state folder for this process; the lock ends with the process, however it ends."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = (folder / "hub.lock").open("a")
     except OSError as error:
         raise ConfigError(f"state_dir {folder}", got=error.strerror, expected="a folder to write to") from error

@@ -6,7 +6,8 @@ Rules enforced here:
   does not read at all is dropped;
 * hubs beside this one may commit a lower number after a higher one, so an entry is told only once it was there for
   ``SETTLE`` looks: a client that goes on from the last number it saw misses none;
-* all clients together look at the database ``1 / POLL_S`` times a second, and there are at most ``CLIENTS``;
+* all clients together look at the database ``1 / POLL_S`` times a second, each by itself only where there is something
+  new for it; there are at most ``CLIENTS``;
 * a client whose token is no longer valid is told nothing after the next heartbeat;
 * a stream ends within a second once the hub is stopping.
 
@@ -126,7 +127,9 @@ class EventStream(Response):
         heard_s = time.monotonic()
         while not (gone.done() or feed.stopping()):
             through = await feed.settled()
-            events = await run_in_threadpool(feed.queries.events_after, since, through=through, limit=_AT_ONCE)
+            events: list[Event] = []
+            if through > since:
+                events = await run_in_threadpool(feed.queries.events_after, since, through=through, limit=_AT_ONCE)
             if events:
                 await say("".join(map(_line, events)))
                 since = events[-1].id

@@ -8,13 +8,16 @@ Rules enforced here:
   a page that a browser shows can reach an address of this machine, but says the name that it came under;
 * an address that tries too many tokens is refused without a look at the database. One that worked before always
   passes: whoever guesses from behind the same proxy locks nobody out;
-* a request has at most 64 KiB; a client that takes nothing for a quarter of a minute is cut off by the kernel;
+* a request has at most 64 KiB, and is whole ``REQUEST_S`` after the connection was opened or the last answer given; a
+  client that takes nothing for a quarter of a minute is cut off by the kernel;
+* an address has at most ``CONNECTIONS`` connections, a quarter of all: one that opens more shuts out itself alone;
 * every refusal is a :class:`edgeguard.hub.views.Problem`; no answer is kept by a browser, framed, or read by a page of
   another site.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import socket
@@ -33,6 +36,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from edgeguard.errors import ConfigError
 from edgeguard.hub.access import Role, Tokens, allows, needed
@@ -45,6 +49,8 @@ MAX_BODY = 64 * 1024
 ANONYMOUS = "anonymous"
 TRIES, TRY_S = 20, 3
 """An address may try so many tokens at once that this process has not seen working, and one more every 3 seconds."""
+REQUEST_S = 10.0
+CONNECTIONS = 64
 _ADDRESSES = 4096
 _MAX_TOKEN = 200
 _STALLED_MS = 15_000
@@ -192,6 +198,52 @@ class Gate:
         )
 
 
+class Connection(H11Protocol):
+    """A connection that ends where no whole request comes in time, or where its address has too many."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take it, unless there are too many from there."""
+        super().connection_made(transport)
+        others = (other for other in self.connections if isinstance(other, Connection))
+        if sum(_host(other.client) == _host(self.client) for other in others) > CONNECTIONS:
+            transport.abort()
+        else:
+            self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Take a part of a request."""
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request, or answer the one that came meanwhile."""
+        super().on_response_complete()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget it."""
+        self._stop()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        """Let the time run exactly while the client owes a request."""
+        if self.cycle is not None and not (self.cycle.more_body or self.cycle.response_complete):
+            self._stop()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(REQUEST_S, self._end)
+
+    def _stop(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _end(self) -> None:
+        # An answer may still be on its way, and is waited for. Who has never asked is owed nothing, not even TLS's end.
+        (self.transport.abort if self.cycle is None else self.transport.close)()
+
+
 class Web:
     """The server in a thread. The port is bound on construction, so that a port in use is told before all else.
 
@@ -228,7 +280,7 @@ class Web:
         """Serve in the background."""
         settings = uvicorn.Config(
             app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=1, limit_concurrency=256,
-            proxy_headers=False, server_header=False, ws="none",
+            proxy_headers=False, server_header=False, http=Connection, ws="none",
             ssl_certfile=self._config.certificate, ssl_keyfile=self._config.key,
         )  # fmt: skip
         self._server = server = uvicorn.Server(settings)
@@ -258,7 +310,11 @@ def _check_certificate(config: WebConfig) -> None:
 
 
 def _address(scope: Scope) -> str:
-    return scope["client"][0] if scope.get("client") else ""
+    return _host(scope.get("client"))
+
+
+def _host(client: tuple[str, int] | None) -> str:
+    return client[0] if client else ""
 
 
 def _unknown(got: str) -> Response:

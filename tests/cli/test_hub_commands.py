@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import sqlite3
+import stat
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from edgeguard.cli.hub_client import Client
 from edgeguard.contract import messages
 from edgeguard.contract.messages import Alive, PingReply
-from edgeguard.errors import EXIT_CLEAN, EXIT_FINDINGS, EXIT_NOT_CHECKED, EXIT_USAGE
+from edgeguard.errors import EXIT_CLEAN, EXIT_FINDINGS, EXIT_NOT_CHECKED, EXIT_USAGE, LinkError
 from tests.cli.conftest import Run
 from tests.hub.serving import Served, serve
 from tests.simulators import fleet
@@ -221,6 +226,17 @@ class TestTokens:
         assert out.strip() not in listed
         assert edgeguard("hub", "token", "revoke", "ops", "--config", config)[0] == EXIT_CLEAN
         assert edgeguard("hub", "token", "list", "--config", config)[1] == "none\n"
+        assert stat.S_IMODE((config.parent / "new").stat().st_mode) == 0o700
+
+    def test_whoever_has_no_name_is_told_by_number(
+        self, edgeguard: Run, config: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(os, "getuid", lambda: 54_321)
+        assert edgeguard("hub", "token", "add", "ops", "--config", config)[0] == EXIT_CLEAN
+        with closing(sqlite3.connect(config.parent / "new" / "hub.db")) as db:
+            assert db.execute("select who from audit").fetchall() == [("user 54321 on this machine",)]
 
     def test_an_admin_makes_more_over_the_api(self, edgeguard: Run, hub: Served) -> None:
         admin = ("--token", hub.secrets["admin"])
@@ -246,6 +262,12 @@ class TestConnection:
         code, _, err = edgeguard("hub", "cases", "--url", f"http://127.0.0.1:{free_port()}", "--token", "x")
         assert code == EXIT_NOT_CHECKED
         assert err.count("\n") == 1
+
+    @pytest.mark.parametrize("token", ["egt_sec\nret", "egt_secret\r", "egt_sécret", "egt_sec\udc80ret"])
+    def test_what_can_be_no_token_is_told_without_showing_it(self, edgeguard: Run, token: str) -> None:
+        code, out, err = edgeguard("hub", "cases", "--token", token)
+        assert (code, out, err.count("\n"), err.startswith("edgeguard: token")) == (EXIT_USAGE, "", 1, True)
+        assert "egt_s" not in err
 
     def test_a_wrong_token_is_told(self, edgeguard: Run, hub: Served) -> None:
         code, _, err = edgeguard("hub", "cases", "--token", "egt_wrong")
@@ -273,7 +295,13 @@ class TestConnection:
         assert edgeguard("hub", "devices", "--config", config)[0] == EXIT_CLEAN
         assert edgeguard("hub", "--config", config, "devices")[0] == EXIT_CLEAN
 
-    @pytest.mark.parametrize("url", ["ftp://x", "127.0.0.1:8080", "http://", "file:///etc/passwd", "http://x/?a=b"])
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "ftp://x", "127.0.0.1:8080", "http://", "file:///etc/passwd", "http://x/?a=b", "http://[::1", "http://x:port",
+            "http://:80", f"http://{'a' * 64}.example", "http://x/ä",
+        ],
+    )  # fmt: skip
     def test_an_address_that_is_none_is_told(self, edgeguard: Run, url: str) -> None:
         code, _, err = edgeguard("hub", "devices", "--url", url)
         assert (code, err.startswith("edgeguard: url")) == (EXIT_USAGE, True)
@@ -292,7 +320,7 @@ class TestConnection:
             code, _, err = edgeguard("hub", "devices", "--url", f"http://127.0.0.1:{server.server_address[1]}")
         assert (code, "302" in err) == (EXIT_USAGE, True)
 
-    @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"<html>", b"\xff\xfe", b"[" * 100_000])
+    @pytest.mark.parametrize("body", [b"", b"[]", b"{}", b"{", b"<html>", b"\xff\xfe", b"[" * 100_000])
     def test_an_answer_that_is_none_is_not_checked(self, edgeguard: Run, body: bytes) -> None:
         class Strange(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
@@ -309,6 +337,20 @@ class TestConnection:
         assert code == EXIT_NOT_CHECKED
         assert err.count("\n") == 1
 
+    @pytest.mark.parametrize("sent", [b"14\r\ndata: {}", b"8\r\ndata: {\n\r\n", b"9\r\ndata: []\n\r\n"])
+    def test_events_that_break_off_are_a_link_that_failed(self, sent: bytes) -> None:
+        class Breaking(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + sent)
+
+            def log_message(self, *_: object) -> None: ...
+
+        with HTTPServer(("127.0.0.1", 0), Breaking) as server:
+            threading.Thread(target=server.handle_request).start()
+            client = Client(f"http://127.0.0.1:{server.server_address[1]}", None)
+            with pytest.raises(LinkError):
+                list(client.follow("/v1/events/stream", since=0))
+
 
 def test_without_a_configuration_and_a_command_there_is_nothing_to_do(edgeguard: Run) -> None:
     code, _, err = edgeguard("hub")
@@ -318,3 +360,11 @@ def test_without_a_configuration_and_a_command_there_is_nothing_to_do(edgeguard:
 def test_the_document_is_written(edgeguard: Run, tmp_path: Path) -> None:
     assert edgeguard("hub", "openapi", "--output", tmp_path / "api.json")[0] == EXIT_CLEAN
     assert (tmp_path / "api.json").read_text() == edgeguard("hub", "openapi")[1]
+
+
+@pytest.mark.parametrize(("name", "why"), [("missing/x.json", "No such file"), ("folder", "Is a directory")])
+def test_where_it_cannot_be_written_is_told(edgeguard: Run, tmp_path: Path, name: str, why: str) -> None:
+    (tmp_path / "folder").mkdir()
+    code, out, err = edgeguard("hub", "openapi", "--output", tmp_path / name)
+    assert (code, out, err.count("\n")) == (EXIT_USAGE, "", 1)
+    assert f"file {tmp_path / name}; got {why}" in err

@@ -30,11 +30,11 @@ def secrets(folder: Path) -> list[str]:
 def test_init_says_what_it_made_and_what_to_do(edgeguard: Run, folder: Path) -> None:
     out = init(edgeguard, folder, "--host", "10.0.0.1", "--port", "1883", "--hub-port", "1884", "--days", "30")
     assert "broker.example, 10.0.0.1; port 1883 for devices, 1884 for the hub" in out
-    assert f"mosquitto -c {folder}/broker/mosquitto.conf" in out
+    assert f"mosquitto -c {folder}/mosquitto.conf" in out
     assert f"edgeguard hub enroll NAME --folder {folder}" in out
     assert "hub's certificate" in out
     assert "29 days" in out
-    assert "listener 1883\n" in (folder / "broker" / "mosquitto.conf").read_text()
+    assert "listener 1883\n" in (folder / "mosquitto.conf").read_text()
 
 
 def test_init_again_changes_nothing_and_says_what_is_there(edgeguard: Run, folder: Path) -> None:

@@ -7,13 +7,15 @@ import pwd
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from edgeguard.agent import config as agent_config
 from edgeguard.agent.link import Connected, Link
@@ -21,12 +23,17 @@ from edgeguard.contract import topics
 from edgeguard.contract.messages import Ack
 from edgeguard.errors import ConfigError
 from edgeguard.hub import config as hub_config
-from edgeguard.hub.setup import enrolment, files, registry
+from edgeguard.hub.setup import enrolment, files, registry, tomls
 from edgeguard.settings import BrokerConfig
 from tests.simulators import fleet as simulated
 from tests.simulators.enrolled import FLEET, Fleet, now, topic
 from tests.simulators.fleet import wait_until
 from tests.simulators.mosquitto import free_port
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 def create(folder: Path, **options: Any) -> registry.Registry:
@@ -85,6 +92,7 @@ class TestFiles:
         broker = folder / "broker"
         assert {path.stat().st_uid for path in (broker, *broker.rglob("*"))} == {owner}
         others = [path for path in folder.rglob("*") if not path.is_relative_to(broker)]
+        assert folder / "mosquitto.conf" in others  # root reads it
         assert {path.stat().st_uid for path in others} == {os.geteuid()}
 
     @pytest.mark.parametrize("passwords", [False, True])
@@ -116,6 +124,12 @@ class TestFiles:
         groups = {hub_config.load(tmp_path / name / "hub.toml").ingest.group for name in ("a", "b")}
         assert len(groups) == 2
         assert min(map(len, groups)) > 32
+
+    @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
+    @example('\x7f\n"\\ä\N{GRINNING FACE}')
+    def test_any_name_of_a_model_can_be_read_back(self, name: str) -> None:
+        text = tomls.agent(fleet=FLEET, device="d", host="h", port=1, passwords=False, model=name, mcus=())
+        assert tomllib.loads(text)["model"] == name
 
     def test_a_model_lies_beside_the_configuration_with_its_sidecar(self, tmp_path: Path) -> None:
         create(tmp_path / "fleet")
@@ -259,6 +273,43 @@ class TestEnrolment:
         enrolment.enroll(folder, "gateway", now=now(), mcus=["a"])
         enrolment.revoke(folder, "gateway", now=now())
         assert enrolment.enroll(folder, "gateway", now=now()).registry.devices["gateway"].mcus == ()
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda folder: enrolment.enroll(folder, "camera-2", now=now()),
+            lambda folder: enrolment.revoke(folder, "camera-1", now=now()),
+            lambda folder: enrolment.renew(folder, now=now()),
+        ],
+        ids=["enroll", "revoke", "renew"],
+    )
+    def test_nothing_changes_where_the_broker_s_files_are_not(
+        self, folder: Path, change: Callable[[Path], object]
+    ) -> None:
+        enrolment.enroll(folder, "camera-1", now=now())
+        (folder / "broker").rename(folder.parent / "moved")
+        before = contents(folder)
+        with pytest.raises(ConfigError, match="no folder broker/"):
+            change(folder)
+        assert contents(folder) == before
+
+    def test_nothing_changes_where_the_model_cannot_be_read(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = folder.parent / "signs.guarded.tflite"
+        model.write_bytes(b"model")
+        before = contents(folder)
+
+        def refuse(path: Path) -> bytes:
+            if path == model:
+                raise PermissionError(13, "Permission denied", str(path))
+            return path.open("rb").read()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", refuse)
+            with pytest.raises(PermissionError):
+                enrolment.enroll(folder, "camera-2", now=now(), model=model)
+        assert contents(folder) == before
 
     def test_what_was_cut_short_after_the_registry_is_completed_by_the_next_command(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import sqlite3
+import stat
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from edgeguard.errors import EXIT_CLEAN, EXIT_INTERNAL, EXIT_USAGE
 from edgeguard.hub import cases
 from edgeguard.hub.casebook import Casebook, Move
 from edgeguard.hub.policy import Suspicion
+from edgeguard.hub.service import Hub
 from tests.hub.conftest import Setting
 from tests.simulators import fleet
 from tests.simulators.fleet import Publisher, wait_until
@@ -283,3 +285,15 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
         timeout=60,
         env=dict(os.environ),
     )
+
+
+def test_the_state_folder_is_open_to_its_owner_alone(setting: Setting) -> None:
+    with Hub(setting.config):
+        assert stat.S_IMODE(setting.state.stat().st_mode) == 0o700
+
+
+def test_so_is_that_of_a_machine_that_takes_reports_alone(setting: Setting) -> None:
+    command = [sys.executable, "-m", "edgeguard.hub.workers", "--config", str(setting.path)]
+    (setting.folder / "signs.tflite").unlink()
+    assert subprocess.run(command, stderr=subprocess.DEVNULL, timeout=60, check=False).returncode == EXIT_USAGE
+    assert stat.S_IMODE(setting.state.stat().st_mode) == 0o700

@@ -15,6 +15,8 @@ import pytest
 from sqlalchemy import insert
 
 from edgeguard.hub import schema, stream
+from edgeguard.hub.queries import Queries
+from edgeguard.hub.views import Event
 from tests.hub.serving import NOW, Served, serve
 from tests.simulators.fleet import wait_until
 
@@ -99,6 +101,23 @@ class TestStream:
         time.sleep(stream.POLL_S * (stream.SETTLE - 1))
         commit(1)
         assert [client.event()["id"] for _ in range(2)] == [1, 2]
+        client.close()
+
+    def test_where_nothing_is_new_the_entries_are_not_read(self, hub: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+        tell(hub, "before")
+        read: list[int] = []
+        real = Queries.events_after
+
+        def noted(queries: Queries, since: int, *, through: int, limit: int) -> list[Event]:
+            read.append(through)
+            return real(queries, since, through=through, limit=limit)
+
+        monkeypatch.setattr(Queries, "events_after", noted)
+        client = Following(hub, "?since=1")
+        time.sleep(stream.POLL_S * (stream.SETTLE + 2))
+        assert read == []
+        tell(hub, "after")
+        assert (client.event()["text"], read) == ("after", [2])
         client.close()
 
     def test_it_ends_within_a_second_when_the_hub_stops(self, hub: Served) -> None:

@@ -9,15 +9,16 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from http.client import HTTPSConnection
+from contextlib import suppress
+from http.client import HTTPConnection, HTTPSConnection
 from pathlib import Path
 
 import pytest
 
 from edgeguard.errors import ConfigError
-from edgeguard.hub import config
+from edgeguard.hub import config, web
 from edgeguard.hub.config import WebConfig
-from edgeguard.hub.web import MAX_BODY, TRIES, Web
+from edgeguard.hub.web import CONNECTIONS, MAX_BODY, TRIES, Web
 from tests.hub.serving import Served, serve
 from tests.simulators.mosquitto import free_port
 
@@ -255,6 +256,74 @@ class TestHttps:
         for pair in ((other, certificate[1]), (certificate[0], other), (tmp_path / "none.pem", certificate[1])):
             with pytest.raises(ConfigError, match=r"web\.certificate"):
                 Web(WebConfig(port=0, certificate=pair[0], key=pair[1]))
+
+
+class TestConnections:
+    ASKED = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    POSTED = b"POST /v1/tokens HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer TOKEN\r\nContent-Length: 9\r\n\r\n{"
+
+    @pytest.fixture
+    def quick(self, hub: Served, monkeypatch: pytest.MonkeyPatch) -> Served:
+        """One that waits half a second for a request."""
+        monkeypatch.setattr(web, "REQUEST_S", 0.5)
+        return hub
+
+    @pytest.mark.parametrize(
+        "sent",
+        [
+            b"",
+            ASKED[:-2],
+            ASKED,
+            ASKED + ASKED[:9],
+            POSTED,
+        ],
+        ids=["nothing", "half a head", "one request", "one and a half", "half a body"],
+    )
+    def test_whoever_owes_a_request_for_long_is_cut_off(self, quick: Served, sent: bytes) -> None:
+        with socket.create_connection(("127.0.0.1", quick.web.port), timeout=4) as raw:
+            raw.sendall(sent.replace(b"TOKEN", quick.secrets["admin"].encode()))
+            while raw.recv(4096):
+                pass
+
+    def test_so_is_whoever_sends_it_byte_by_byte(self, quick: Served) -> None:
+        with socket.create_connection(("127.0.0.1", quick.web.port), timeout=4) as raw, pytest.raises(OSError):
+            for byte in self.ASKED * 2:
+                raw.sendall(bytes([byte]))
+                time.sleep(0.05)
+
+    def test_a_connection_is_used_again_for_as_long_as_it_asks(self, quick: Served) -> None:
+        connection = HTTPConnection("127.0.0.1", quick.web.port, timeout=4)
+        connection.connect()
+        opened = connection.sock
+        for _ in range(5):
+            connection.request("GET", "/healthz")
+            assert connection.getresponse().read() == b"ok\n"
+            assert connection.sock is opened
+            time.sleep(0.2)
+        connection.close()
+
+    def test_an_answer_may_take_longer(self, quick: Served) -> None:
+        with socket.create_connection(("127.0.0.1", quick.web.port), timeout=4) as raw:
+            head = f"GET /v1/events/stream HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {quick.secrets['viewer']}"
+            raw.sendall(f"{head}\r\n\r\n".encode())
+            time.sleep(1.2)
+            quick.book.tell("test", "it", "much later")
+            content = b""
+            while b"much later" not in content:
+                content += (part := raw.recv(4096))
+                assert part
+
+    def test_an_address_that_opens_too_many_shuts_out_itself_alone(self, fresh: Served) -> None:
+        to = ("127.0.0.1", fresh.web.port)
+        opened = [socket.create_connection(to, timeout=4, source_address=("127.0.0.2", 0)) for _ in range(300)]
+        for raw in opened[CONNECTIONS:]:
+            with suppress(ConnectionResetError):
+                assert raw.recv(1) == b""
+        assert fresh.ask("GET", "/healthz", role=None)[0] == 200
+        opened[0].sendall(self.ASKED)
+        assert opened[0].recv(64).startswith(b"HTTP/1.1 200")
+        for raw in opened:
+            raw.close()
 
 
 class TestServer:

@@ -112,7 +112,7 @@ class Fleet:
         self.folder = folder
         self.passwords = passwords
         self.port, self.hub_port = free_port(), free_port()
-        self.broker = Mosquitto(folder.parent / "log", config=folder / "broker" / "mosquitto.conf", port=self.port)
+        self.broker = Mosquitto(folder.parent / "log", config=folder / "mosquitto.conf", port=self.port)
         self._peers: list[Peer] = []
         enrolment.create(
             folder,

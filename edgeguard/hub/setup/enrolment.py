@@ -6,16 +6,18 @@
     FOLDER/registry.json   what was set up and who was enrolled
     FOLDER/authority/      the authority's certificate and private key
     FOLDER/hub/            what the hub shows the broker
-    FOLDER/broker/         all that mosquitto reads, and data/ that it writes
+    FOLDER/mosquitto.conf  the broker's configuration
+    FOLDER/broker/         all else that mosquitto reads, and data/ that it writes
     FOLDER/devices/NAME/   what is copied to a board, and then need not stay here
 
 Rules enforced here:
 
 * a set-up is there whole or not at all, and is never overwritten; of its parts only what ``renew`` names is;
-* the registry is written first: the broker's files follow from it, and each command writes them anew, so that one that
-  was cut short is completed by the next;
+* the registry is written first, once all that a command reads was found: the broker's files follow from it, and each
+  command writes them anew, so that one that was cut short is completed by the next;
 * no certificate leaves that the registry does not know: it could not be revoked;
-* the broker's account can read ``broker/`` and nothing else: whoever breaks into a broker cannot enrol;
+* the broker's account has ``broker/`` and nothing else: whoever breaks into a broker cannot enrol, nor change the
+  configuration that root starts mosquitto with;
 * the same command again changes nothing.
 """
 
@@ -132,7 +134,7 @@ def create(
         layout = mosquitto.Broker(
             folder=folder / "broker", port=port, hub_port=hub_port, user=user, passwords=passwords
         )
-        files.write(new / "broker" / "mosquitto.conf", mosquitto.configuration(layout).encode())
+        files.write(new / "mosquitto.conf", mosquitto.configuration(layout).encode())
         text = tomls.hub(fleet=fleet, host=names[0], port=hub_port, group=f"hub-{secrets.token_hex(16)}")
         files.write(new / "hub.toml", text.encode(), mode=SECRET)
         _write_lists(new, made, authority, now=now)
@@ -216,6 +218,9 @@ def enroll(
             changed = _save(folder, before, after, authority, now=now)
             return Change(did="extended" if after != before else "nothing", registry=after, reload=changed)
         contents = {"ca.pem": (authority.certificate, PUBLIC)}
+        if model is not None:
+            found = (path for path in (model, sidecar.path_beside(model)) if path.is_file())
+            contents |= {path.name: (path.read_bytes(), PUBLIC) for path in found}
         if before.passwords:
             password = secrets.token_urlsafe(24)
             stored = mosquitto.password_hash(password, secrets.token_bytes(mosquitto.SALT_BYTES))
@@ -227,7 +232,6 @@ def enroll(
             contents["key.pem"] = (made.key, SECRET)
             issued = Certificate(serial=made.serial, expires=made.expires)
             after = registry.with_device(before, device, mcus=mcus, now=now, certificate=issued)
-        changed = _save(folder, before, after, authority, now=now)
         text = tomls.agent(
             fleet=after.fleet,
             device=device,
@@ -238,15 +242,12 @@ def enroll(
             mcus=after.devices[device].mcus,
         )
         contents["agent.toml"] = (text.encode(), PUBLIC)
+        changed = _save(folder, before, after, authority, now=now)
         shutil.rmtree(folder / "devices" / device, ignore_errors=True)
         # devices/ is closed to others. What is copied from it must be open to the agent's account, but for the secrets.
         with files.new_folder(folder / "devices" / device, mode=0o755) as new:
             for name, (content, mode) in contents.items():
                 files.write(new / name, content, mode=mode)
-            if model is not None:
-                for path in (model, sidecar.path_beside(model)):
-                    if path.is_file():
-                        files.write(new / path.name, path.read_bytes())
     return Change(
         did="renewed" if known else "enrolled",
         registry=after,
@@ -328,6 +329,10 @@ def _authority(folder: Path) -> pki.Credentials:
 
 def _existing(folder: Path) -> Path:
     load(folder)
+    if not (folder / "broker").is_dir():
+        raise ConfigError(
+            f"set-up {folder}", got="no folder broker/", do="run it where it is and copy it to the broker afterwards"
+        )
     return folder
 
 

@@ -49,7 +49,8 @@ class Broker:
     """What the configuration says.
 
     Attributes:
-        folder: absolute path of the folder with the broker's files.
+        folder: absolute path of the folder with the broker's files, which its account owns. The configuration lies
+            beside it: root starts mosquitto with that, so the account must not be able to change it.
         port: TCP port for the devices.
         hub_port: TCP port for the hub.
         user: account that mosquitto changes to when root starts it.
@@ -80,9 +81,9 @@ def configuration(broker: Broker) -> str:
         )
     return f"""\
 # Written by `edgeguard hub init`. The files that it names are kept up to date by `edgeguard hub enroll` and `revoke`;
-# this one is yours to change. Start: mosquitto -c {folder}/mosquitto.conf
+# this one is yours to change. Start: mosquitto -c {folder.parent}/mosquitto.conf
 
-# The account that mosquitto changes to when root starts it. It must be able to read this folder and write to data/.
+# The account that mosquitto changes to when root starts it. It must own {folder}, and not be able to write this file.
 user {broker.user}
 
 # Who may do what. Reloaded on SIGHUP.

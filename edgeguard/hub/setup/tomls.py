@@ -3,7 +3,7 @@
 Rules enforced here:
 
 * what is written passes the daemon's own check as it stands; paths count from the file's own folder;
-* values are written as JSON strings, which TOML reads the same.
+* values are written as JSON strings, which TOML reads the same where nothing but control characters is escaped.
 """
 
 from __future__ import annotations
@@ -103,4 +103,4 @@ ca = "ca.pem"
 
 
 def _string(value: str) -> str:
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
