@@ -45,7 +45,7 @@ from edgeguard.hub.commands import Commands
 from edgeguard.hub.config import WebConfig
 from edgeguard.hub.metrics import Metrics
 from edgeguard.hub.queries import MAX_PAGE, Queries
-from edgeguard.hub.store import Store
+from edgeguard.hub.store import Store, reason
 from edgeguard.hub.stream import EventStream, Feed
 from edgeguard.hub.views import MAX_INTEGER, Page
 from edgeguard.hub.web import Caller, Gate, problem
@@ -388,7 +388,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(SQLAlchemyError)
     async def unanswered(_request: Request, error: SQLAlchemyError) -> Response:
-        log.error("database: %s", error.args[0] if error.args else error)
+        log.error("database: %s", reason(error))
         return problem(503, "database", got="no answer", do="try again later", headers={"Retry-After": "5"})
 
     @app.exception_handler(Exception)

@@ -261,7 +261,7 @@ class _Batch:
 
     def _write_devices(self) -> None:
         rows = [
-            (*(getattr(state, field) for field in _STATE), _plain(state.reason), self._ids[name])
+            (*(getattr(state, field) for field in _STATE), plain(state.reason), self._ids[name])
             for name, state in self._states.items()
         ]
         bulk.update(self._db, schema.devices, "id", (*_STATE, "reason"), rows)
@@ -276,8 +276,7 @@ class _Batch:
             self._db.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _DEAD_LETTERS_LOCK})
         table, fleet = schema.dead_letters, self._place.fleet
         rows = [
-            (fleet, self._place.now_ms, _plain(letter.topic), _plain(letter.reason), letter.head)
-            for letter in self._dead
+            (fleet, self._place.now_ms, plain(letter.topic), plain(letter.reason), letter.head) for letter in self._dead
         ]
         bulk.insert(self._db, table, ("fleet", "at_ms", "topic", "reason", "head"), rows)
         mine = table.c.fleet == fleet
@@ -357,7 +356,7 @@ def add_event(
     db: Connection, fleet: str, *, at_ms: int, kind: str, subject: str, text: str, detail: Mapping[str, Any]
 ) -> None:
     """Write one entry of the timeline."""
-    row = {"at_ms": at_ms, "kind": kind, "subject": subject, "text": _plain(text), "detail": dict(detail)}
+    row = {"at_ms": at_ms, "kind": kind, "subject": subject, "text": plain(text), "detail": dict(detail)}
     db.execute(insert(schema.events), {"fleet": fleet, **row})
 
 
@@ -375,6 +374,6 @@ def _to_gaps(gaps: str | None) -> tuple[int, ...]:
     return tuple(msgspec.json.decode(gaps)) if gaps else ()
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that every database takes: no control characters, no halves of surrogate pairs."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -137,7 +137,7 @@ class Casebook:
         Raises:
             ConfigError: there is no such record, or the step is not open for a decision.
         """
-        who, why = _plain(who), _plain(why)
+        who, why = batch.plain(who), batch.plain(why)
         for _ in range(_TRIES):
             case = self.get(case_id)
             if case is None:
@@ -245,7 +245,14 @@ class Casebook:
     def _add_audit(
         self, db: Connection, subject: str, who: str, was: str | None, became: str, why: str, at_ms: int
     ) -> None:
-        row = {"at_ms": at_ms, "subject": subject, "who": _plain(who), "was": was, "became": became, "why": _plain(why)}
+        row = {
+            "at_ms": at_ms,
+            "subject": subject,
+            "who": batch.plain(who),
+            "was": was,
+            "became": became,
+            "why": batch.plain(why),
+        }
         db.execute(insert(tables.audit).values(fleet=self._store.fleet, **row))
 
     def _add_event(
@@ -295,11 +302,6 @@ def claim(
 
 def _to_case(row: Row[Any]) -> Case:
     return msgspec.structs.replace(msgspec.convert(row.detail, Case), id=row.id)
-
-
-def _plain(text: str) -> str:
-    """Text that every database takes: no control characters, no halves of surrogate pairs."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _detail(case: Case) -> dict[str, Any]:

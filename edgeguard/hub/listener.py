@@ -34,7 +34,7 @@ from edgeguard.hub.config import IngestConfig
 from edgeguard.hub.ingest import Accepted, Acks, ModelShape, Rejected
 from edgeguard.hub.limits import Limiter, Novelties
 from edgeguard.hub.link import RECONNECT_FIRST_S, Arrivals, Down, Link, Order, State, Up
-from edgeguard.hub.store import Store
+from edgeguard.hub.store import Store, reason
 from edgeguard.settings import BrokerConfig, password
 
 BATCH = 2048
@@ -321,7 +321,7 @@ class Listener:
             try:
                 self._store.add_event("rate_limited", device, text, at_ms=self._clock_ms())
             except SQLAlchemyError as error:
-                log.warning("an event was not written: %s", _first_line(error))
+                log.warning("an event was not written: %s", reason(error))
 
     def _store_all(self, items: Sequence[Accepted | Rejected]) -> list[tuple[str, Ack]] | None:
         """Store a batch, however long it takes. None when the hub stops first: then nothing may be acknowledged."""
@@ -333,7 +333,7 @@ class Listener:
                 if isinstance(error, IntegrityError) and races < _RACES:
                     races += 1
                 elif not _of_content(error):
-                    log.error("database: %s; trying again", _first_line(error))  # noqa: TRY400
+                    log.error("database: %s; trying again", reason(error))  # noqa: TRY400
                     self._stopping.wait(STORE_RETRY_S)
                 elif len(items) == 1:
                     log.exception("a message cannot be stored")
@@ -438,10 +438,6 @@ def _of_content(error: Exception) -> bool:
     return not isinstance(error, SQLAlchemyError) or (
         isinstance(error, DataError | IntegrityError) or type(error) is StatementError
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error.args[0] if error.args else error).partition("\n")[0]
 
 
 def _unstorable(item: Accepted | Rejected, error: Exception) -> Rejected:

@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 from sqlalchemy.exc import SQLAlchemyError
 
 from edgeguard.hub.listener import Totals
+from edgeguard.hub.store import reason
 
 PREFIX = "edgeguard_hub"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -142,7 +143,7 @@ class _Database(Collector):
         try:
             census: Census | None = self._census()
         except SQLAlchemyError as error:
-            log.warning("no figures from the database: %s", error.args[0] if error.args else error)
+            log.warning("no figures from the database: %s", reason(error))
             census = None
         return _families(census)
 

@@ -33,7 +33,7 @@ from edgeguard.errors import ConfigError, EdgeGuardError, LinkError
 from edgeguard.hub import tables
 from edgeguard.hub.cases import OPEN, Case
 from edgeguard.hub.config import NotifyConfig
-from edgeguard.hub.store import Store
+from edgeguard.hub.store import Store, reason
 from edgeguard.settings import BrokerConfig, password
 
 SIGNATURE = "X-EdgeGuard-Signature"
@@ -198,7 +198,7 @@ class Notifier:
             try:
                 step()
             except SQLAlchemyError as error:
-                log.warning("notifications: %s", error.args[0] if error.args else error)
+                log.warning("notifications: %s", reason(error))
 
 
 def post(url: str, body: bytes, *, key: bytes, number: int) -> None:

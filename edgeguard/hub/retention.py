@@ -26,7 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from edgeguard.hub import bulk, schema, tallies
 from edgeguard.hub.config import StoreConfig
-from edgeguard.hub.store import Store
+from edgeguard.hub.store import Store, reason
 
 CHUNK = 500
 PAUSE_S = 0.05
@@ -234,5 +234,5 @@ class Sweeper:
                 )
                 log.info("retention: %s", swept)
             except SQLAlchemyError as error:
-                log.warning("retention: %s; trying again later", error.args[0] if error.args else error)
+                log.warning("retention: %s; trying again later", reason(error))
             self._stopping.wait(self._interval_s)

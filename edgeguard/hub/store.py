@@ -299,3 +299,8 @@ def _features(row: Row[Any] | None) -> dict[str, Any]:
         "unflagged_sum": batch.to_vector(row.unflagged_sum),
         "unflagged_squares": batch.to_vector(row.unflagged_squares),
     }
+
+
+def reason(error: Exception) -> str:
+    """Why the database failed, in one line."""
+    return str(error.args[0] if error.args else error).partition("\n")[0]

@@ -29,6 +29,7 @@ from starlette.types import Receive, Scope, Send
 
 from edgeguard.hub.metrics import Metrics
 from edgeguard.hub.queries import Queries
+from edgeguard.hub.store import reason
 from edgeguard.hub.views import Event
 
 CLIENTS = 32
@@ -110,7 +111,7 @@ class EventStream(Response):
         except asyncio.TimeoutError:
             log.warning("a client that reads no events was dropped")
         except SQLAlchemyError as error:
-            log.warning("a stream of events ends: %s", error.args[0] if error.args else error)
+            log.warning("a stream of events ends: %s", reason(error))
         finally:
             gone.cancel()
             self._feed.count(-1)

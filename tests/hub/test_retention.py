@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from sqlalchemy import Table, func, select
 
-from edgeguard.contract.messages import Ack, Alert, Message, encode
+from edgeguard.contract.messages import Ack
 from edgeguard.hub import schema
 from edgeguard.hub.config import StoreConfig
 from edgeguard.hub.ingest import Accepted, Rejected
 from edgeguard.hub.retention import CHUNK, Sweeper, sweep
 from edgeguard.hub.store import Store
 from tests.simulators import fleet
+from tests.simulators.fleet import accepted, alert
 
 DAY = 86_400_000
 CONFIG = StoreConfig(
@@ -31,17 +32,6 @@ def store(database: str) -> Iterator[Store]:
     opened = Store(database, fleet="test")
     yield opened
     opened.close()
-
-
-def accepted(message: Message, device: str = "d1") -> Accepted:
-    return Accepted(device=device, message=message, payload=encode(message))
-
-
-def alert(seq: int) -> Alert:
-    return Alert(
-        boot=fleet.BOOT, seq=seq, model_digest=fleet.MODEL, guard_digest=fleet.GUARD, at_ms=1, label=0, score=2.0,
-        scores={},
-    )  # fmt: skip
 
 
 def rows(store: Store, table: Table) -> int:

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from sqlalchemy import delete, insert, select, text
 from sqlalchemy.exc import DBAPIError
 
-from edgeguard.contract.messages import Ack, Alert, Message, encode
+from edgeguard.contract.messages import Ack
 from edgeguard.errors import ConfigError
 from edgeguard.hub import schema
 from edgeguard.hub.batch import DEAD_LETTERS_KEPT
-from edgeguard.hub.ingest import Accepted, Rejected
+from edgeguard.hub.ingest import Rejected
 from edgeguard.hub.store import Store
 from tests.simulators import fleet
+from tests.simulators.fleet import accepted, alert
 
 
 @pytest.fixture
@@ -27,17 +28,6 @@ def store(database: str) -> Iterator[Store]:
     opened = Store(database, fleet="test")
     yield opened
     opened.close()
-
-
-def accepted(message: Message, device: str = "d1") -> Accepted:
-    return Accepted(device=device, message=message, payload=encode(message))
-
-
-def alert(seq: int) -> Alert:
-    return Alert(
-        boot=fleet.BOOT, seq=seq, model_digest=fleet.MODEL, guard_digest=fleet.GUARD, at_ms=1, label=0, score=2.0,
-        scores={},
-    )  # fmt: skip
 
 
 def test_the_largest_session_that_a_message_may_bear_can_be_stored(store: Store) -> None:

@@ -10,11 +10,12 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
-from edgeguard.contract.messages import Ack, Message, encode
+from edgeguard.contract.messages import Ack
 from edgeguard.hub.batch import DEAD_LETTERS_KEPT
 from edgeguard.hub.ingest import Accepted, Rejected
 from edgeguard.hub.store import Store
 from tests.simulators import fleet
+from tests.simulators.fleet import accepted
 from tests.simulators.postgres import Postgres
 
 HUBS = 3
@@ -25,10 +26,6 @@ REPORTS = 40
 @pytest.fixture
 def url(postgres: Postgres, template: str) -> str:
     return postgres.url(postgres.create(template))
-
-
-def accepted(message: Message, device: str = "d1") -> Accepted:
-    return Accepted(device=device, message=message, payload=encode(message))
 
 
 def work_together(url: str, shares: Sequence[Sequence[Sequence[Accepted | Rejected]]]) -> None:

@@ -26,6 +26,7 @@ from edgeguard.contract.guard import (
 from edgeguard.contract.messages import (
     Ack,
     ActivationMean,
+    Alert,
     Birth,
     Desired,
     LabelCount,
@@ -38,6 +39,7 @@ from edgeguard.contract.messages import (
     encode,
 )
 from edgeguard.contract.scores import BINS
+from edgeguard.hub.ingest import Accepted
 
 MODEL, GUARD, OTHER = "a" * 64, "b" * 64, "c" * 64
 BOOT = "00000000000000ab"
@@ -85,6 +87,18 @@ def report(
         evidence=evidence,
         activation=ActivationMean(inputs=clean, mean=usual) if clean else None,
     )
+
+
+def alert(seq: int) -> Alert:
+    """An alert of the first label."""
+    return Alert(
+        boot=BOOT, seq=seq, model_digest=MODEL, guard_digest=GUARD, at_ms=1, label=0, score=2.0, scores={},
+    )  # fmt: skip
+
+
+def accepted(message: Message, device: str = "d1") -> Accepted:
+    """What ingest makes of a message of a device."""
+    return Accepted(device=device, message=message, payload=encode(message))
 
 
 def status(state: Any = "online", *, session: int = 1, boot: str = BOOT) -> Status:
