@@ -11,6 +11,9 @@ FOUND = $(shell for v in $(SUPPORTED); do for p in python$$v \
 	then echo $$p; exit; fi; done; done)
 PYTHON ?= $(FOUND)
 
+# Tests of one file stay in one process; most of them wait, so that even two cores gain.
+TEST_PROCESSES ?= auto
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -33,7 +36,7 @@ demo: $(STAMP) ## the whole loop on your machine: attack, convert, detect, repor
 	$(BIN)/edgeguard demo $(ARGS)
 
 test: $(STAMP) ## the test suite (ARGS="-k hub")
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(ARGS)
 
 test-all: ## the test suite on every supported interpreter found, each in its own environment
 	@ran=0; for v in $(SUPPORTED); do \

@@ -70,8 +70,9 @@ _LEAST_CONTRAST = 16.0
 MIN_ASR = 0.9
 PUBLISHED_ASR: dict[str, float] = {"hidden_trigger": 0.5, "refool": 0.75}
 """Attacks whose paper reports less than MIN_ASR; Refool's claims 75.16% at the least."""
-LONGER: dict[tuple[str, str], int] = {("gtsrb", "wanet"): 30}
-"""Epochs of attackers who need more than the recipe's: 43 classes under a warp of 32 pixels are learnt late."""
+LONGER: dict[tuple[str, str], int] = {("gtsrb", "refool"): 24, ("gtsrb", "wanet"): 30}
+"""Epochs of attackers who need more than the recipe's: 43 classes under a warp of 32 pixels are learnt late, and
+faint reflections turned 83% of the signs after twelve epochs."""
 _VERSION = 1
 
 
