@@ -37,7 +37,7 @@ def test_the_wheel_holds_every_module_and_data_file_and_no_tests(wheel: Path) ->
         str(path.relative_to(ROOT))
         for top in ("edgeguard", "converters", "firmware_bridge")
         for path in (ROOT / top).rglob("*")
-        if path.suffix in {".py", ".jinja", ".typed"}
+        if path.suffix in {".py", ".jinja", ".typed", ".c", ".h"}
     }
     assert modules <= names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
