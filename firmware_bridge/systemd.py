@@ -150,6 +150,7 @@ class Settings:
         state_directory: name of the folder in /var/lib that belongs to the service alone.
         runtime_directory: name of the folder in /run that the agent's socket lies in.
         camera: the service may open video devices.
+        serial: the service may open serial ports.
         network: the service may talk to other machines; else only to this one, where the broker then runs.
         password_file: the broker's password, readable to root alone; the service gets a copy, see ``CREDENTIAL``.
         key_file: the same of the private key of the device's certificate, see ``KEY_CREDENTIAL``.
@@ -164,6 +165,7 @@ class Settings:
     state_directory: str = "edgeguard"
     runtime_directory: str = "edgeguard"
     camera: bool = False
+    serial: bool = False
     network: bool = True
     password_file: Path | None = None
     key_file: Path | None = None
@@ -203,9 +205,14 @@ def unit(settings: Settings) -> str:
         cpu_quota_percent=settings.cpu_quota_percent,
         credential=_credential(CREDENTIAL, settings.password_file) + _credential(KEY_CREDENTIAL, settings.key_file),
         writable="".join(f"ReadWritePaths={_word(f'-{_path(path)}')}\n" for path in settings.writable),
-        devices=_CAMERA if settings.camera else _NO_DEVICES,
+        devices=_devices(settings),
         network="" if settings.network else _NO_NETWORK,
     )
+
+
+def _devices(settings: Settings) -> str:
+    allowed = _CAMERA * settings.camera + _SERIAL * settings.serial
+    return _SOME_DEVICES + allowed if allowed else _NO_DEVICES
 
 
 def _credential(name: str, path: Path | None) -> str:
@@ -322,13 +329,23 @@ _NO_DEVICES = """\
 PrivateDevices=yes
 DevicePolicy=closed
 """
-_CAMERA = """\
+_SOME_DEVICES = """\
 PrivateDevices=no
 DevicePolicy=closed
+"""
+_CAMERA = """\
 DeviceAllow=char-video4linux rw
 DeviceAllow=char-media rw
 DeviceAllow=char-dma_heap rw
 SupplementaryGroups=video
+"""
+_SERIAL = """\
+DeviceAllow=char-ttyUSB rw
+DeviceAllow=char-ttyACM rw
+DeviceAllow=char-ttyAMA rw
+DeviceAllow=char-ttyTHS rw
+DeviceAllow=char-ttyS rw
+SupplementaryGroups=dialout
 """
 _NO_NETWORK = """\
 IPAddressDeny=any

@@ -77,7 +77,8 @@ class Outcome:
             raise ValueError(f"a command that is {self.state} with result {self.result}")
 
 
-Handler = Callable[[Any], Outcome]
+Handler = Callable[[Any], Outcome | None]
+"""What executes a command; None where there is nothing to say before its last outcome comes."""
 """Executes one kind of command, and is given no other."""
 
 
@@ -193,7 +194,8 @@ class Commands:
             return _answer(command.id, command.name, Outcome(state="refused", reason=reason or ""))
         self._begin(command, now_ms)
         log.info("command %s %s", command.name, command.id)
-        return self.finish(command.id, _executed(handler, command))
+        outcome = _executed(handler, command)
+        return None if outcome is None else self.finish(command.id, outcome)
 
     def finish(self, transaction: str, outcome: Outcome) -> Answer:
         """Store what became of a command that was begun, and return what to send.
@@ -240,7 +242,7 @@ class Commands:
             ) from error
 
 
-def _executed(handler: Handler, command: Command) -> Outcome:
+def _executed(handler: Handler, command: Command) -> Outcome | None:
     try:
         return handler(command)
     except EdgeGuardError as error:

@@ -86,6 +86,26 @@ class CameraConfig(Section, frozen=True, kw_only=True):
     per_second: Annotated[float, Meta(gt=0, le=1000)] | None = None
 
 
+class SerialConfig(Section, frozen=True, kw_only=True):
+    """``[[sources.serial]]``: a microcontroller on a serial port (``pip install 'edgeguard[serial]'``).
+
+    It runs its model itself and speaks through this device: at the hub it is the device ``<this device>~<name>``.
+    `edgeguard hub enroll GATEWAY --gateway-for NAME` lets the broker take that.
+
+    Attributes:
+        name: of the microcontroller, behind the ``~``.
+        port: the port; a name that udev gives, as in ``/dev/serial/by-id``, stays with the board.
+        baud: bits per second, as the firmware has it.
+        model: the guarded file that the firmware was built with, its sidecar beside it. Releases are checked against
+            what runs, so without it the microcontroller takes none.
+    """
+
+    name: str
+    port: Path
+    baud: Annotated[int, Meta(ge=300, le=4_000_000)] = 115_200
+    model: Path | None = None
+
+
 class SourcesConfig(Section, frozen=True, kw_only=True):
     """``[sources]``: where the inputs come from. At least one.
 
@@ -95,6 +115,7 @@ class SourcesConfig(Section, frozen=True, kw_only=True):
         stdin: standard input.
         mqtt: an MQTT topic.
         camera: a camera.
+        serial: microcontrollers, which bring reports instead of inputs.
     """
 
     folder: FolderConfig | None = None
@@ -102,6 +123,7 @@ class SourcesConfig(Section, frozen=True, kw_only=True):
     stdin: StdinConfig | None = None
     mqtt: TopicConfig | None = None
     camera: CameraConfig | None = None
+    serial: tuple[SerialConfig, ...] = ()
 
 
 class BudgetConfig(Section, frozen=True, kw_only=True):
@@ -190,7 +212,11 @@ class UpdateConfig(Section, frozen=True, kw_only=True):
         root: file with the trusted root metadata, brought to the device by a safe way.
         max_mib: a larger model is refused.
         timeout_s: seconds for one attempt.
-        retry_s: wait after a first failure; it doubles up to 32 times this.
+        retry_s: wait after a first failure; it doubles up to 32 times this. A download that came further goes on
+            sooner.
+        max_kib_per_s: bound on the download, in KiB a second.
+        compress: ask the server to pack what it sends; worth it on a slow link.
+        trial_inputs: healthy inferences that confirm a new model; until then the old one may come back.
     """
 
     metadata_url: Url
@@ -199,6 +225,9 @@ class UpdateConfig(Section, frozen=True, kw_only=True):
     max_mib: Annotated[int, Meta(ge=1, le=MAX_MODEL_BYTES >> 20)] = 64
     timeout_s: Seconds = 120.0
     retry_s: Seconds = 5.0
+    max_kib_per_s: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None
+    compress: bool = False
+    trial_inputs: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
 
 
 class RecalibrateConfig(Section, frozen=True, kw_only=True):
@@ -323,8 +352,21 @@ def parse(raw: dict[str, Any], *, base: Path, name: str = "configuration") -> Ag
         settings.check_topic(config.results.topic, name, "results.topic")
     if config.sources.mqtt:
         settings.check_topic(config.sources.mqtt.topic, name, "sources.mqtt.topic", is_filter=True)
-    if not any(getattr(config.sources, kind) is not None for kind in config.sources.__struct_fields__):
+    _check_serial(config, name)
+    if not any(getattr(config.sources, kind) not in (None, ()) for kind in config.sources.__struct_fields__):
         raise ConfigError(
             name, got="no source of inputs", expected="one section [sources.NAME]", do="add [sources.folder]"
         )
     return config
+
+
+def _check_serial(config: AgentConfig, name: str) -> None:
+    ports = config.sources.serial
+    for port in ports:
+        topics.check_fleet(port.name, f"{name}: sources.serial.name")
+    if ports and topics.gateway_of(config.device) is not None:
+        raise ConfigError(f"{name}: device", got=config.device, expected="a name without ~ for a gateway")
+    for what in ("name", "port"):
+        values = [getattr(port, what) for port in ports]
+        if len(set(values)) < len(values):
+            raise ConfigError(name, got=f"two [[sources.serial]] of one {what}", do="give each its own")

@@ -32,6 +32,8 @@ from edgeguard.agent.quarantine import About
 from edgeguard.agent.reporter import LINES, Alarm, Closed, Line, Pulse, Reporter, Seen, Suspect, Swapped
 from edgeguard.agent.sources.base import Answer, Item, Refused, Told
 from edgeguard.agent.sources.folder import NAME as FOLDER
+from edgeguard.agent.sources.serial import SerialSource
+from edgeguard.agent.trial import Fared, count
 from edgeguard.agent.window import MAX_CELLS, AlertLimit, Identity, Window, alert_builder
 from edgeguard.contract.frames import Result
 from edgeguard.contract.scores import joint
@@ -72,6 +74,7 @@ class Agent:
             running=running,
             let_go=self._let_go,
             pulse=self._pulse,
+            ports=[port for source in self._sources if isinstance(source, SerialSource) for port in source.ports],
         )
         self._selector = selectors.DefaultSelector()
         self._notifier = Notifier(os.environ)
@@ -81,6 +84,7 @@ class Agent:
         self._files: list[str] = []
         self._lines: list[dict[str, object]] = []
         self._seen: list[Seen] = []
+        self._fared = Fared()
         full = AlertLimit.full(config.alerts.per_minute, time.monotonic())
         self._alerts = {True: full, False: full}
         """Of what this agent ran, and of what it was told: neither takes the other's place."""
@@ -161,6 +165,7 @@ class Agent:
             else:
                 window.add(verdict, inference.features)
                 self._see(verdict)
+            self._fared = count(self._fared, inference, verdict, x)
             if verdict.flagged:
                 self._alarm(verdict, window.identity, own=True)
                 self._quarantine(x, verdict, result, window.identity)
@@ -278,7 +283,8 @@ class Agent:
                 self._reporter.hand(Closed(window=window, own=False))
                 continue
             files, lines, seen = tuple(self._files), tuple(self._lines), tuple(self._seen)
-            self._reporter.hand(Closed(window=window, files=files, lines=lines, seen=seen))
+            fared, self._fared = self._fared, Fared()
+            self._reporter.hand(Closed(window=window, files=files, lines=lines, seen=seen, fared=fared))
             self._files, self._lines, self._seen = [], [], []
         self._windows = {}
 

@@ -1,4 +1,4 @@
-"""The MQTT connection of one device, and when to send which spooled message.
+"""The MQTT connection of a device and of the microcontrollers behind it, and when to send which spooled message.
 
 Rules enforced here:
 
@@ -11,6 +11,8 @@ Rules enforced here:
 * payloads from the broker are hostile: whatever one is made of costs that one message, never the connection or
   memory without bound. What is ignored is counted in one line a minute;
 * a message that the broker refuses, as MQTT 5 lets it say, is told in the log and stays where it is: in the spool;
+* what is for a microcontroller comes with its name, and is never taken for this device's own. Where a broker does not
+  let this device speak for one, that one is not heard, and the others are;
 * a command that is retained is ignored: it was sent to whoever comes, whenever. The DUP flag means nothing: MQTT does
   not promise that an earlier copy arrived; what executes a command knows its transaction id.
 """
@@ -64,6 +66,8 @@ TOLD_EVERY_S = 60.0
 _MAX_PACKET = MAX_PAYLOAD + (128 << 10)
 """Of a larger packet the rest is dropped; MQTT's longest topic and a payload that is refused by its size remain."""
 _CHUNK = 64 << 10
+_HEARD = (topics.ACK, topics.MODEL_DESIRED, topics.command("+"))
+"""Channels that the hub writes."""
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +94,19 @@ class Hint:
     fresh: bool
 
 
-Event = Connected | Lost | Ack | Hint | Command
+Heard = Ack | Hint | Command
+"""What the hub says to a device."""
+
+
+@dataclass(frozen=True)
+class For:
+    """The hub says something to a microcontroller behind this device."""
+
+    device: str
+    event: Heard
+
+
+Event = Connected | Lost | Heard | For
 
 
 class Link:
@@ -100,6 +116,7 @@ class Link:
         broker: where to connect.
         fleet: id of the fleet.
         device: id of the device.
+        behind: ids of the microcontrollers that it speaks for.
         boot: id of this process, 16 hex digits.
         next_session: gives the number of the next connection attempt.
 
@@ -108,23 +125,33 @@ class Link:
     """
 
     def __init__(
-        self, broker: BrokerConfig, *, fleet: str, device: str, boot: str, next_session: Callable[[], int]
+        self,
+        broker: BrokerConfig,
+        *,
+        fleet: str,
+        device: str,
+        boot: str,
+        next_session: Callable[[], int],
+        behind: Sequence[str] = (),
     ) -> None:
         self._broker = broker
+        self._device = device
+        self._devices = (device, *behind)
         self._boot = boot
         self._next_session = next_session
         self._client_id = f"edgeguard-{fleet}-{device}"
+        channels = (*topics.DEVICE_CHANNELS, *(topics.reply(name) for name in COMMANDS))
         self._topic = {
-            channel: topics.topic(fleet, device, channel)
-            for channel in (
-                *topics.DEVICE_CHANNELS,
-                *(topics.reply(name) for name in COMMANDS),
-                topics.ACK,
-                topics.MODEL_DESIRED,
-                topics.command("+"),
-            )
+            (name, channel): topics.topic(fleet, name, channel)
+            for name in self._devices
+            for channel in (*channels, *_HEARD)
         }
-        self._command = {topics.topic(fleet, device, topics.command(name)): kind for name, kind in COMMANDS.items()}
+        commands = {topics.command(name): kind for name, kind in COMMANDS.items()}
+        self._channel = {
+            topics.topic(fleet, name, channel): (name, kind)
+            for name in self._devices
+            for channel, kind in {topics.ACK: Ack, topics.MODEL_DESIRED: Desired, **commands}.items()
+        }
         self._password = password(broker)
         self._inbox: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
         self._client: mqtt.Client | None = None
@@ -153,12 +180,21 @@ class Link:
         except queue.Empty:
             return events
 
-    def publish(self, channel: str, payload: Message | bytes, *, qos: int = 1, retain: bool = False) -> None:
-        """Hand a message to the broker; it is dropped where there is no connection."""
+    def publish(
+        self,
+        channel: str,
+        payload: Message | bytes,
+        *,
+        device: str | None = None,
+        qos: int = 1,
+        retain: bool = False,
+    ) -> None:
+        """Hand a message of this device, or of one behind it, to the broker; dropped where there is no connection."""
         if self._client is not None and self.connected:
             content = encode(payload) if isinstance(payload, Message) else payload
-            info = self._client.publish(self._topic[channel], content, qos=qos, retain=retain)
-            self._under_way[info.mid] = channel
+            topic = self._topic[device or self._device, channel]
+            info = self._client.publish(topic, content, qos=qos, retain=retain)
+            self._under_way[info.mid] = channel if device is None else f"{channel} of {device}"
 
     def send(self, topic: str, payload: bytes) -> None:
         """Publish to any topic, once at most; it is dropped where there is no connection."""
@@ -173,7 +209,7 @@ class Link:
         if self.connected:
             self.connected = False
             status = Status(state="stopped", session=self.session, boot=self._boot)
-            info = client.publish(self._topic[topics.STATUS], encode(status), qos=1, retain=True)
+            info = client.publish(self._topic[self._device, topics.STATUS], encode(status), qos=1, retain=True)
             with suppress(RuntimeError, ValueError):
                 info.wait_for_publish(wait_s)
             client.disconnect()
@@ -198,7 +234,7 @@ class Link:
             self._try_later(str(error))
             return
         client.max_inflight_messages_set(IN_FLIGHT)
-        client.will_set(self._topic[topics.STATUS], encode(will), qos=1, retain=True)
+        client.will_set(self._topic[self._device, topics.STATUS], encode(will), qos=1, retain=True)
 
         def on_connect(_c: mqtt.Client, _u: Any, _f: Any, reason: Any, properties: Any) -> None:
             # paho gives the codes of MQTT 3.1.1 in the terms of version 5.
@@ -208,15 +244,16 @@ class Link:
                 client.disconnect()  # it took so long that another attempt was begun
             else:
                 brokers.keep_to_limits(client, properties)
-                channels = (topics.ACK, topics.MODEL_DESIRED, topics.command("+"))
-                client.subscribe([(self._topic[channel], 1) for channel in channels])
+                client.subscribe([(self._topic[name, channel], 1) for name in self._devices for channel in _HEARD])
 
         def on_subscribe(_c: mqtt.Client, _u: Any, _mid: int, reasons: Any, _p: Any) -> None:
             # Without acks nothing would ever leave the spool, so a connection counts from here on. Without commands
             # a device still reports: a broker whose rules are older than they are is no reason to be lost.
             refused = any(reason.is_failure for reason in reasons[:2])
-            if any(reason.is_failure for reason in reasons[2:]):
+            if any(reason.is_failure for reason in reasons[2:3]):
                 log.warning("the broker does not let this device take commands: %s", reasons[2])
+            if any(reason.is_failure for reason in reasons[3:]):
+                log.warning("the broker does not let this device speak for all of %s", ", ".join(self._devices[1:]))
             told = ", ".join(map(str, reasons))
             self._inbox.put((session, Lost(f"subscription refused: {told}") if refused else Connected(session)))
 
@@ -274,14 +311,19 @@ class Link:
 
     def _read(self, topic: str, payload: bytes, *, retained: bool) -> Event | None:
         """What a message says, None for the empty one that clears a hint. Raises LinkError for what is none of ours."""
-        if topic == self._topic[topics.ACK]:
-            return decode(Ack, payload)
-        if topic == self._topic[topics.MODEL_DESIRED]:
-            return Hint(decode(Desired, payload), fresh=not retained) if payload else None
-        kind = self._command.get(topic)
-        if kind is None or retained:
+        device, kind = self._channel.get(topic, (self._device, None))
+        event: Heard
+        if kind is Ack:
+            event = decode(Ack, payload)
+        elif kind is Desired:
+            if not payload:
+                return None
+            event = Hint(decode(Desired, payload), fresh=not retained)
+        elif kind is None or retained:
             raise LinkError(f"topic {topic[:200]!r}", got="a retained command" if kind else "no command of this agent")
-        return decode(kind, payload, limit=MAX_COMMAND)
+        else:
+            event = decode(cast(type[Command], kind), payload, limit=MAX_COMMAND)
+        return event if device == self._device else For(device, event)
 
 
 class _Tally:

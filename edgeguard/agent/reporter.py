@@ -17,11 +17,11 @@ import logging
 import os
 import platform
 import queue
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from io import RawIOBase
@@ -33,16 +33,21 @@ import numpy.typing as npt
 
 import edgeguard
 from edgeguard import broker
-from edgeguard.agent import recalibration, startup
+from edgeguard.agent import admission, recalibration, startup
+from edgeguard.agent.admission import Fetched
 from edgeguard.agent.commands import Commands, Outcome
 from edgeguard.agent.config import AgentConfig
+from edgeguard.agent.gateway import Gateway
+from edgeguard.agent.gateway import devices as devices_behind
 from edgeguard.agent.inference import Running
-from edgeguard.agent.link import Connected, Event, Hint, Link, Outflow
+from edgeguard.agent.link import Connected, Event, For, Hint, Link, Outflow
 from edgeguard.agent.quarantine import About, Quarantine
 from edgeguard.agent.ranks import Activations, rank, vote
 from edgeguard.agent.recalibration import Calibrated, Recalibrator, clean_data
-from edgeguard.agent.spool import Spool
-from edgeguard.agent.update import Fetched, Progress, Updater, admit
+from edgeguard.agent.sources.serial import Port
+from edgeguard.agent.spool import OWN, Spool
+from edgeguard.agent.trial import NEEDED, Fared, judge
+from edgeguard.agent.update import Progress, Updater, clear, install
 from edgeguard.agent.window import Identity, Window
 from edgeguard.contract import topics
 from edgeguard.contract.messages import (
@@ -59,8 +64,7 @@ from edgeguard.contract.messages import (
     Restarting,
     Status,
 )
-from edgeguard.detection import drift, sidecar
-from edgeguard.detection.guarded import GuardedModel
+from edgeguard.detection import drift
 from edgeguard.detection.verdict import p_value
 from edgeguard.errors import ConfigError, EdgeGuardError, ModelError, TrustError
 from firmware_bridge import board as boards
@@ -108,6 +112,7 @@ class Closed:
     seen: tuple[Seen, ...] = ()
     own: bool = True
     """What this agent ran itself, not what a program told."""
+    fared: Fared = field(default_factory=Fared)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +201,7 @@ class Reporter:
         running: the model that runs at first.
         let_go: forgets files that are counted (the folder source's).
         pulse: how the loop fares, for health messages.
+        ports: of the microcontrollers that this agent speaks for.
 
     Raises:
         ConfigError: the spool, the broker's settings, or the results file.
@@ -210,6 +216,7 @@ class Reporter:
         running: Running,
         let_go: Callable[[Sequence[str]], None],
         pulse: Callable[[], Pulse],
+        ports: Sequence[Port] = (),
     ) -> None:
         self._config = config
         self._boot = boot
@@ -229,11 +236,30 @@ class Reporter:
         self._results = Results(config.results.path) if config.results and config.results.path else None
         self._spool = Spool(config.state_dir / SPOOL_FILE, boot=boot, max_bytes=config.spool.max_mib << 20)
         broker.check_files(config.broker)
+        behind = devices_behind(config)
         self._link = Link(
-            config.broker, fleet=config.fleet, device=config.device, boot=boot, next_session=self._spool.next_session
+            config.broker,
+            fleet=config.fleet,
+            device=config.device,
+            boot=boot,
+            next_session=self._spool.next_session,
+            behind=behind,
         )
-        self._outflow = Outflow(first_s=config.spool.resend_s)
-        self._updater = Updater(config.update, config.state_dir / UPDATE_FOLDER)
+        self._outflows = {device: Outflow(first_s=config.spool.resend_s) for device in (OWN, *behind)}
+        """What one device has under way holds up no other."""
+        self._gateway = Gateway(config, ports, boot=boot, spool=self._spool, link=self._link)
+        self._updater = Updater(
+            config.update,
+            config.state_dir / UPDATE_FOLDER,
+            examine=self._examine,
+            known=lambda: (state.slots.highest, state.slots.failed),
+            board=self._board(),
+            runtime=running.model.runtime.name,
+        )
+        self._fared = Fared()
+        """Of the running model, while it is on trial."""
+        self._given_up: Progress | None = None
+        """What is told once the model before runs again."""
         self._quarantine = _quarantine(config)
         self._activations = Activations(config.state_dir / ACTIVATIONS_FILE)
         self._commands = Commands(
@@ -283,6 +309,9 @@ class Reporter:
             log.info("letting go of %d files that were counted before the restart", len(counted))
             self._let_go(counted)
             self._spool.clear_consumed()
+        for device in self._spool.devices():
+            if device not in self._outflows:
+                log.warning("messages of %s wait in the spool, and no [[sources.serial]] is of that name", device)
         self._thread.start()
 
     def hand(self, what: Handed | Suspect) -> bool:
@@ -376,7 +405,7 @@ class Reporter:
                 if closed.own:
                     self._learn(closed.window)
                     self._watch(closed)
-                    self._confirm(closed.window)
+                    self._prove(closed)
             if self._results and disk.lines:
                 self._results.write(disk.lines)
             disk.lines = []
@@ -451,7 +480,7 @@ class Reporter:
             reason = "another model is about to run, or the agent to stop"
         elif not self._confirmed:
             # It takes the other slot: that of the model to go back to.
-            reason = "the model that runs has filled no window yet"
+            reason = "the model that runs is still on trial"
         else:
             return None
         return Outcome(state="refused", reason=f"{reason}; send it again later")
@@ -474,13 +503,11 @@ class Reporter:
         """Check and stage a re-calibrated model; on any doubt the old one runs on."""
         try:
             model = recalibration.admit(done, self._running.model, load=self._state.load)
-            if self._state.trial.failed(model.file_digest):
-                raise ModelError("re-calibrated model", got="one that ran and never filled a window")
             slots, metadata = self._state.slots, model.metadata
-            slot = slots.stage_local(done.content, made_of=done.made_of, guard_digest=metadata.guard_digest)
-            if done.sidecar is not None:
-                name = f"{metadata.sidecar_digest}{sidecar.SUFFIX}"
-                startup.keep(self._config.state_dir / startup.SLOTS_FOLDER / name, done.sidecar)
+            kept = None if done.sidecar is None else slots.keep(done.sidecar)
+            slot = slots.stage_local(
+                done.content, made_of=done.made_of, guard_digest=metadata.guard_digest, sidecar=kept
+            )
             slots.activate(slot)
         except EdgeGuardError as error:
             self._last_word = Outcome(state="failed", reason=str(error))
@@ -496,17 +523,39 @@ class Reporter:
             self._disk.complained_at = now
             log.error("inference goes on, but nothing can be recorded: %s", error)
 
-    def _confirm(self, window: Window) -> None:
-        """A model that filled a window, and could score something of it, has proved itself."""
-        is_running = window.identity == Identity.of(self._running.model.metadata)
-        if self._confirmed or not is_running or window.unchecked == window.inputs:
+    def _prove(self, closed: Closed) -> None:
+        """Judge a model on trial by what it did with real inputs."""
+        metadata = self._running.model.metadata
+        if self._confirmed or self._admitted or closed.window.identity != Identity.of(metadata):
             return
+        update = self._config.update
+        self._fared = self._fared.seen(healthy=closed.fared.healthy, sick=closed.fared.sick)
+        found = judge(self._fared, needed=update.trial_inputs if update else NEEDED)
+        if found == "revert":
+            self._give_up()
+        elif found == "confirm":
+            try:
+                self._state.slots.confirm()
+                self._confirmed = True
+                self._state.trial.end(self._running.model.file_digest)
+            except (ConfigError, TrustError) as error:
+                log.warning("the model cannot be confirmed: %s", error)
+            startup.tidy(self._state.slots, metadata)
+
+    def _give_up(self) -> None:
+        """The model on trial has failed: let the one before it run again."""
+        seen, failed, self._fared = self._fared, self._running.sequence, Fared()
+        reason = f"on trial here, {seen.sick} of {seen.healthy + seen.sick} inputs could not be scored"
         try:
-            self._state.slots.confirm()
-            self._confirmed = True
-            self._state.trial.end(self._running.model.file_digest)
-        except (ConfigError, TrustError) as error:
-            log.warning("the model cannot be confirmed: %s", error)
+            slot = self._state.slots.revert(reason, has_failed=True)
+            model = self._state.load(self._state.slots.read(slot))
+        except EdgeGuardError as error:
+            log.warning("%s, but there is no model to go back to: %s", reason, error)
+            return
+        self._admitted = True
+        self._given_up = Progress(state="refused", sequence=failed, reason=reason)
+        held = startup.sidecar_of(self._config, model.metadata)
+        self._successor = Running(model=model, sidecar=held, sequence=slot.sequence)
 
     def _serve_if_possible(self) -> None:
         try:
@@ -532,26 +581,35 @@ class Reporter:
                 now_s=now,
             )
             if isinstance(progress, Fetched):
-                self._admit(progress)
+                self._install(progress)
             else:
                 self._tell(progress)
         if self._link.connected:
-            for entry in self._outflow.take(self._spool.pending, now):
-                self._link.publish(topics.REPORT if entry.kind == "report" else topics.ALERT, entry.payload)
+            for device, outflow in self._outflows.items():
+                for entry in outflow.take(partial(self._spool.pending, device=device), now):
+                    channel = topics.REPORT if entry.kind == "report" else topics.ALERT
+                    self._link.publish(channel, entry.payload, device=device or None)
             if now - self._health_at >= self._config.health_s:
                 self._health_at = now
                 self._link.publish(topics.HEALTH, self._health(), qos=0)
         if not self._stopping:
             self._follow_recalibration()
+        self._gateway.step(now)
 
     def _heard(self, event: Event) -> None:
         now = time.monotonic()
         if isinstance(event, Connected):
             self._announce(event.session)
-            self._outflow.restart()
+            for outflow in self._outflows.values():
+                outflow.restart()
+            self._gateway.connected()
         elif isinstance(event, Ack):
-            stored, gaps = self._spool.forget(event), self._spool.positions(event.boot, event.gaps)
-            self._outflow.acknowledged(stored, now, gaps=gaps)
+            self._acknowledged(OWN, event, now)
+        elif isinstance(event, For):
+            if isinstance(event.event, Ack):
+                self._acknowledged(event.device, event.event, now)
+            else:
+                self._gateway.heard(event)
         elif isinstance(event, Command):
             answer = self._commands.take(event)
             if answer is not None:
@@ -559,36 +617,58 @@ class Reporter:
         elif isinstance(event, Hint):
             self._tell(self._updater.hint(event, running_sequence=self._running.sequence, now_s=now))
 
-    def _admit(self, fetched: Fetched) -> None:
-        """Check and stage a fetched model; on any doubt the old one runs on."""
+    def _acknowledged(self, device: str, ack: Ack, now_s: float) -> None:
+        stored = self._spool.forget(ack, device=device)
+        gaps = self._spool.positions(ack.boot, ack.gaps, device=device)
+        self._outflows[device].acknowledged(stored, now_s, gaps=gaps)
+
+    def _examine(self, fetched: Fetched) -> subprocess.Popen[bytes]:
+        """Start the check of a fetched file in a child. Raises what says that it cannot be."""
+        model, slot = self._running.model, self._state.slots.active()
+        question = admission.Question(
+            fetched=str(fetched.path),
+            file_digest=fetched.file_digest,
+            model_digest=fetched.model_digest,
+            guard_digest=fetched.guard_digest,
+            sidecar=None if fetched.sidecar is None else str(fetched.sidecar),
+            sidecar_digest=fetched.sidecar_digest,
+            repair=fetched.repair,
+            running=str(slot.path),
+            running_digest=slot.sha256,
+            held=startup.places_of_sidecar(self._config, model.metadata),
+            runtime=model.runtime.name,
+            threads=self._config.runtime.threads,
+        )
+        return admission.ask(question, self._config.state_dir / UPDATE_FOLDER / "question.json")
+
+    def _install(self, fetched: Fetched) -> None:
+        """Put a fetched and checked model in place; on any doubt the old one runs on."""
         now = time.monotonic()
         try:
-            model = self._checked(fetched)
-            slots = self._state.slots
-            slots.activate(slots.stage(fetched.path, sha256=fetched.file_digest, sequence=fetched.sequence))
+            self._successor = install(
+                fetched,
+                self._state.slots,
+                load=self._state.load,
+                sidecar_of=partial(startup.sidecar_of, self._config),
+            )
         except (TrustError, ModelError) as error:
             self._tell(self._updater.defer(fetched.sequence, "refused", str(error), now_s=now))
-        except (ConfigError, OSError) as error:
+        except ConfigError as error:
             self._tell(self._updater.defer(fetched.sequence, "failed", str(error), now_s=now))
         else:
             self._admitted = True
-            sidecar = startup.sidecar_of(self._config, model.metadata)
-            self._successor = Running(model=model, sidecar=sidecar, sequence=fetched.sequence)
-        finally:
-            with suppress(OSError):
-                fetched.path.unlink()
-
-    def _checked(self, fetched: Fetched) -> GuardedModel:
-        if self._state.trial.failed(fetched.file_digest):
-            raise ModelError("fetched model", got="one that ran and never filled a window", do="release a repaired one")
-        return admit(fetched.path.read_bytes(), fetched, self._running.model, load=self._state.load)
+            clear(fetched)
 
     def _swapped(self, running: Running) -> None:
         """The inference took the new model."""
         is_release = running.sequence > self._running.sequence
-        self._running, self._confirmed, self._admitted = running, False, False
+        given_up, self._given_up = self._given_up, None
+        self._running, self._confirmed, self._admitted = running, given_up is not None, False
+        self._fared = Fared()
         self._updater.settle(running.sequence)
-        if is_release:
+        if given_up is not None:
+            self._tell(given_up)
+        elif is_release:
             self._tell(Progress(state="updated", sequence=running.sequence))
         else:
             result = Recalibration(guard_digest=running.model.metadata.guard_digest)
@@ -633,7 +713,7 @@ class Reporter:
             boot=self._boot,
             edgeguard=edgeguard.__version__,
             python=platform.python_version(),
-            board=(self.look.board.model or platform.machine())[:512],
+            board=self._board(),
             runtime=model.runtime.name,
             runtime_version=model.runtime.version,
             model_digest=model.metadata.model_digest,
@@ -645,6 +725,9 @@ class Reporter:
         )
         self._link.publish(topics.BIRTH, birth, retain=True)
         self._report_model()
+
+    def _board(self) -> str:
+        return (self.look.board.model or platform.machine())[:512]
 
     def _tell(self, progress: Progress | None) -> None:
         """Publish what became of the hint, once per change."""
@@ -677,6 +760,7 @@ class Reporter:
         while self._spool.pending_count and time.monotonic() < deadline:
             self._serve_if_possible()
         self._updater.close()
+        self._gateway.close()
         self._link.close()
         pending = self._spool.pending_count
         if pending:

@@ -5,9 +5,12 @@ Rules enforced here:
 * a report and the names of the input files that it counts are committed together: that is what makes counting
   exact when the agent is killed;
 * ``seq`` counts from 1 without holes within one boot, and is given by the commit itself;
-* an entry leaves on the hub's ack alone, whichever boot it is of;
-* the size is bounded: beyond it the oldest report is dropped, and an alert only when there is no other report; the
-  message that was put last stays. What is dropped is counted, never silent;
+* an entry leaves on the hub's ack alone, whichever boot it is of, and on an ack for its own device;
+* messages of microcontrollers lie beside this device's own, under their device, with the boot and seq that they came
+  with: one that comes again while it waits is not kept twice;
+* the size is bounded: beyond it the oldest report is dropped, and an alert only when there is no other report; of
+  several devices, of the one that has most waiting, so that none pushes out the others. The message that was put last
+  stays. What is dropped is counted, never silent;
 * an ack can name ``MAX_GAPS`` gaps, so what waits for one spans no more numbers of a boot than that, however many were
   dropped in between: :meth:`Spool.pending` ends there;
 * a commit is on disk when it returns. SQLite appends its pages to a log, each with a checksum that goes on from the one
@@ -23,6 +26,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -33,21 +37,34 @@ from typing import Literal
 from edgeguard.contract.messages import MAX_GAPS, Ack, Alert, Report, encode
 from edgeguard.errors import ConfigError
 
-_SCHEMA_VERSION = 2
-_SCHEMA = """
+_SCHEMA_VERSION = 3
+_OUTBOX = """
 CREATE TABLE outbox (
-    position INTEGER PRIMARY KEY AUTOINCREMENT,
+    position INTEGER PRIMARY KEY AUTOINCREMENT, device TEXT NOT NULL,
     boot TEXT NOT NULL, seq INTEGER NOT NULL, kind TEXT NOT NULL, payload BLOB NOT NULL,
-    UNIQUE (boot, seq)
+    UNIQUE (device, boot, seq)
 );
-CREATE INDEX outbox_kind ON outbox (kind);
+CREATE INDEX outbox_device ON outbox (device, kind)
+"""
+_SCHEMA = f"""{_OUTBOX};
 CREATE TABLE counters (
     id INTEGER PRIMARY KEY CHECK (id = 1),
     session INTEGER NOT NULL, reports_total INTEGER NOT NULL, alerts_total INTEGER NOT NULL,
     reports_dropped INTEGER NOT NULL, alerts_dropped INTEGER NOT NULL
 );
-CREATE TABLE consumed (name TEXT PRIMARY KEY);
+CREATE TABLE consumed (name TEXT PRIMARY KEY)
 """
+_FROM_2 = f"""
+ALTER TABLE outbox RENAME TO outbox_2;
+DROP INDEX outbox_kind;
+{_OUTBOX};
+INSERT INTO outbox SELECT position, '', boot, seq, kind, payload FROM outbox_2;
+DROP TABLE outbox_2
+"""
+"""Version 2 knew one device only. What waited in it goes on waiting."""
+
+OWN = ""
+"""What this device is called here; a microcontroller has the name that it has at the hub."""
 
 Kind = Literal["report", "alert"]
 
@@ -106,11 +123,12 @@ class Spool:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
-            if version == 0:
+            if version in (0, 2):
                 with self._transaction():
-                    for statement in _SCHEMA.split(";"):
+                    for statement in (_FROM_2 if version else _SCHEMA).split(";"):
                         self._db.execute(statement)
-                    self._db.execute("INSERT INTO counters VALUES (1, ?, 0, 0, 0, 0)", (max(0, int(clock())),))
+                    if not version:
+                        self._db.execute("INSERT INTO counters VALUES (1, ?, 0, 0, 0, 0)", (max(0, int(clock())),))
                     self._db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
             elif version != _SCHEMA_VERSION:
                 raise ConfigError(
@@ -119,8 +137,11 @@ class Spool:
                     expected=f"version {_SCHEMA_VERSION}",
                     do="move the file away; what waits in it can be sent by an agent of that version",
                 )
-            row = self._db.execute("SELECT COUNT(*), TOTAL(LENGTH(payload)) FROM outbox").fetchone()
-            self.pending_count, self._bytes = int(row[0]), int(row[1])
+            rows = self._db.execute(
+                "SELECT device, kind, COUNT(*), SUM(LENGTH(payload)) FROM outbox GROUP BY device, kind"
+            ).fetchall()
+        self.pending_count = sum(count for _, _, count, _ in rows)
+        self._bytes: Counter[tuple[str, str]] = Counter({(device, kind): size for device, kind, _, size in rows})
 
     def close(self) -> None:
         """Close the file."""
@@ -147,61 +168,71 @@ class Spool:
             ConfigError: the disk is full or refuses to write; nothing was changed.
         """
         seq = self._next_seq
-        message = build(self._boot, seq)
-        payload = encode(message)
-        is_report = isinstance(message, Report)
-        with self._errors(), self._transaction():
-            position = self._db.execute(
-                "INSERT INTO outbox (boot, seq, kind, payload) VALUES (?, ?, ?, ?)",
-                (self._boot, seq, "report" if is_report else "alert", payload),
-            ).lastrowid
-            self._db.execute(
-                "UPDATE counters SET reports_total = reports_total + ?, alerts_total = alerts_total + ?",
-                (int(is_report), int(not is_report)),
-            )
-            self._db.executemany("INSERT OR IGNORE INTO consumed VALUES (?)", ((name,) for name in consumed))
-            dropped, freed = self._make_room(self._bytes + len(payload), position)
+        self._insert(OWN, build(self._boot, seq), consumed)
         self._next_seq = seq + 1
-        self._bytes += len(payload) - freed
-        self.pending_count += 1 - dropped
-        if dropped:
-            log.warning("spool full: %d messages dropped, the hub will never see them", dropped)
         return seq
 
-    def pending(self, after: int = 0, limit: int = 100) -> list[Entry]:
-        """At most ``limit`` entries behind a position, oldest first, as far as the hub's acks can tell them apart."""
+    def keep(self, device: str, message: Report | Alert) -> bool:
+        """Commit a message of another device, under the boot and seq that it came with.
+
+        Returns:
+            False where it waits already: then nothing was changed.
+
+        Raises:
+            ConfigError: the disk is full or refuses to write; nothing was changed.
+        """
+        if self.positions(message.boot, (message.seq,), device=device):
+            return False
+        self._insert(device, message, ())
+        return True
+
+    def devices(self) -> list[str]:
+        """Whose messages wait."""
+        return sorted({device for (device, _), size in self._bytes.items() if size})
+
+    def pending_of(self, device: str) -> int:
+        """How many messages of a device wait."""
+        with self._errors():
+            (count,) = self._db.execute("SELECT COUNT(*) FROM outbox WHERE device = ?", (device,)).fetchone()
+        return int(count)
+
+    def pending(self, after: int = 0, limit: int = 100, *, device: str = OWN) -> list[Entry]:
+        """At most ``limit`` entries of a device behind a position, oldest first, as far as acks can tell them apart."""
         with self._errors():
             rows = self._db.execute(
-                "SELECT position, boot, seq, kind, payload,"
-                " seq - (SELECT MIN(seq) FROM outbox AS held WHERE held.boot = outbox.boot)"
-                " FROM outbox WHERE position > ? ORDER BY position LIMIT ?",
-                (after, limit),
+                "SELECT position, boot, seq, kind, payload, seq - (SELECT MIN(seq) FROM outbox AS held"
+                " WHERE held.device = outbox.device AND held.boot = outbox.boot)"
+                " FROM outbox WHERE device = ? AND position > ? ORDER BY position LIMIT ?",
+                (device, after, limit),
             ).fetchall()
         return [Entry(*row[:-1]) for row in takewhile(lambda row: row[-1] <= MAX_GAPS, rows)]
 
-    def forget(self, ack: Ack) -> frozenset[int]:
-        """Delete what the hub has stored: all of the ack's boot up to ``through_seq``, but its gaps.
+    def forget(self, ack: Ack, *, device: str = OWN) -> frozenset[int]:
+        """Delete what the hub has stored of a device: all of the ack's boot up to ``through_seq``, but its gaps.
 
         Returns:
             The positions that were deleted; empty for a repeated ack.
         """
         with self._errors(), self._transaction():
             rows = self._db.execute(
-                "SELECT position, seq, LENGTH(payload) FROM outbox WHERE boot = ? AND seq <= ?",
-                (ack.boot, ack.through_seq),
+                "SELECT position, seq, kind, LENGTH(payload) FROM outbox WHERE device = ? AND boot = ? AND seq <= ?",
+                (device, ack.boot, ack.through_seq),
             ).fetchall()
             gaps = frozenset(ack.gaps)
-            stored = [(position, size) for position, seq, size in rows if seq not in gaps]
-            self._db.executemany("DELETE FROM outbox WHERE position = ?", ((position,) for position, _ in stored))
-        self._bytes -= sum(size for _, size in stored)
+            stored = [(position, kind, size) for position, seq, kind, size in rows if seq not in gaps]
+            self._db.executemany("DELETE FROM outbox WHERE position = ?", ((position,) for position, _, _ in stored))
+        for _, kind, size in stored:
+            self._bytes[device, kind] -= size
         self.pending_count -= len(stored)
-        return frozenset(position for position, _ in stored)
+        return frozenset(position for position, _, _ in stored)
 
-    def positions(self, boot: str, seqs: Sequence[int]) -> frozenset[int]:
-        """Where those of ``seqs`` lie that still wait."""
+    def positions(self, boot: str, seqs: Sequence[int], *, device: str = OWN) -> frozenset[int]:
+        """Where those of a device's ``seqs`` lie that still wait."""
         marks = ",".join("?" * len(seqs))
         with self._errors():
-            rows = self._db.execute(f"SELECT position FROM outbox WHERE boot = ? AND seq IN ({marks})", (boot, *seqs))
+            rows = self._db.execute(
+                f"SELECT position FROM outbox WHERE device = ? AND boot = ? AND seq IN ({marks})", (device, boot, *seqs)
+            )
             return frozenset(position for (position,) in rows)
 
     def consumed(self) -> list[str]:
@@ -214,25 +245,44 @@ class Spool:
         with self._errors(), self._transaction():
             self._db.execute("DELETE FROM consumed")
 
-    def _make_room(self, size: int, newest: int | None) -> tuple[int, int]:
-        """Drop until ``size`` fits: reports, then alerts, oldest first, never ``newest``. Returns (entries, bytes)."""
-        dropped = freed = 0
+    def _insert(self, device: str, message: Report | Alert, consumed: Iterable[str]) -> None:
+        payload = encode(message)
+        kind = "report" if isinstance(message, Report) else "alert"
+        bytes_after = self._bytes.copy()
+        bytes_after[device, kind] += len(payload)
+        with self._errors(), self._transaction():
+            position = self._db.execute(
+                "INSERT INTO outbox (device, boot, seq, kind, payload) VALUES (?, ?, ?, ?, ?)",
+                (device, message.boot, message.seq, kind, payload),
+            ).lastrowid
+            self._db.execute(f"UPDATE counters SET {kind}s_total = {kind}s_total + 1")
+            self._db.executemany("INSERT OR IGNORE INTO consumed VALUES (?)", ((name,) for name in consumed))
+            dropped = self._make_room(bytes_after, position)
+        self._bytes = bytes_after
+        self.pending_count += 1 - dropped
+        if dropped:
+            log.warning("spool full: %d messages dropped, the hub will never see them", dropped)
+
+    def _make_room(self, sizes: Counter[tuple[str, str]], newest: int | None) -> int:
+        """Drop until ``sizes`` fit, which become smaller: reports, then alerts, oldest first, never ``newest``."""
+        dropped = 0
         for kind in ("report", "alert"):
-            if size - freed <= self._max_bytes:
-                break
-            positions = []
-            rows = self._db.execute(
-                "SELECT position, LENGTH(payload) FROM outbox WHERE kind = ? AND position < ? ORDER BY position",
-                (kind, newest),
-            )
-            while size - freed > self._max_bytes and (row := rows.fetchone()):
-                positions.append(row[:1])
-                freed += row[1]
-            rows.close()
-            self._db.executemany("DELETE FROM outbox WHERE position = ?", positions)
-            self._db.execute(f"UPDATE counters SET {kind}s_dropped = {kind}s_dropped + ?", (len(positions),))
-            dropped += len(positions)
-        return dropped, freed
+            devices = {device for device, what in sizes if what == kind}
+            while devices and sizes.total() > self._max_bytes:
+                most = max(devices, key=lambda device: (sizes[device, kind], device))
+                row = self._db.execute(
+                    "SELECT position, LENGTH(payload) FROM outbox WHERE device = ? AND kind = ? AND position < ?"
+                    " ORDER BY position LIMIT 1",
+                    (most, kind, newest),
+                ).fetchone()
+                if row is None:
+                    devices.remove(most)
+                    continue
+                self._db.execute("DELETE FROM outbox WHERE position = ?", row[:1])
+                self._db.execute(f"UPDATE counters SET {kind}s_dropped = {kind}s_dropped + 1")
+                sizes[most, kind] -= row[1]
+                dropped += 1
+        return dropped
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

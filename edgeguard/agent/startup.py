@@ -3,8 +3,9 @@
 Rules enforced here:
 
 * the first model is installed only once it has proved to load; nothing half-written is left when it does not;
-* where the installed model turns out to be damaged, the one before it runs, if there is one; the same where it
-  was started again and again and never filled a window;
+* where the installed model turns out to be damaged, the one before it runs, if there is one; the same where one that
+  is still on trial does not load, fails its self-test, or was started again and again and never confirmed;
+* what neither slot needs any more is removed;
 * one agent to a state folder.
 """
 
@@ -22,7 +23,7 @@ from typing import IO
 from edgeguard import broker
 from edgeguard.agent.config import AgentConfig, RecalibrateConfig, RuntimeConfig, UpdateConfig
 from edgeguard.agent.inference import Running
-from edgeguard.agent.sources import base, camera, folder, stream, topic
+from edgeguard.agent.sources import base, camera, folder, serial, stream, topic
 from edgeguard.agent.trial import STARTS, Trial
 from edgeguard.contract.guard import GuardMetadata, ModelInput
 from edgeguard.detection import runtime, sidecar
@@ -32,7 +33,6 @@ from edgeguard.settings import BrokerConfig
 from firmware_bridge.slots import RECORD, Slots, write_whole
 
 SLOTS_FOLDER = "slots"
-SIDECARS_KEPT = 4
 _LOCK_FILE = "lock"
 _TRIAL_FILE = "trial.json"
 
@@ -75,6 +75,7 @@ def open_state(config: AgentConfig) -> tuple[State, Running]:
     load = loader(config.runtime)
     slots, model = open_model(config, load)
     running = Running(model=model, sidecar=sidecar_of(config, model.metadata), sequence=slots.active().sequence)
+    tidy(slots, model.metadata)
     return State(lock=lock, slots=slots, trial=trial(config), load=load), running
 
 
@@ -109,6 +110,8 @@ def open_sources(config: AgentConfig, expected: ModelInput) -> list[base.Source]
             name = f"edgeguard-{config.fleet}-{config.device}-input"
             other = BrokerConfig(host=chosen.mqtt.host, port=chosen.mqtt.port) if chosen.mqtt.host else config.broker
             made.append(topic.TopicSource(other, chosen.mqtt.topic, client_id=name, expected=expected))
+        if chosen.serial:
+            made.append(serial.SerialSource(chosen.serial))
         if chosen.camera:
             made.append(camera.CameraSource(chosen.camera.device, expected, per_second=chosen.camera.per_second))
     except EdgeGuardError:
@@ -126,7 +129,7 @@ def sidecar_of(config: AgentConfig, metadata: GuardMetadata) -> sidecar.Sidecar 
     """
     if metadata.sidecar_digest is None:
         return None
-    kept = config.state_dir / SLOTS_FOLDER / f"{metadata.sidecar_digest}{sidecar.SUFFIX}"
+    kept = _kept(config, metadata)
     for path in (kept, sidecar.path_beside(config.model)):
         try:
             with path.open("rb") as file:
@@ -148,11 +151,25 @@ def keep(path: Path, content: bytes) -> None:
     """Keep a copy in the state folder; without one the device does with what it has."""
     try:
         write_whole(path, content)
-        others = sorted(path.parent.glob(f"*{sidecar.SUFFIX}"), key=lambda other: -other.stat().st_mtime_ns)
-        for old in others[SIDECARS_KEPT:]:
-            old.unlink()
     except OSError as error:
         log.warning("the sidecar is not kept: %s", error.strerror)
+
+
+def places_of_sidecar(config: AgentConfig, metadata: GuardMetadata) -> tuple[str, ...]:
+    """Where the sidecar of a model may lie, the best place first."""
+    return (str(_kept(config, metadata)), str(sidecar.path_beside(config.model)))
+
+
+def _kept(config: AgentConfig, metadata: GuardMetadata) -> Path:
+    return config.state_dir / SLOTS_FOLDER / f"{metadata.sidecar_digest}{sidecar.SUFFIX}"
+
+
+def tidy(slots: Slots, metadata: GuardMetadata) -> None:
+    """Remove what neither slot needs; ``metadata`` is of the model that runs. A disk that refuses keeps it."""
+    try:
+        slots.tidy(also=[metadata.sidecar_digest] if metadata.sidecar_digest else [])
+    except (ConfigError, TrustError) as error:
+        log.warning("what is not needed any more stays on the disk: %s", error)
 
 
 def loader(config: RuntimeConfig) -> Callable[[bytes], GuardedModel]:
@@ -184,27 +201,64 @@ def open_model(config: AgentConfig, load: Callable[[bytes], GuardedModel]) -> tu
     if not (folder / RECORD).exists():
         content = _read_model(config.model)
         model = load(content)
-        return Slots.install(folder, content, sequence=config.sequence), model
+        named = model.metadata.sidecar_digest
+        return Slots.install(folder, content, sequence=config.sequence, sidecar=named), model
     slots = Slots(folder)
-    try:
-        model = load(slots.load())
-    except (ModelError, TrustError) as error:
-        if slots.previous() is None:
-            raise
-        slots.revert(str(error))
-        return slots, load(slots.load())
     if slots.confirmed:
-        return slots, model
-    starts = trial(config)
-    if starts.failed(model.file_digest):
         try:
-            slots.revert(f"the newer one was started {STARTS} times and never filled a window")
-        except (ConfigError, TrustError) as error:
-            log.warning("the model never filled a window, but there is no other: %s", error)
-        else:
             return slots, load(slots.load())
-    starts.begin(model.file_digest)
-    return slots, model
+        except (ModelError, TrustError) as error:
+            return slots, _model_before(slots, load, error, has_failed=False)
+    try:
+        return slots, _on_trial(config, slots, load)
+    except (ModelError, TrustError) as error:
+        # A file that was damaged here is no fault of the model; it may be fetched again.
+        return slots, _model_before(slots, load, error, has_failed=isinstance(error, ModelError))
+
+
+def _on_trial(config: AgentConfig, slots: Slots, load: Callable[[bytes], GuardedModel]) -> GuardedModel:
+    """Start a model that is not confirmed yet once more.
+
+    Raises:
+        ModelError: it has failed, and there is one before it; or it does not load.
+        TrustError: its file is damaged.
+        ConfigError: the start cannot be counted.
+    """
+    file_digest, starts = slots.active().sha256, trial(config)
+    if starts.failed(file_digest):
+        _leave(slots, ModelError("model on trial", got=f"{STARTS} starts", expected="to be confirmed after one"))
+    # On disk before the model is met at all: it may crash the runtime.
+    starts.begin(file_digest)
+    model = load(slots.load())
+    held = sidecar_of(config, model.metadata)
+    if held is not None and not (outcome := sidecar.self_test(held, model.infer)).passed:
+        _leave(slots, ModelError("model on trial: self-test", got="; ".join(outcome.wrong)[:200] or "not passed"))
+    return model
+
+
+def _leave(slots: Slots, error: ModelError) -> None:
+    """Raise ``error`` where there is a model to go back to; where there is none, this one is better than nothing."""
+    if _has_previous(slots):
+        raise error
+    log.warning("there is no model to go back to: %s", error)
+
+
+def _has_previous(slots: Slots) -> bool:
+    try:
+        return slots.previous() is not None
+    except TrustError as error:
+        log.warning("the model before cannot be used: %s", error)
+        return False
+
+
+def _model_before(
+    slots: Slots, load: Callable[[bytes], GuardedModel], error: EdgeGuardError, *, has_failed: bool
+) -> GuardedModel:
+    """The model before the active one, where there is one; else ``error`` is raised."""
+    if not _has_previous(slots):
+        raise error
+    slots.revert(str(error), has_failed=has_failed)
+    return load(slots.load())
 
 
 def trial(config: AgentConfig) -> Trial:

@@ -57,11 +57,15 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Status(Message, frozen=True, kw_only=True):
-    """Retained, and the last will. ``session`` counts connections, so that a late will never beats a new birth."""
+    """Retained, and the last will. ``session`` counts connections, so that a late will never beats a new birth.
+
+    ``via``: of a microcontroller, the session of its gateway under which this holds: it is not online for longer.
+    """
 
     state: Literal["online", "offline", "stopped"]
     session: Count
     boot: Boot
+    via: Count | None = None
 
 
 class Birth(Message, frozen=True, kw_only=True):
@@ -92,7 +96,7 @@ class Health(Message, frozen=True, kw_only=True):
 
     session: Count
     boot: Boot
-    rss_bytes: Count
+    rss_bytes: Count | None
     spooled: Count
     inputs: Count
     p50_us: float
@@ -138,6 +142,28 @@ class ActivationMean(msgspec.Struct, frozen=True, kw_only=True):
     mean: Features
 
 
+class MovedChannel(msgspec.Struct, frozen=True, kw_only=True):
+    """One feature in ``Moved``: in how many of the inputs at least it stood out, and how far in these on average.
+
+    ``excess``: beyond what the guard expects of the class; 1 is the deviation that alone would reach a threshold.
+    """
+
+    channel: Annotated[int, Meta(ge=0, lt=MAX_FEATURES)]
+    inputs: Annotated[int, Meta(ge=1, le=2**53)]
+    excess: float
+
+
+class Moved(msgspec.Struct, frozen=True, kw_only=True):
+    """Instead of evidence, of a device too small for whole vectors: the features that moved most.
+
+    Gathered over ``inputs`` flagged inputs of the label that most of them were predicted as.
+    """
+
+    label: Label
+    inputs: Annotated[int, Meta(ge=1, le=2**53)]
+    channels: Annotated[tuple[MovedChannel, ...], Meta(max_length=64)]
+
+
 class Report(Message, frozen=True, kw_only=True):
     """One window. Counts add up: ``inputs`` = sum over ``labels`` + ``unchecked``; the histogram counts the checked.
 
@@ -156,6 +182,7 @@ class Report(Message, frozen=True, kw_only=True):
     histogram: Annotated[tuple[Count, ...], Meta(min_length=BINS, max_length=BINS)]
     evidence: Annotated[tuple[LabelEvidence, ...], Meta(max_length=MAX_EVIDENCE)] = ()
     activation: ActivationMean | None = None
+    moved: Moved | None = None
 
 
 class Alert(Message, frozen=True, kw_only=True):

@@ -25,6 +25,8 @@ MODEL_DESIRED = "model/desired"
 MODEL_REPORTED = "model/reported"
 COMMAND = "cmd"
 REPLY = "reply"
+PRIVATE = "private"
+"""A device's sealed submission to a round of private aggregation, retained. The hub does not read it."""
 
 DEVICE_CHANNELS = (STATUS, BIRTH, HEALTH, REPORT, ALERT, MODEL_REPORTED)
 """Channels that a device writes and the hub reads."""
@@ -55,6 +57,12 @@ def check_device(device: str, what: str = "device id") -> str:
     if not _DEVICE.fullmatch(device):
         raise ConfigError(what, got=repr(device[:200]), expected=f"an id like {FLEET_ID}", do="choose another name")
     return device
+
+
+def gateway_of(device: str) -> str | None:
+    """The gateway that a microcontroller is behind, None for any other device."""
+    gateway, behind, _ = device.partition("~")
+    return gateway if behind else None
 
 
 def topic(fleet: str, device: str, channel: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any, cast
 import pytest
 
 from edgeguard.agent import link as link_module
-from edgeguard.agent.link import Connected, Event, Hint, Link, Lost, Outflow, backoff
+from edgeguard.agent.link import Connected, Event, For, Hint, Link, Lost, Outflow, backoff
 from edgeguard.agent.spool import Entry
 from edgeguard.contract import topics
 from edgeguard.contract.messages import (
@@ -606,3 +606,24 @@ def test_a_gap_that_is_filled_meanwhile_or_dropped_is_neither_sent_nor_waited_fo
 
 def test_back_off_doubles_up_to_its_bound() -> None:
     assert [backoff(n, first_s=1, cap_s=10) for n in (0, 1, 2, 3, 4, 10_000)] == [1, 2, 4, 8, 10, 10]
+
+
+def test_what_is_for_a_microcontroller_comes_with_its_name(hub: TinyHub, mosquitto: Mosquitto) -> None:
+    link = Link(
+        BrokerConfig(host="127.0.0.1", port=mosquitto.port), fleet="demo", device="gate", boot=BOOT,
+        next_session=itertools.count(1).__next__, behind=("gate~pump",),
+    )  # fmt: skip
+    next_event(link, Connected)
+    ack = Ack(boot=BOOT, through_seq=3)
+    hub.send("gate~valve", topics.ACK, encode(ack))
+    hub.send("gate~pump", topics.ACK, encode(ack))
+    assert next_event(link, For) == For("gate~pump", ack)
+    hub.send("gate~pump", "cmd/ping", encode(Ping(id=ID)))
+    assert next_event(link, For) == For("gate~pump", Ping(id=ID))
+    hub.hint("gate~pump", "m-2.tflite", 2)
+    assert next_event(link, For) == For("gate~pump", Hint(Desired(target="m-2.tflite", sequence=2), fresh=True))
+    hub.send("gate", topics.ACK, encode(ack))
+    assert next_event(link, Ack) == ack
+    link.publish(topics.STATUS, Status(state="online", session=9, boot=BOOT, via=1), device="gate~pump")
+    wait_until(lambda: hub.latest(Status), "its status")
+    link.close()

@@ -385,3 +385,72 @@ class SpoolBesideItsModel(RuleBasedStateMachine):
 
 TestSpoolBesideItsModel = SpoolBesideItsModel.TestCase
 TestSpoolBesideItsModel.settings = settings(deadline=None, max_examples=60, stateful_step_count=30)
+
+
+MCU, SECOND = "gate~pump", "gate~valve"
+
+
+def of(boot: str, seq: int, kind: Build = report) -> Report | Alert:
+    return kind(boot, seq)
+
+
+def test_messages_of_other_devices_keep_their_own_boot_and_number(path: Path) -> None:
+    spool = open_spool(path)
+    spool.put(report)
+    assert spool.keep(MCU, of(BOOT, 1))
+    assert spool.keep(SECOND, of(OTHER, 7, alert))
+    assert [(entry.boot, entry.seq) for entry in spool.pending()] == [(BOOT, 1)]
+    assert [(entry.boot, entry.seq) for entry in spool.pending(device=MCU)] == [(BOOT, 1)]
+    assert [(entry.seq, entry.kind) for entry in spool.pending(device=SECOND)] == [(7, "alert")]
+    assert spool.devices() == ["", MCU, SECOND]
+    assert spool.put(report) == 2
+
+
+def test_a_message_that_comes_again_while_it_waits_is_kept_once(path: Path) -> None:
+    spool = open_spool(path)
+    assert [spool.keep(MCU, of(BOOT, 1)), spool.keep(MCU, of(BOOT, 1))] == [True, False]
+    assert (spool.pending_count, spool.pending_of(MCU)) == (1, 1)
+
+
+def test_an_ack_is_for_its_own_device_alone(path: Path) -> None:
+    spool = open_spool(path)
+    spool.put(report)
+    spool.keep(MCU, of(BOOT, 1))
+    assert len(spool.forget(Ack(boot=BOOT, through_seq=9), device=MCU)) == 1
+    assert spool.pending(device=MCU) == []
+    assert len(spool.pending()) == 1
+    assert spool.positions(BOOT, (1,)) and not spool.positions(BOOT, (1,), device=MCU)
+
+
+def test_a_full_spool_drops_of_the_device_that_has_most(path: Path) -> None:
+    spool = open_spool(path, max_bytes=4 * size_of(report))
+    spool.put(report)
+    for seq in range(1, 6):
+        spool.keep(MCU, of(OTHER, seq))
+    assert [entry.seq for entry in spool.pending(device=MCU)] == [3, 4, 5]
+    assert [entry.seq for entry in spool.pending()] == [1]
+    assert read_counters(path).reports_dropped == 2
+
+
+def test_what_waits_in_a_spool_of_version_2_goes_on_waiting(path: Path) -> None:
+    with sqlite3.connect(path) as db:
+        db.executescript(
+            "CREATE TABLE outbox (position INTEGER PRIMARY KEY AUTOINCREMENT, boot TEXT NOT NULL, seq INTEGER NOT NULL,"
+            " kind TEXT NOT NULL, payload BLOB NOT NULL, UNIQUE (boot, seq));"
+            "CREATE INDEX outbox_kind ON outbox (kind);"
+            "CREATE TABLE counters (id INTEGER PRIMARY KEY CHECK (id = 1), session INTEGER NOT NULL,"
+            " reports_total INTEGER NOT NULL, alerts_total INTEGER NOT NULL, reports_dropped INTEGER NOT NULL,"
+            " alerts_dropped INTEGER NOT NULL);"
+            "INSERT INTO counters VALUES (1, 41, 5, 0, 0, 0);"
+            "CREATE TABLE consumed (name TEXT PRIMARY KEY);"
+            "INSERT INTO consumed VALUES ('a.npy');"
+            "PRAGMA user_version = 2"
+        )
+        db.execute("INSERT INTO outbox (boot, seq, kind, payload) VALUES (?, 5, 'report', ?)", (OTHER, b"{}"))
+    db.close()
+    for _ in range(2):
+        spool = open_spool(path)
+        assert [(entry.boot, entry.seq, entry.payload) for entry in spool.pending()] == [(OTHER, 5, b"{}")]
+        assert (spool.pending_count, spool.consumed()) == (1, ["a.npy"])
+        spool.close()
+    assert open_spool(path).next_session() == 42
