@@ -114,16 +114,23 @@ class Guarded:
 def prepare(folder: Path, model: Path | None) -> Guarded:
     """Guard the model and write everything into ``folder``."""
     inputs = pictures()
-    models = os.environ.get("EDGEGUARD_MODELS")
-    found = model or (next(iter(sorted(Path(models).glob("*resnet8_int8.tflite"))), None) if models else None)
-    source: Any = found or sources.of_keras(NETWORKS[RESNET8_LIKE](inputs.shape[1:], 10))
+    name, source = source_of(model, inputs)
     converted = pipeline.convert(source, inputs[:1000], sidecar=True)
     bare, guarded = folder / "bare.tflite", folder / "model.guarded.tflite"
     bare.write_bytes(converted.bare)
     guarded.write_bytes(converted.guarded)
     assert converted.result.sidecar is not None
     (folder / "model.guard.npz").write_bytes(converted.result.sidecar)
-    return Guarded(name=found.stem if found else RESNET8_LIKE, bare=bare, guarded=guarded, inputs=inputs[1000:3000])
+    return Guarded(name=name, bare=bare, guarded=guarded, inputs=inputs[1000:3000])
+
+
+def source_of(model: Path | None, inputs: Array) -> tuple[str, Any]:
+    """Name of the model that is measured, and what the converter takes."""
+    models = os.environ.get("EDGEGUARD_MODELS")
+    found = model or (next(iter(sorted(Path(models).glob("*resnet8_int8.tflite"))), None) if models else None)
+    if found is not None:
+        return found.stem, found
+    return RESNET8_LIKE, sources.of_keras(NETWORKS[RESNET8_LIKE](inputs.shape[1:], 10))
 
 
 def pictures() -> Array:

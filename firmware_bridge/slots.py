@@ -7,9 +7,13 @@ which one runs. Rules enforced here:
 * ``slots.json`` never vouches for bytes that may not be there: the record of a slot is dropped before its
   file is replaced, and written after the new file is safe on disk;
 * the slot that runs is never written to; one rename of ``slots.json`` moves the pointer;
-* content is handed out only after its SHA-256 was compared with the record: damage is an error, not a model;
-* a staged model must be newer than the active one, by its sequence number; only one that this device
-  re-calibrated itself has the number of the active one, which it was made of;
+* content is handed out only after its SHA-256 was compared with the record: damage is an error, not a model. A disk
+  that fails to read is asked twice;
+* a staged model must be newer than the active one, by its sequence number, and no older than the newest that was ever
+  confirmed; only one that this device re-calibrated itself has the number of the active one, which it was made of;
+* a model that failed its trial is remembered, and not staged again;
+* a slot's sidecar lies beside it under its own digest. What no record names is removed by ``tidy``: at most two models
+  and their sidecars stay;
 * nobody signed such a local file. Its record names the released file that it goes back to and is authenticated
   with HMAC-SHA-256 under a key of this device's own, made on first use; without that it is not handed out.
 
@@ -32,10 +36,10 @@ import hmac
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import IO, Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -44,10 +48,15 @@ from edgeguard.errors import ConfigError, TrustError
 
 RECORD = "slots.json"
 KEY = "local.key"
+SIDECAR = ".guard.npz"
+FAILED_KEPT = 16
 _KEY_BYTES = 32
+_BLOCK = 1 << 18
 LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 
 Name = Literal["a", "b"]
+NAMES: tuple[Name, ...] = ("a", "b")
 
 
 class Local(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,21 +73,28 @@ class Local(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Content(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a slot is known to hold; ``local`` where this device made it."""
+    """What a slot is known to hold; ``local`` where this device made it; ``sidecar``: digest of its sidecar."""
 
     sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
     sequence: Annotated[int, Meta(ge=0, le=2**53)]
     local: Local | None = None
+    sidecar: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")] | None = None
 
 
-class State(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``slots.json``: ``previous``: where ``revert`` goes; ``confirmed``: the active model proved itself."""
+class State(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """``slots.json``: ``previous``: where ``revert`` goes; ``confirmed``: the active model proved itself.
+
+    ``highest``: sequence of the newest release that was ever confirmed; ``failed``: digests of the files that failed
+    their trial last.
+    """
 
     active: Name
     previous: Name | None
     confirmed: bool
     a: Content | None = None
     b: Content | None = None
+    highest: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    failed: tuple[str, ...] = ()
 
     def content(self, name: Name) -> Content | None:
         """What slot ``name`` is known to hold, None when nothing is."""
@@ -107,23 +123,29 @@ def emptied(state: State) -> State:
 
 
 def staged(state: State, content: Content) -> State:
-    """The inactive slot holds ``content``. Raises TrustError unless it is newer than the active one."""
+    """The inactive slot holds ``content``.
+
+    Raises TrustError unless it is newer than the active one, as new as the newest that was confirmed, and never failed.
+    """
     active = _known(state, state.active)
-    if content.sequence <= active.sequence:
+    lowest = max(active.sequence + 1, state.highest)
+    if content.sequence < lowest:
         raise TrustError(
             "model to stage",
             got=f"sequence {content.sequence}",
-            expected=f"more than {active.sequence}, which runs",
+            expected=f"at least {lowest}",
             do="release the model again under a new sequence",
         )
+    _check_failed(state, content)
     return _with(state, state.inactive, content, previous=None)
 
 
 def recalibrated(state: State, content: Content, *, made_of: str) -> State:
     """The inactive slot holds ``content``, made here of the file with the digest ``made_of``.
 
-    Raises TrustError unless that one still runs, and under the same sequence.
+    Raises TrustError unless that one still runs, under the same sequence, and the new one never failed.
     """
+    _check_failed(state, content)
     active = _known(state, state.active)
     if (active.sha256, active.sequence) != (made_of, content.sequence):
         raise TrustError("re-calibrated model", got="one made of another model than runs now", do="re-calibrate again")
@@ -144,23 +166,35 @@ def activated(state: State, name: Name) -> State:
     return msgspec.structs.replace(state, active=name, previous=state.active, confirmed=False)
 
 
-def reverted(state: State) -> State:
-    """The previous slot runs again. There is no way forward to the one left behind but to stage it anew."""
+def reverted(state: State, *, has_failed: bool) -> State:
+    """The previous slot runs again. There is no way forward to the one left behind but to stage it anew.
+
+    ``has_failed``: it did not prove itself, so that this way is closed too; one that was damaged here may come again.
+    """
     if state.previous is None:
         raise ConfigError("model slots", got="no previous model to go back to", do="release a repaired model")
     _known(state, state.previous)
-    return msgspec.structs.replace(state, active=state.previous, previous=None, confirmed=True)
+    failed = state.failed
+    if has_failed:
+        failed = (*failed, _known(state, state.active).sha256)[-FAILED_KEPT:]
+    return msgspec.structs.replace(state, active=state.previous, previous=None, confirmed=True, failed=failed)
 
 
 def confirmed(state: State) -> State:
     """The active model proved itself. The previous one stays until the next is staged."""
-    return msgspec.structs.replace(state, confirmed=True)
+    highest = max(state.highest, _known(state, state.active).sequence)
+    return msgspec.structs.replace(state, confirmed=True, highest=highest)
 
 
 def _with(state: State, name: Name, content: Content | None, *, previous: Name | None) -> State:
     if name == "a":
         return msgspec.structs.replace(state, a=content, previous=previous)
     return msgspec.structs.replace(state, b=content, previous=previous)
+
+
+def _check_failed(state: State, content: Content) -> None:
+    if content.sha256 in state.failed:
+        raise TrustError("model to stage", got="one that was on trial here and failed", do="release a repaired one")
 
 
 def _known(state: State, name: Name) -> Content:
@@ -186,8 +220,14 @@ class Slots:
         self._state()
 
     @classmethod
-    def install(cls, folder: Path, content: bytes, *, sequence: int) -> Slots:
+    def install(cls, folder: Path, content: bytes, *, sequence: int, sidecar: str | None = None) -> Slots:
         """Put the first model in place. Where one is installed already, that one stays.
+
+        Args:
+            folder: where the slots lie.
+            content: the file.
+            sequence: its number, 0 for one that was never released.
+            sidecar: digest of the sidecar that belongs to it.
 
         Raises:
             ConfigError: the folder cannot be written.
@@ -197,10 +237,11 @@ class Slots:
             with _disk_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 write_whole(_path(folder, "a"), content)
-                first = Content(sha256=hashlib.sha256(content).hexdigest(), sequence=sequence)
+                digest = hashlib.sha256(content).hexdigest()
+                first = Content(sha256=digest, sequence=sequence, sidecar=sidecar)
                 write_whole(
                     folder / RECORD,
-                    msgspec.json.encode(State(active="a", previous=None, confirmed=True, a=first)),
+                    msgspec.json.encode(State(active="a", previous=None, confirmed=True, a=first, highest=sequence)),
                 )
             LOG.info("installed the first model, sequence %d", sequence)
         return cls(folder)
@@ -210,56 +251,80 @@ class Slots:
         """True once the active model was confirmed, or is the first one."""
         return self._state().confirmed
 
+    @property
+    def highest(self) -> int:
+        """Sequence of the newest release that ever proved itself here."""
+        return self._state().highest
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """SHA-256 of the files that failed their trial last."""
+        return self._state().failed
+
     def active(self) -> Slot:
         """The slot that runs. Raises TrustError if its file is not what was put there."""
-        return self._verified(self._state().active)[0]
+        return self._verified(self._state().active)
 
     def previous(self) -> Slot | None:
         """The slot that ``revert`` goes back to, if any. Raises TrustError if its file is damaged."""
         name = self._state().previous
-        return None if name is None else self._verified(name)[0]
+        return None if name is None else self._verified(name)
 
     def load(self) -> bytes:
         """The verified content of the active slot. Raises TrustError if it is damaged."""
-        return self._verified(self._state().active)[1]
+        slot = self.active()
+        return self.read(slot)
 
-    def stage(self, path: Path, *, sha256: str, sequence: int) -> Slot:
+    def read(self, slot: Slot) -> bytes:
+        """The content of a slot, compared again. Raises TrustError if it is not what ``slot`` says any more."""
+        content = _read(slot.path, Path.read_bytes)
+        _check(f"model slot {slot.path}", hashlib.sha256(content).hexdigest(), slot.sha256)
+        return content
+
+    def stage(self, path: Path, *, sha256: str, sequence: int, sidecar: str | None = None) -> Slot:
         """Copy a model file into the inactive slot. What runs is not touched.
 
         Args:
             path: the file; the bytes that are hashed are the bytes that are written.
             sha256: hex digest that its signer vouched for.
             sequence: its number, higher than that of the active model.
+            sidecar: digest of its sidecar, which :meth:`keep` put here before; None where it has none.
 
         Raises:
-            TrustError: another digest, or not newer than the active model. The slots stay as they were.
+            TrustError: another digest, not new enough, or one that failed. The slots stay as they were.
             ConfigError: the file cannot be read or the slot not written, as on a full disk.
         """
         state = self._state()
-        after = staged(state, Content(sha256=sha256, sequence=sequence))
-        with _disk_errors(path):
-            content = path.read_bytes()
-        _check(f"model to stage {path}", content, sha256)
-        return self._put(content, state, after)
+        after = staged(state, Content(sha256=sha256, sequence=sequence, sidecar=sidecar))
+        # In blocks: the daemon has no room for a second copy of a model.
+        with _disk_errors(path), path.open("rb") as source:
+            digest = hashlib.sha256()
+            return self._put(
+                _hashed(source, digest),
+                state,
+                after,
+                check=lambda: _check(f"model to stage {path}", digest.hexdigest(), sha256),
+            )
 
-    def stage_local(self, content: bytes, *, made_of: Slot, guard_digest: str) -> Slot:
+    def stage_local(self, content: bytes, *, made_of: Slot, guard_digest: str, sidecar: str | None = None) -> Slot:
         """Put a re-calibrated copy of the active model into the inactive slot, under the same sequence.
 
         Args:
             content: the file; the caller checked that it is the same model with another guard.
             made_of: the active slot, as :meth:`active` returned it when the re-calibration began.
             guard_digest: of the new guard, in hex.
+            sidecar: digest of its sidecar, as for :meth:`stage`.
 
         Raises:
             TrustError: another model runs by now, or the device's key is damaged. The slots stay as they were.
             ConfigError: the slot or the key cannot be written.
         """
         state = self._state()
-        new = Content(sha256=hashlib.sha256(content).hexdigest(), sequence=made_of.sequence)
+        new = Content(sha256=hashlib.sha256(content).hexdigest(), sequence=made_of.sequence, sidecar=sidecar)
         local = Local(parent=made_of.parent or made_of.sha256, guard_digest=guard_digest)
         local = msgspec.structs.replace(local, mac=mac_of(new, local, self._made_key()))
         new = msgspec.structs.replace(new, local=local)
-        return self._put(content, state, recalibrated(state, new, made_of=made_of.sha256))
+        return self._put([content], state, recalibrated(state, new, made_of=made_of.sha256))
 
     def activate(self, slot: Slot) -> None:
         """Let a staged slot run from now on, by one atomic rename.
@@ -268,20 +333,24 @@ class Slots:
             TrustError: the slot's file or record is no longer what ``slot`` says; what runs keeps running.
             ConfigError: the record cannot be written.
         """
-        if self._verified(slot.name)[0] != slot:
+        if self._verified(slot.name) != slot:
             raise TrustError(f"model slot {slot.name}", got="another model than was staged", do="stage it again")
         with _disk_errors(self._folder):
             self._write(activated(self._state(), slot.name))
 
-    def revert(self, reason: str) -> Slot:
+    def revert(self, reason: str, *, has_failed: bool = False) -> Slot:
         """Go back to the previous model, after checking that it is whole.
+
+        Args:
+            reason: for the log.
+            has_failed: the model that is left failed its trial, and must not come back.
 
         Raises:
             ConfigError: there is no previous model, or the record cannot be written.
             TrustError: the previous model is damaged; nothing changes.
         """
-        after = reverted(self._state())
-        slot = self._verified(after.active)[0]
+        after = reverted(self._state(), has_failed=has_failed)
+        slot = self._verified(after.active)
         with _disk_errors(self._folder):
             self._write(after)
         LOG.warning("went back to the model of sequence %d: %s", slot.sequence, reason)
@@ -294,13 +363,47 @@ class Slots:
             with _disk_errors(self._folder):
                 self._write(confirmed(state))
 
-    def _put(self, content: bytes, state: State, after: State) -> Slot:
-        """Write the inactive slot; ``after`` is what its record says then."""
+    def sidecar(self, digest: str) -> Path:
+        """Where the sidecar of this digest lies, if it does. Its reader verifies it."""
+        return self._folder / f"{digest}{SIDECAR}"
+
+    def keep(self, content: bytes) -> str:
+        """Put a sidecar here before the model that it belongs to; its digest. Raises ConfigError if it cannot be."""
+        digest = hashlib.sha256(content).hexdigest()
         with _disk_errors(self._folder):
-            target = _path(self._folder, state.inactive)
-            write_whole(target, content, before=lambda: self._write(emptied(state)))
+            write_whole(self.sidecar(digest), content)
+        return digest
+
+    def tidy(self, *, also: Collection[str] = ()) -> None:
+        """Remove what no record names: sidecars, files of emptied slots, and what a killed process left unfinished.
+
+        Args:
+            also: digests of sidecars that stay, as those of a slot that an earlier version recorded.
+        """
+        state = self._state()
+        stay = {f"{digest}{SIDECAR}" for digest in also}
+        for name in NAMES:
+            if (content := state.content(name)) is not None:
+                stay |= {_path(self._folder, name).name, f"{content.sidecar}{SIDECAR}"}
+        with _disk_errors(self._folder):
+            for path in self._folder.iterdir():
+                is_ours = path.name.endswith((SIDECAR, ".tflite", ".tmp"))
+                if is_ours and path.name not in stay:
+                    path.unlink(missing_ok=True)
+
+    def _put(
+        self, content: Iterable[bytes], state: State, after: State, *, check: Callable[[], None] = lambda: None
+    ) -> Slot:
+        """Write the inactive slot; ``after`` is what its record says then. ``check`` may refuse what was written."""
+
+        def empty() -> None:
+            check()
+            self._write(emptied(state))
+
+        with _disk_errors(self._folder):
+            write_whole(_path(self._folder, state.inactive), content, before=empty)
             self._write(after)
-        return self._verified(state.inactive)[0]
+        return self._verified(state.inactive)
 
     def _made_key(self) -> bytes:
         """The device's own key, made where there is none."""
@@ -331,19 +434,15 @@ class Slots:
     def _write(self, state: State) -> None:
         write_whole(self._folder / RECORD, msgspec.json.encode(state))
 
-    def _verified(self, name: Name) -> tuple[Slot, bytes]:
+    def _verified(self, name: Name) -> Slot:
         known = _known(self._state(), name)
         path = _path(self._folder, name)
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise TrustError(f"model slot {path}", got=error.strerror, expected="the model put there") from error
-        _check(f"model slot {path}", content, known.sha256)
+        _check(f"model slot {path}", _read(path, _digest), known.sha256)
         local = known.local
         if local is not None:
             _check_mac(f"model slot {path}", known, local, _read_key(self._folder / KEY))
         parent = None if local is None else local.parent
-        return Slot(name=name, path=path, sha256=known.sha256, sequence=known.sequence, parent=parent), content
+        return Slot(name=name, path=path, sha256=known.sha256, sequence=known.sequence, parent=parent)
 
 
 def _path(folder: Path, name: Name) -> Path:
@@ -362,8 +461,35 @@ def _read_key(path: Path) -> bytes:
     return key
 
 
-def _check(what: str, content: bytes, sha256: str) -> None:
-    found = hashlib.sha256(content).hexdigest()
+def _hashed(source: IO[bytes], digest: Any) -> Iterator[bytes]:
+    while block := source.read(_BLOCK):
+        digest.update(block)
+        yield block
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for _ in _hashed(file, digest):
+            pass
+    return digest.hexdigest()
+
+
+def _read(path: Path, read: Callable[[Path], T]) -> T:
+    """Read a slot's file, twice where the disk refuses: an error that passes must not cost a model its place.
+
+    Raises TrustError where it cannot be read.
+    """
+    try:
+        return read(path)
+    except OSError:
+        try:
+            return read(path)
+        except OSError as error:
+            raise TrustError(f"model slot {path}", got=error.strerror, expected="the model put there") from error
+
+
+def _check(what: str, found: str, sha256: str) -> None:
     if found != sha256:
         raise TrustError(what, got=f"SHA-256 {found}", expected=sha256, do="fetch the model again")
 
@@ -387,12 +513,19 @@ def _disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_whole(path: Path, content: bytes, *, before: Callable[[], None] = lambda: None, mode: int = 0o666) -> None:
+def write_whole(
+    path: Path,
+    content: bytes | Iterable[bytes],
+    *,
+    before: Callable[[], None] = lambda: None,
+    mode: int = 0o666,
+) -> None:
     """Write ``content`` beside ``path``; once it is safe on disk call ``before``, then rename it."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
-            file.write(content)
+            for block in [content] if isinstance(content, bytes) else content:
+                file.write(block)
             file.flush()
             os.fsync(file.fileno())
         before()

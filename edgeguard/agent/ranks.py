@@ -102,6 +102,25 @@ def vote(activity: Activity | None, command: Vote) -> Outcome:
     return Outcome(state="ok", result=result)
 
 
+def ascending(activity: Activity | None, layer: str) -> tuple[int, ...]:
+    """The channels of one tap, the least active first.
+
+    Args:
+        activity: as for :func:`rank`.
+        layer: the tap, by its source layer or tensor.
+
+    Raises:
+        ConfigError: too few inputs, or no such tap.
+    """
+    if activity is None or activity.inputs < MIN_INPUTS:
+        refused = _too_few(activity)
+    elif len(taps := _taps(activity, layer)) != 1:
+        refused = _no_tap(activity, layer)
+    else:
+        return _ascending(activity, taps[0])
+    raise ConfigError("activations of this device", got=refused.reason, do="let the agent run this model for longer")
+
+
 class Activations:
     """Adds up the unflagged inputs of the last few models, and keeps that in a file.
 

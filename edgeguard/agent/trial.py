@@ -1,24 +1,72 @@
-"""How often a model was started that has not proved itself yet: what ends a loop of crashes after an update.
+"""The trial of a new model: what it must show before it is confirmed, and what ends a loop of crashes after an update.
 
-A released model may pass every check and still crash the agent on a real input. Rules enforced here:
+A released model may pass every check and still fail on real inputs, or crash the agent on one. Rules enforced here:
 
+* it is confirmed once ``needed`` inferences were healthy: the model ran, and its guard gave scores that are numbers;
+  where, of as many, more than a tenth were not, it has failed. Inputs that hold no numbers say nothing about a model;
 * a start is on disk before the model meets its first input, so that a crash cannot take it back;
-* a model that was started ``STARTS`` times and never filled a window has failed: it is left, and not taken again;
+* a model that was started ``STARTS`` times and was not confirmed has failed: it is left, and not taken again;
 * an agent that was told to stop takes the count back: only what ended otherwise counts against the model.
 """
 
 from __future__ import annotations
 
-import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 from msgspec import Meta
 
+from edgeguard.detection.guarded import Inference
+from edgeguard.detection.verdict import Verdict
 from edgeguard.errors import ConfigError
+from firmware_bridge.slots import write_whole
 
 STARTS = 2
+NEEDED = 64
+"""Healthy inferences that confirm a model where the configuration says nothing."""
+SICK_SHARE = 0.1
+"""Of the inferences of a trial, more than this share without scores means that the model has failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fared:
+    """How a model fared since it runs: inferences that were healthy, and those that were not."""
+
+    healthy: int = 0
+    sick: int = 0
+
+    def seen(self, *, healthy: int, sick: int) -> Fared:
+        """So many more."""
+        return Fared(healthy=self.healthy + healthy, sick=self.sick + sick)
+
+
+def judge(fared: Fared, *, needed: int) -> Literal["confirm", "revert", "go on"]:
+    """What becomes of a model on trial.
+
+    Args:
+        fared: how the model did since its trial, or this process, began.
+        needed: healthy inferences that confirm it.
+    """
+    total = fared.healthy + fared.sick
+    if total >= needed and fared.sick > SICK_SHARE * total:
+        return "revert"
+    return "confirm" if fared.healthy >= needed else "go on"
+
+
+def count(fared: Fared, inference: Inference | None, verdict: Verdict, x: npt.NDArray[Any]) -> Fared:
+    """Count one input: what was scored is healthy; what could not be, though the input holds numbers, is not.
+
+    An input that nobody tried to score, to save work, has no scores at all and is neither.
+    """
+    if inference is None:
+        return fared.seen(healthy=0, sick=int(np.isfinite(x).all()))
+    if verdict.status == "not checked":
+        return fared.seen(healthy=0, sick=int(bool(verdict.scores)))
+    return fared.seen(healthy=1, sick=0)
 
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,7 +75,7 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Trial:
-    """The count of one model, in a small file that the next model's count replaces.
+    """The boot counter: starts of one model, in a small file that the next model's count replaces.
 
     Args:
         path: the file; there is none until a model is on trial.
@@ -37,7 +85,7 @@ class Trial:
         self._path = path
 
     def failed(self, file_digest: str) -> bool:
-        """True once the model of this file was started too often without proving itself."""
+        """True once the model of this file was started too often without being confirmed."""
         return self._starts(file_digest) >= STARTS
 
     def begin(self, file_digest: str) -> None:
@@ -45,7 +93,7 @@ class Trial:
         self._write(_Record(file_digest=file_digest, starts=self._starts(file_digest) + 1))
 
     def end(self, file_digest: str) -> None:
-        """The model proved itself, or the agent stops as told. Raises ConfigError if that cannot be written."""
+        """The model is confirmed, or the agent stops as told. Raises ConfigError if that cannot be written."""
         if self._starts(file_digest):
             self._write(_Record(file_digest=file_digest, starts=0))
 
@@ -57,18 +105,8 @@ class Trial:
         return record.starts if record.file_digest == file_digest else 0
 
     def _write(self, record: _Record) -> None:
-        temporary = self._path.with_name(f".{self._path.name}.tmp")
         try:
-            with temporary.open("wb") as file:
-                file.write(msgspec.json.encode(record))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self._path)
-            folder = os.open(self._path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            write_whole(self._path, msgspec.json.encode(record))
         except OSError as error:
             raise ConfigError(
                 f"count of starts {self._path}",

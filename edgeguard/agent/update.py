@@ -1,35 +1,43 @@
-"""From a hint to a model that may run: when to fetch, what to do with the outcome, and the last checks.
+"""From a hint to a model that may run: when to fetch, when to check, and how a checked model is put in place.
 
 Rules enforced here:
 
 * a hint has no authority: only what the fetch child verified against signed metadata is looked at;
-* at most one fetch runs, in a process of its own; the agent goes on inferring meanwhile;
+* at most one child runs, first one that fetches, then one that checks; the agent goes on inferring meanwhile;
 * an attempt that was refused or failed is repeated while the hint stands, ever more rarely: an attack on the
-  network may pass, and then the genuine release must get through;
-* a verified file still has to load, to be the model that its signer described, and to take and give what the
-  running model does, before it replaces anything.
+  network may pass, and then the genuine release must get through. One that ran out of time, but brought the download
+  further, is repeated soon;
+* a model is put in place in an order in which the power may fail at any instant: its sidecar, the file, the record of
+  both, and only then, in one rename, that it runs.
 """
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
+from edgeguard.agent.admission import Answer, Fetched, read_answer
 from edgeguard.agent.config import UpdateConfig
+from edgeguard.agent.inference import Running
 from edgeguard.agent.link import Hint, backoff
+from edgeguard.contract.guard import GuardMetadata
 from edgeguard.contract.messages import Desired
 from edgeguard.detection.guarded import GuardedModel
-from edgeguard.errors import ConfigError, ModelError, TrustError
-from edgeguard.release.client import FetchRequest, read_outcome, spawn_fetch
+from edgeguard.detection.sidecar import Sidecar
+from edgeguard.errors import ConfigError, EdgeGuardError
+from edgeguard.release.client import REPAIRED, FetchRequest, FetchResult, read_outcome, spawn_fetch
+from firmware_bridge.slots import Slots
 
+CHECK_S = 300.0
+"""How long the check of a fetched model may take, in seconds."""
 _GRACE_S = 10.0
 """How much longer than its own time-out a fetch may take before it is killed."""
+_PAUSE_S, _BURST = 5.0, 3
+"""Fetches for new hints are started this far apart, but for so many: who floods a device with hints costs it little."""
 _RETRY_CAP = 32
 """The wait between attempts grows up to this many times the first one."""
 
@@ -43,24 +51,17 @@ class Progress:
     reason: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fetched:
-    """A verified file waits to be admitted; the digests are those that its signer vouched for."""
-
-    sequence: int
-    path: Path
-    file_digest: str
-    model_digest: str
-    guard_digest: str
-
-
 class Updater:
     """Follows the newest hint. Time is passed in, in seconds of any steady clock.
 
     Args:
         config: the ``[update]`` section; None refuses every hint.
         folder: folder for the trusted metadata and for fetched files.
+        examine: starts the check of a fetched file.
+        known: sequence of the newest release that ever proved itself here, and digests of the files that failed here.
         spawn: starts a fetch.
+        board: this board's name, which a release may ask for.
+        runtime: name of the runtime, likewise.
     """
 
     def __init__(
@@ -68,15 +69,25 @@ class Updater:
         config: UpdateConfig | None,
         folder: Path,
         *,
+        examine: Callable[[Fetched], subprocess.Popen[bytes]],
+        known: Callable[[], tuple[int, tuple[str, ...]]] = lambda: (0, ()),
         spawn: Callable[[FetchRequest], subprocess.Popen[bytes]] = spawn_fetch,
+        board: str = "",
+        runtime: str = "",
     ) -> None:
         self._config = config
         self._folder = folder
+        self._examine = examine
+        self._known = known
         self._spawn = spawn
+        self._board, self._runtime = board, runtime
         self._desired: Desired | None = None
         self._child: subprocess.Popen[bytes] | None = None
+        self._fetched: Fetched | None = None
+        """What the child at work checks; None while it fetches."""
         self._deadline = 0.0
         self._retry_at = 0.0
+        self._paced_at = 0.0
         self._failures = 0
 
     def hint(self, hint: Hint, *, running_sequence: int, now_s: float) -> Progress | None:
@@ -90,7 +101,7 @@ class Updater:
             return None
         if desired != self._desired:
             self.close()
-        self._desired, self._failures, self._retry_at = None, 0, now_s
+        self._desired, self._failures, self._retry_at = None, 0, max(now_s, self._paced_at - _BURST * _PAUSE_S)
         if desired.sequence == running_sequence:
             return Progress(state="updated", sequence=desired.sequence)
         if desired.sequence < running_sequence:
@@ -102,22 +113,32 @@ class Updater:
         self._desired = desired
         return None
 
-    def step(self, *, model_digest: str, running_sequence: int, now_s: float) -> Progress | Fetched | None:
-        """Start a fetch when one is due, or look at the one that runs. Never waits.
+    def step(
+        self,
+        *,
+        model_digest: str,
+        running_sequence: int,
+        now_s: float,
+    ) -> Progress | Fetched | None:
+        """Start a fetch when one is due, or look at the child that runs. Never waits.
 
         Args:
             model_digest: of the model that runs.
             running_sequence: its release number.
             now_s: the time.
+
+        Returns:
+            A file that was fetched and checked, or what can be said; None while that is open.
         """
         if self._child is not None:
             return self._look(self._child, now_s)
         if self._config is None or self._desired is None or now_s < self._retry_at:
             return None
         sequence = self._desired.sequence
+        self._paced_at = max(self._paced_at, now_s) + _PAUSE_S
         try:
             self._child = self._spawn(self._request(self._config, self._desired, model_digest, running_sequence))
-        except ConfigError as error:
+        except EdgeGuardError as error:
             return self.defer(sequence, "failed", str(error), now_s=now_s)
         self._deadline = now_s + self._config.timeout_s + _GRACE_S
         # What became of an earlier attempt stays visible until this one has an outcome of its own.
@@ -126,22 +147,34 @@ class Updater:
     def _look(self, child: subprocess.Popen[bytes], now_s: float) -> Progress | Fetched | None:
         assert self._desired is not None
         sequence = self._desired.sequence
-        result = read_outcome(child)
-        if result is None and now_s < self._deadline:
+        found = read_outcome(child) if self._fetched is None else read_answer(child)
+        if found is None and now_s < self._deadline:
             return None
-        if result is None:
+        if found is None:
+            what = "fetch" if self._fetched is None else "check of the fetched model"
             self.close()
-            return self.defer(sequence, "failed", "the fetch took too long", now_s=now_s)
-        self._child = None
-        if result.state != "fetched":
-            return self.defer(sequence, result.state, result.reason, now_s=now_s)
-        return Fetched(
-            sequence=sequence,
-            path=Path(str(result.path)),
-            file_digest=str(result.file_digest),
-            model_digest=str(result.model_digest),
-            guard_digest=str(result.guard_digest),
-        )
+            return self.defer(sequence, "failed", f"the {what} took too long", now_s=now_s)
+        self._child, fetched = None, self._fetched
+        self._fetched = None
+        if isinstance(found, Answer):
+            if found.state == "admitted":
+                return fetched
+        elif found.state == "fetched":
+            return self._check(found, self._desired, now_s)
+        elif found.state == "failed" and found.received:
+            self._failures = 0
+        return self.defer(sequence, found.state, found.reason, now_s=now_s)
+
+    def _check(self, found: FetchResult, desired: Desired, now_s: float) -> Progress | None:
+        """Start the check of what was fetched."""
+        try:
+            self._fetched = _described(found, repair=desired.target.startswith(REPAIRED))
+            self._child = self._examine(self._fetched)
+        except EdgeGuardError as error:
+            self._fetched = None
+            return self.defer(desired.sequence, "failed", str(error), now_s=now_s)
+        self._deadline = now_s + CHECK_S
+        return None
 
     def defer(self, sequence: int, state: Literal["refused", "failed"], reason: str, *, now_s: float) -> Progress:
         """The attempt at a release came to nothing: plan the next one, if that is still what is hinted at."""
@@ -157,13 +190,14 @@ class Updater:
             self._desired = None
 
     def close(self) -> None:
-        """Stop a fetch that runs."""
+        """Stop the child that runs."""
         if self._child is not None:
             self._child.kill()
             self._child.communicate()
-            self._child = None
+            self._child = self._fetched = None
 
     def _request(self, config: UpdateConfig, desired: Desired, digest: str, sequence: int) -> FetchRequest:
+        highest, failed = self._known()
         return FetchRequest(
             metadata_url=config.metadata_url,
             targets_url=config.targets_url,
@@ -176,40 +210,68 @@ class Updater:
             staging_dir=str(self._folder / "staging"),
             max_bytes=config.max_mib << 20,
             timeout=config.timeout_s,
+            highest_sequence=highest,
+            failed=failed,
+            board=self._board,
+            runtime=self._runtime,
+            bytes_per_s=None if config.max_kib_per_s is None else config.max_kib_per_s << 10,
+            compress=config.compress,
         )
 
 
-def admit(
-    content: bytes, fetched: Fetched, running: GuardedModel, *, load: Callable[[bytes], GuardedModel]
-) -> GuardedModel:
-    """The last checks before a fetched model may replace the running one.
+def _described(found: FetchResult, *, repair: bool) -> Fetched:
+    return Fetched(
+        sequence=int(found.sequence or 0),
+        path=Path(str(found.path)),
+        file_digest=str(found.file_digest),
+        model_digest=str(found.model_digest),
+        guard_digest=str(found.guard_digest),
+        sidecar=None if found.sidecar_path is None else Path(found.sidecar_path),
+        sidecar_digest=found.sidecar_digest,
+        repair=repair,
+    )
+
+
+def install(
+    fetched: Fetched,
+    slots: Slots,
+    *,
+    load: Callable[[bytes], GuardedModel],
+    sidecar_of: Callable[[GuardMetadata], Sidecar | None],
+) -> Running:
+    """Put a checked file in place, so that it runs from the next start on, and open it for this one.
 
     Args:
-        content: the fetched file.
-        fetched: what its signer said of it, as the fetch verified it.
-        running: the model that runs.
+        fetched: what was fetched and admitted.
+        slots: where it goes.
         load: opens a model.
+        sidecar_of: finds the sidecar of a model.
 
     Raises:
-        TrustError: the file is not the one that was verified, or describes itself otherwise than its signer.
-        ModelError: it does not load or run, or takes or gives something else than the running model.
+        TrustError: the file changed since, is not new enough, or failed here before.
+        ModelError: it does not load.
+        ConfigError: the disk refuses.
     """
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != fetched.file_digest:
-        raise TrustError("fetched model", got=f"SHA-256 {digest}", expected=fetched.file_digest)
-    model = load(content)
-    for name in ("model_digest", "guard_digest"):
-        if getattr(model.metadata, name) != getattr(fetched, name):
-            raise TrustError(
-                f"fetched model: {name}", got=getattr(model.metadata, name), expected=getattr(fetched, name)
-            )
-    for what, new, old in (
-        ("input and outputs", model.interface(), running.interface()),
-        ("input range", model.metadata.input, running.metadata.input),
-        ("classes", model.metadata.classes, running.metadata.classes),
-        ("class output", model.metadata.class_output, running.metadata.class_output),
-    ):
-        if new != old:
-            raise ModelError(f"fetched model: {what}", got=new, expected=f"{old}, as the running model")
-    model.infer(np.zeros(model.metadata.input.shape, model.metadata.input.dtype))
-    return model
+    slot = slots.active()
+    if (slot.sha256, slot.sequence) != (fetched.file_digest, fetched.sequence):
+        kept = None if fetched.sidecar is None else slots.keep(_read(fetched.sidecar))
+        slot = slots.stage(fetched.path, sha256=fetched.file_digest, sequence=fetched.sequence, sidecar=kept)
+    # Else an earlier attempt put it in place, and the disk did not say so.
+    model = load(slots.read(slot))
+    slots.activate(slot)
+    return Running(model=model, sidecar=sidecar_of(model.metadata), sequence=fetched.sequence)
+
+
+def clear(fetched: Fetched) -> None:
+    """Remove the fetched files. What stays is overwritten by the next fetch."""
+    for path in (fetched.path, fetched.sidecar):
+        if path is not None:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"fetched file {path}", got=error.strerror, expected="a file that can be read") from error

@@ -4,8 +4,10 @@ It is the only part of a device that imports TUF. It reads a ``FetchRequest``, w
 JSON to standard output, and ends with code 0, or with 2 when the request cannot be used. Rules enforced here:
 
 * the trusted root comes from the operator's file at each start, never from what an earlier fetch kept;
-* signatures, expiry, rollback and mixed versions are TUF's to check; no delegated role is followed;
+* signatures, expiry, rollback and mixed versions are TUF's to check; of delegated roles one is followed: the hub's;
 * the rules of ``edgeguard.release.client`` hold before a target is fetched, its digest is taken again after;
+* once TUF found the metadata valid, the clock's time becomes the floor that it may not fall below any more;
+* nothing is fetched that the disk has no room for; what came of a model stays until the next attempt;
 * ``refused``: somebody vouched wrongly, or nobody did; ``failed``: network, disk or time; never a traceback;
 * the file is put under a fixed name, so that no name from outside becomes a path here.
 """
@@ -13,96 +15,185 @@ JSON to standard output, and ends with code 0, or with 2 when the request cannot
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import logging
 import os
+import shutil
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 from edgeguard.errors import EXIT_CLEAN, EXIT_USAGE, TrustError
-from edgeguard.release.client import MAX_REASON, FetchRequest, FetchResult, check_name, check_target
+from edgeguard.release.client import (
+    FLOOR,
+    MAX_REASON,
+    FetchRequest,
+    FetchResult,
+    TargetInfo,
+    check_clock,
+    check_name,
+    check_target,
+    time_floor,
+)
+
+if TYPE_CHECKING:
+    from tuf.api.metadata import TargetFile
+    from tuf.ngclient.updater import Updater
+
+    from edgeguard.release.download import Downloader
 
 STAGED = "incoming.tflite"
+STAGED_SIDECAR = "incoming.guard.npz"
 LOCK = ".lock"
-SOCKET_TIMEOUT_S = 20
-CHUNK_BYTES = 64 * 1024
+COPIES = 3
+"""A model lies three times on the disk before it runs: partial, staged and in its slot."""
 LOG = logging.getLogger(__name__)
 
 
-def fetch(request: FetchRequest) -> FetchResult:
+class Meter:
+    """How many bytes of a target came; asked by another thread when time is up."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, count: int) -> None:
+        """So many more."""
+        self.count += count
+
+
+def fetch(request: FetchRequest, meter: Meter | None = None) -> FetchResult:
     """Fetch and verify the hinted target. Whatever goes wrong is in the result; nothing is raised."""
+    meter = meter or Meter()
+    return msgspec.structs.replace(_fetched(request, meter), received=meter.count)
+
+
+def _fetched(request: FetchRequest, meter: Meter) -> FetchResult:
     try:
         from tuf.api.exceptions import DownloadLengthMismatchError, RepositoryError  # the child only
+
+        from edgeguard.release.download import Downloader
     except ImportError as error:
         return _unsuccessful("failed", f"{error}; install the extra: pip install 'edgeguard[update]'")
+    staging = Path(request.staging_dir)
+    downloader = Downloader(
+        targets_url=request.targets_url,
+        folder=staging,
+        bytes_per_s=request.bytes_per_s,
+        packed=request.compress,
+        tell=meter.add,
+    )
     try:
-        return _fetch(request)
-    except TrustError as error:
-        return _unsuccessful("refused", str(error))
-    except (RepositoryError, DownloadLengthMismatchError) as error:
+        return _fetch(request, downloader)
+    except (TrustError, RepositoryError, DownloadLengthMismatchError) as error:
         # More bytes than signed is counted as an attack, unlike any other trouble with a download.
-        return _unsuccessful("refused", _describe(error))
+        for name in (STAGED, STAGED_SIDECAR):
+            with contextlib.suppress(OSError):
+                (staging / name).unlink()
+        return _unsuccessful("refused", str(error) if isinstance(error, TrustError) else _describe(error))
     except Exception as error:  # whatever a hostile peer found: the agent must learn of it, and go on
         return _unsuccessful("failed", _describe(error))
 
 
-def _fetch(request: FetchRequest) -> FetchResult:
+def _fetch(request: FetchRequest, downloader: Downloader) -> FetchResult:
     from tuf.ngclient.config import UpdaterConfig
     from tuf.ngclient.updater import Updater
-    from tuf.ngclient.urllib3_fetcher import Urllib3Fetcher
 
     check_name(request.target)
     root = Path(request.root).read_bytes()
-    metadata, staged = Path(request.metadata_dir), Path(request.staging_dir) / STAGED
-    for folder in (metadata, staged.parent):
+    metadata, staging = Path(request.metadata_dir), Path(request.staging_dir)
+    for folder in (metadata, staging):
         folder.mkdir(parents=True, exist_ok=True)
     with (metadata / LOCK).open("wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return _unsuccessful("failed", "another fetch is under way")
-        staged.unlink(missing_ok=True)  # what lies there afterwards was verified by this fetch
+        now_s = time.time()
+        check_clock(now_s, time_floor(metadata))
         updater = Updater(
             metadata_dir=str(metadata),
             metadata_base_url=request.metadata_url,
             target_base_url=request.targets_url,
-            fetcher=Urllib3Fetcher(SOCKET_TIMEOUT_S, CHUNK_BYTES, app_user_agent="edgeguard"),
-            config=UpdaterConfig(max_delegations=0),
+            fetcher=downloader,
+            config=UpdaterConfig(max_delegations=1),
             bootstrap=root,
         )
         try:
             updater.refresh()
+            target = updater.get_targetinfo(request.target)
         finally:
             _flush(metadata)
-        target = updater.get_targetinfo(request.target)
+        _write_whole(metadata / FLOOR, str(int(now_s)).encode())
         if target is None:
             raise TrustError(f"target {request.target}", got="no such target in the signed metadata")
-        signed = check_target(target.custom, request.hint, request.running)
-        what = f"target {request.target}"
-        if target.length > request.max_bytes:
-            raise TrustError(what, got=f"{target.length} bytes", expected=f"at most {request.max_bytes}")
-        expected = target.hashes.get("sha256")
-        if expected is None:
-            raise TrustError(what, got="no SHA-256 in the signed metadata")
-        updater.download_target(target, str(staged))
-        digest = _digest(staged)
-        if digest != expected:
-            staged.unlink()
-            raise TrustError(what, got=f"SHA-256 {digest} on disk", expected=expected)
+        signed = check_target(
+            target.custom, request.hint, request.running, board=request.board, runtime=request.runtime
+        )
+        digest = _check_file(request, target, signed)
+        _download(updater, downloader, target, staging / STAGED, digest)
+        if signed.sidecar is not None:
+            _download_sidecar(updater, downloader, request.target, signed, staging / STAGED_SIDECAR)
     return FetchResult(
         state="fetched",
-        path=str(staged),
+        path=str(staging / STAGED),
         file_digest=digest,
         sequence=signed.sequence,
         model_digest=signed.model_digest,
         guard_digest=signed.guard_digest,
+        sidecar_path=str(staging / STAGED_SIDECAR) if signed.sidecar else None,
+        sidecar_digest=signed.sidecar.sha256 if signed.sidecar else None,
     )
+
+
+def _check_file(request: FetchRequest, target: TargetFile, signed: TargetInfo) -> str:
+    """Refuse for what is signed of the file, before a byte of it is fetched; its SHA-256."""
+    what = f"target {request.target}"
+    if target.length > request.max_bytes:
+        raise TrustError(what, got=f"{target.length} bytes", expected=f"at most {request.max_bytes}")
+    digest = target.hashes.get("sha256")
+    if digest is None:
+        raise TrustError(what, got="no SHA-256 in the signed metadata")
+    if digest in request.failed:
+        raise TrustError(what, got="one that was on trial here and failed", do="release a repaired one")
+    needed = COPIES * (target.length + (signed.sidecar.length if signed.sidecar else 0))
+    free = shutil.disk_usage(request.staging_dir).free
+    if free < needed:
+        raise OSError(f"{free >> 20} MiB free, {(needed >> 20) + 1} MiB needed in {request.staging_dir}")
+    return digest
+
+
+def _download_sidecar(updater: Updater, downloader: Downloader, target: str, signed: TargetInfo, path: Path) -> None:
+    from tuf.api.metadata import TargetFile
+
+    assert signed.sidecar is not None
+    name = target.removesuffix(".tflite") + ".guard.npz"
+    companion = TargetFile(signed.sidecar.length, {"sha256": signed.sidecar.sha256}, name)
+    _download(updater, downloader, companion, path, signed.sidecar.sha256)
+
+
+def _download(updater: Updater, downloader: Downloader, target: TargetFile, path: Path, digest: str) -> None:
+    """Put a target under ``path``, safe on disk; one that lies there already is not fetched again."""
+    from tuf.api.exceptions import LengthOrHashMismatchError
+
+    if updater.find_cached_target(target, str(path)) is None:
+        try:
+            updater.download_target(target, str(path))
+        except LengthOrHashMismatchError:
+            # What an earlier attempt left may have been damaged by a power cut: that is nobody's attack.
+            if not downloader.resumed:
+                raise
+            updater.download_target(target, str(path))
+    found = _digest(path)
+    if found != digest:
+        raise TrustError(f"target {target.path}", got=f"SHA-256 {found} on disk", expected=digest)
+    _sync(path.parent)
 
 
 def _digest(path: Path) -> str:
@@ -117,12 +208,28 @@ def _digest(path: Path) -> str:
 
 def _flush(folder: Path) -> None:
     """TUF renames without fsync; its memory against rollback must outlive a power cut."""
-    for path in [*folder.glob("*.json"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    history = folder / "root_history"
+    for path in [*folder.glob("*.json"), *history.glob("*.json"), *([history] if history.exists() else []), folder]:
+        _sync(path)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Replace a small file at once; after a power cut it is the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 _MEANINGS = {
@@ -174,13 +281,17 @@ def main() -> None:
     except (OSError, msgspec.DecodeError, RecursionError) as error:
         _finish(_unsuccessful("failed", f"request {path}; got {error}"), EXIT_USAGE)
         return
-    timeout = threading.Timer(
-        request.timeout, lambda: _finish(_unsuccessful("failed", f"not done after {request.timeout:g} s"))
-    )
+    meter = Meter()
+
+    def give_up() -> None:
+        result = _unsuccessful("failed", f"not done after {request.timeout:g} s")
+        _finish(msgspec.structs.replace(result, received=meter.count))
+
+    timeout = threading.Timer(request.timeout, give_up)
     timeout.daemon = True
     timeout.start()
     tempfile.tempdir = request.staging_dir  # TUF's own temporary copy belongs on the same disk, not in a /tmp in memory
-    _finish(fetch(request))
+    _finish(fetch(request, meter))
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ from tests.simulators.tiny_hub import TinyHub, wait_until
 
 @pytest.fixture(scope="session")
 def digit_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two guarded int8 models of the digits: same input and outputs, other weights."""
+    """Two guarded int8 models of the digits: same input and outputs, other weights. Their sidecars lie elsewhere."""
     from converters import pipeline, sources
     from edgeguard import data
     from edgeguard.attacks import victims
+    from edgeguard.detection import sidecar
 
     folder = tmp_path_factory.mktemp("models")
     digits = data.load("digits")
@@ -33,11 +34,22 @@ def digit_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     for seed in (1, 2):
         model, _ = victims.trained(cast(Any, digits.x_train), digits.y_train, 10, epochs=20, seed=seed, cache=None)
         converted = pipeline.convert(
-            sources.of_keras(model), digits.x_train, digits.y_train, classes=digits.classes, fpr=0.05
+            sources.of_keras(model), digits.x_train, digits.y_train, classes=digits.classes, fpr=0.05, sidecar=True
         )
         paths.append(folder / f"digits-{seed}.tflite")
         paths[-1].write_bytes(converted.guarded)
+        beside = folder / "with-sidecars"
+        beside.mkdir(exist_ok=True)
+        (beside / paths[-1].name).write_bytes(converted.guarded)
+        sidecar.path_beside(beside / paths[-1].name).write_bytes(converted.result.sidecar or b"")
     return paths[0], paths[1]
+
+
+@pytest.fixture(scope="session")
+def models_with_sidecars(digit_models: tuple[Path, Path]) -> tuple[Path, Path]:
+    """The same two models, each with its sidecar beside it."""
+    first, second = (path.parent / "with-sidecars" / path.name for path in digit_models)
+    return first, second
 
 
 @pytest.fixture(scope="session")

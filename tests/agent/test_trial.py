@@ -1,12 +1,16 @@
-"""The count of starts of a model on trial."""
+"""A model on trial: what it must show, and the count of its starts."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from edgeguard.agent.trial import STARTS, Trial
+from edgeguard.agent.trial import STARTS, Fared, Trial, count, judge
+from edgeguard.detection.guarded import Inference
+from edgeguard.detection.verdict import Verdict, not_checked
+from edgeguard.detection.verdict import judge as verdict_of
 from edgeguard.errors import ConfigError
 
 MODEL, OTHER = "a" * 64, "b" * 64
@@ -51,3 +55,52 @@ def test_a_count_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="count of starts"):
         Trial(tmp_path / "nowhere" / "trial.json").begin(MODEL)
     assert list(tmp_path.iterdir()) == []
+
+
+# What a model must show
+
+
+@pytest.mark.parametrize(
+    ("healthy", "sick", "outcome"),
+    [
+        (0, 0, "go on"),
+        (63, 0, "go on"),
+        (64, 0, "confirm"),
+        (64, 7, "confirm"),
+        (63, 1, "go on"),
+        (0, 63, "go on"),
+        (0, 64, "revert"),
+        (57, 7, "revert"),
+        (1000, 200, "revert"),
+    ],
+)
+def test_a_model_is_confirmed_by_healthy_inferences_and_left_for_a_tenth_that_are_not(
+    healthy: int, sick: int, outcome: str
+) -> None:
+    assert judge(Fared(healthy=healthy, sick=sick), needed=64) == outcome
+
+
+X, NOTHING = np.zeros((2, 2, 1), np.float32), np.full((2, 2, 1), np.nan, np.float32)
+CLEAN, FLAGGED = verdict_of(1, {"linf": 0.5}), verdict_of(1, {"linf": 2.0})
+NO_SCORES, NAN = not_checked(1, {}, "to save work"), not_checked(1, {"linf": float("nan")}, "too large")
+
+
+def inference(verdict: Verdict) -> Inference:
+    return Inference((), np.zeros(1, np.float32), verdict)
+
+
+@pytest.mark.parametrize(
+    ("ran", "verdict", "x", "expected"),
+    [
+        pytest.param(inference(CLEAN), CLEAN, X, Fared(healthy=1), id="clean"),
+        pytest.param(inference(FLAGGED), FLAGGED, X, Fared(healthy=1), id="flagged"),
+        pytest.param(inference(NO_SCORES), NO_SCORES, X, Fared(), id="not scored, to save work"),
+        pytest.param(inference(NAN), NAN, X, Fared(sick=1), id="scored, and no number"),
+        pytest.param(None, NO_SCORES, X, Fared(sick=1), id="the runtime failed"),
+        pytest.param(None, NO_SCORES, NOTHING, Fared(), id="the input holds no numbers"),
+    ],
+)
+def test_an_inference_is_healthy_where_it_was_scored(
+    ran: Inference | None, verdict: Verdict, x: np.ndarray, expected: Fared
+) -> None:
+    assert count(Fared(), ran, verdict, x) == expected

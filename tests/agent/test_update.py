@@ -1,4 +1,4 @@
-"""Updates: when a hint leads to a fetch, and what may replace a running model."""
+"""Updates: when a hint leads to a fetch, and a fetch to a check."""
 
 from __future__ import annotations
 
@@ -6,20 +6,17 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from edgeguard.agent.admission import Fetched
 from edgeguard.agent.config import UpdateConfig
 from edgeguard.agent.link import Hint
-from edgeguard.agent.update import Fetched, Progress, Updater, admit
-from edgeguard.contract.guard import GuardMetadata
+from edgeguard.agent.update import Progress, Updater
 from edgeguard.contract.messages import Desired
-from edgeguard.detection import metadata as metadata_reader
-from edgeguard.detection.guarded import GuardedModel
-from edgeguard.errors import ConfigError, ModelError, TrustError
+from edgeguard.errors import ConfigError, TrustError
 from edgeguard.release.client import FetchRequest
 from tests.simulators.tiny_hub import wait_until
 
@@ -33,6 +30,7 @@ FETCHED = {
     "model_digest": DIGEST,
     "guard_digest": DIGEST,
 }
+ADMITTED = {"state": "admitted"}
 REFUSED = {"state": "refused", "reason": "bad signature"}
 FAILED = {"state": "failed", "reason": "no route"}
 
@@ -43,10 +41,18 @@ class Fetches:
     def __init__(self, *results: dict[str, Any] | str) -> None:
         self.results = list(results)
         self.requests: list[FetchRequest] = []
+        self.examined: list[Fetched] = []
         self.children: list[subprocess.Popen[bytes]] = []
 
     def __call__(self, request: FetchRequest) -> subprocess.Popen[bytes]:
         self.requests.append(request)
+        return self._start()
+
+    def examine(self, fetched: Fetched) -> subprocess.Popen[bytes]:
+        self.examined.append(fetched)
+        return self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
         result = self.results.pop(0) if len(self.results) > 1 else self.results[0]
         program = result if isinstance(result, str) else f"print({json.dumps(json.dumps(result))})"
         self.children.append(subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE))
@@ -83,9 +89,11 @@ def outcome(updater: Updater, now_s: float = 0.0) -> Progress | Fetched:
 def made(tmp_path: Path) -> Iterator[Callable[..., tuple[Updater, Fetches]]]:
     updaters = []
 
-    def make(*results: dict[str, Any] | str, config: UpdateConfig | None = CONFIG) -> tuple[Updater, Fetches]:
+    def make(
+        *results: dict[str, Any] | str, config: UpdateConfig | None = CONFIG, **more: Any
+    ) -> tuple[Updater, Fetches]:
         fetches = Fetches(*results)
-        updaters.append(Updater(config, tmp_path, spawn=fetches))
+        updaters.append(Updater(config, tmp_path, spawn=fetches, examine=fetches.examine, **more))
         return updaters[-1], fetches
 
     yield make
@@ -103,7 +111,7 @@ def test_without_a_hint_nothing_is_fetched(made: Made) -> None:
 
 
 def test_a_hint_leads_to_a_fetch_of_what_it_names(made: Made) -> None:
-    updater, fetches = made(FETCHED)
+    updater, fetches = made(FETCHED, ADMITTED)
     assert take(updater, hint(2)) is None
     assert step(updater) == Progress(state="fetching", sequence=2)
     assert outcome(updater) == Fetched(
@@ -150,7 +158,7 @@ def test_an_attempt_that_came_to_nothing_is_told_and_repeated_ever_more_rarely(
 
 
 def test_after_an_attack_the_genuine_release_gets_through(made: Made) -> None:
-    updater, _ = made(REFUSED, FAILED, FETCHED)
+    updater, _ = made(REFUSED, FAILED, FETCHED, ADMITTED)
     take(updater, hint(2))
     step(updater)
     outcome(updater)
@@ -215,7 +223,7 @@ def test_a_fetch_that_cannot_be_started_has_failed(tmp_path: Path) -> None:
     def refuse(_request: FetchRequest) -> subprocess.Popen[bytes]:
         raise ConfigError("fetch", got="disk full")
 
-    updater = Updater(CONFIG, tmp_path, spawn=refuse)
+    updater = Updater(CONFIG, tmp_path, spawn=refuse, examine=lambda _: pytest.fail("nothing was fetched"))
     take(updater, hint(2))
     assert step(updater) == Progress(state="failed", sequence=2, reason="fetch; got disk full")
 
@@ -231,73 +239,111 @@ def test_a_settled_release_leaves_only_a_newer_hint_open(made: Made) -> None:
     assert len(fetches.requests) == 1
 
 
-# What may replace a running model
+# The check of what was fetched
 
 
-def described(path: Path, **changes: str) -> Fetched:
-    content, metadata = path.read_bytes(), metadata_reader.read(path.read_bytes())
-    known = {
-        "file_digest": sha256(content).hexdigest(),
-        "model_digest": metadata.model_digest,
-        "guard_digest": metadata.guard_digest,
-    }
-    return Fetched(sequence=2, path=path, **{**known, **changes})
+def test_a_fetched_file_is_checked_before_it_is_given_out(made: Made) -> None:
+    updater, fetches = made({**FETCHED, "sidecar_path": "/staging/s", "sidecar_digest": DIGEST}, ADMITTED)
+    take(updater, hint(2, target="repaired/m-2.tflite"))
+    step(updater)
+    found = outcome(updater)
+    assert fetches.examined == [found]
+    assert isinstance(found, Fetched)
+    assert (found.sidecar, found.sidecar_digest, found.repair) == (Path("/staging/s"), DIGEST, True)
 
 
-def test_a_model_of_the_same_interface_is_admitted(digit_models: tuple[Path, Path]) -> None:
-    old, new = digit_models
-    running = GuardedModel.load(old.read_bytes())
-    admitted = admit(new.read_bytes(), described(new), running, load=GuardedModel.load)
-    assert admitted.metadata.model_digest == metadata_reader.read(new.read_bytes()).model_digest
+def test_what_is_no_repair_is_not_called_one(made: Made) -> None:
+    updater, fetches = made(FETCHED, ADMITTED)
+    take(updater, hint(2, target="m-2.tflite"))
+    step(updater)
+    outcome(updater)
+    assert [fetched.repair for fetched in fetches.examined] == [False]
 
 
-@pytest.mark.parametrize("digest", ["file_digest", "model_digest", "guard_digest"])
-def test_a_file_that_is_not_what_its_signer_said_is_refused(digit_models: tuple[Path, Path], digest: str) -> None:
-    old, new = digit_models
-    running = GuardedModel.load(old.read_bytes())
-    with pytest.raises(TrustError):
-        admit(new.read_bytes(), described(new, **{digest: "f" * 64}), running, load=GuardedModel.load)
-
-
-def test_a_signed_file_that_is_no_model_is_refused(digit_models: tuple[Path, Path], tmp_path: Path) -> None:
-    running = GuardedModel.load(digit_models[0].read_bytes())
-    fetched = Fetched(
-        sequence=2,
-        path=tmp_path,
-        file_digest=sha256(b"no model").hexdigest(),
-        model_digest=DIGEST,
-        guard_digest=DIGEST,
-    )
-    with pytest.raises(ModelError):
-        admit(b"no model", fetched, running, load=GuardedModel.load)
-
-
-class Differing:
-    """A running model that differs from its file in one thing that programs rely on."""
-
-    def __init__(self, model: GuardedModel, interface: tuple[object, ...] | None, **metadata: Any) -> None:
-        import msgspec
-
-        self._interface = interface or model.interface()
-        self.metadata: GuardMetadata = msgspec.structs.replace(model.metadata, **metadata)
-
-    def interface(self) -> tuple[object, ...]:
-        return self._interface
+CRASH = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
 
 
 @pytest.mark.parametrize(
-    ("interface", "metadata", "named"),
+    ("answer", "state", "named"),
     [
-        (((8, 8, 1), "uint8", (((1, 11), "int8"),)), {}, "outputs"),
-        (((9, 9, 1), "uint8", (((1, 10), "int8"),)), {}, "input"),
-        (None, {"classes": tuple("abcdefghij")}, "classes"),
-        (None, {"class_output": None}, "class output"),
+        ({"state": "refused", "reason": "another class"}, "refused", "another class"),
+        ({"state": "failed", "reason": "disk"}, "failed", "disk"),
+        (CRASH, "refused", "exit code -11"),
+        ("", "failed", "without an answer"),
+        ("print('{')", "failed", "without an answer"),
     ],
 )
-def test_a_model_that_takes_or_gives_something_else_is_refused(
-    digit_models: tuple[Path, Path], interface: tuple[object, ...] | None, metadata: dict[str, Any], named: str
+def test_a_file_that_does_not_pass_is_not_given_out_and_tried_again_later(
+    made: Made, answer: dict[str, Any] | str, state: str, named: str
 ) -> None:
-    old, new = digit_models
-    running: Any = Differing(GuardedModel.load(old.read_bytes()), interface, **metadata)
-    with pytest.raises(ModelError, match=named):
-        admit(new.read_bytes(), described(new), running, load=GuardedModel.load)
+    updater, fetches = made(FETCHED, answer)
+    take(updater, hint(2))
+    step(updater)
+    progress = outcome(updater)
+    assert isinstance(progress, Progress)
+    assert progress.state == state
+    assert named in progress.reason
+    assert step(updater, 9.0) is None
+    assert len(fetches.requests) == 1
+    step(updater, 10.0)
+    assert len(fetches.requests) == 2
+
+
+def test_a_check_that_hangs_is_killed(made: Made) -> None:
+    updater, fetches = made(FETCHED, "import time; time.sleep(60)")
+    take(updater, hint(2))
+    step(updater)
+    wait_until(lambda: step(updater) is None and len(fetches.children) == 2, "the check")
+    progress = step(updater, 1000.0)
+    assert isinstance(progress, Progress) and progress.state == "failed" and "check" in progress.reason
+    assert fetches.children[1].returncode is not None
+
+
+def test_a_newer_hint_ends_the_check_of_the_older(made: Made) -> None:
+    updater, fetches = made(FETCHED, "import time; time.sleep(60)", FETCHED, ADMITTED)
+    take(updater, hint(2))
+    step(updater)
+    wait_until(lambda: step(updater) is None and len(fetches.children) == 2, "the check")
+    take(updater, hint(3))
+    assert fetches.children[1].returncode is not None
+    step(updater)
+    assert isinstance(outcome(updater), Fetched)
+
+
+# Small links, and what this device remembers
+
+
+def test_a_download_that_came_further_goes_on_soon_and_one_that_did_not_ever_more_rarely(made: Made) -> None:
+    updater, fetches = made({**FAILED, "received": 1000})
+    take(updater, hint(2))
+    step(updater)
+    outcome(updater)
+    for due in (10.0, 20.0, 30.0):
+        step(updater, due)
+        outcome(updater, due)
+    assert len(fetches.requests) == 4
+
+
+def test_a_fetch_knows_the_link_the_board_and_what_ran_here(made: Made) -> None:
+    config = UpdateConfig(
+        metadata_url="http://h/m", targets_url="http://h/t", root=Path("/r"), max_kib_per_s=20, compress=True
+    )
+    updater, fetches = made(
+        FETCHED, config=config, known=lambda: (7, (DIGEST,)), board="Raspberry Pi 5", runtime="litert"
+    )
+    take(updater, hint(2))
+    step(updater)
+    (request,) = fetches.requests
+    assert (request.bytes_per_s, request.compress) == (20 * 1024, True)
+    assert (request.board, request.runtime) == ("Raspberry Pi 5", "litert")
+    assert (request.highest_sequence, request.failed) == (7, (DIGEST,))
+
+
+def test_a_damaged_memory_of_what_ran_here_is_a_failure(made: Made) -> None:
+    def damaged() -> tuple[int, tuple[str, ...]]:
+        raise TrustError("model slots", got="nonsense")
+
+    updater, fetches = made(FETCHED, known=damaged)
+    take(updater, hint(2))
+    assert step(updater) == Progress(state="failed", sequence=2, reason="model slots; got nonsense")
+    assert fetches.requests == []

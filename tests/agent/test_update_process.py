@@ -15,7 +15,9 @@ import pytest
 
 from edgeguard.contract.messages import Birth, Reported
 from edgeguard.detection import metadata as metadata_reader
-from edgeguard.release.repository import Release, Repository
+from edgeguard.detection import sidecar
+from edgeguard.release.repository import Repository
+from edgeguard.release.roles import Release
 from firmware_bridge.slots import Slots
 from tests.agent.conftest import Device
 from tests.simulators.tiny_hub import TinyHub, wait_until
@@ -29,7 +31,9 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.served = folder / "served"
-        self.repository = Repository.create(self.served, folder / "keys", clock=lambda: datetime.now(timezone.utc))
+        self.repository = Repository.create(
+            self.served, folder / "keys", folder / "offline", clock=lambda: datetime.now(timezone.utc)
+        )
         (folder / "root.json").write_bytes(self.repository.root())
         handler = functools.partial(_Quiet, directory=str(self.served))
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -49,6 +53,19 @@ class Site:
             model_digest=metadata.model_digest,
             guard_digest=metadata.guard_digest,
             replaces=metadata_reader.read(old.read_bytes()).model_digest,
+        )
+
+    def repair(self, new: Path, old: Path, companion: bytes) -> Release:
+        """Sign a repair with the hub's key."""
+        content = new.read_bytes()
+        metadata = metadata_reader.read(content)
+        return self.repository.add_repair(
+            content,
+            name="digits",
+            model_digest=metadata.model_digest,
+            guard_digest=metadata.guard_digest,
+            replaces=metadata_reader.read(old.read_bytes()).model_digest,
+            sidecar=companion,
         )
 
     def target(self) -> Path:
@@ -239,7 +256,7 @@ def test_a_model_that_ends_the_agent_again_and_again_is_left_and_not_taken_again
         assert birth_after_start(hub, camera) == new
     camera.kill()
     assert birth_after_start(hub, camera) == old
-    assert len([line for line in camera.log.splitlines() if "never filled a window" in line and "WARNING" in line]) == 1
+    assert len([line for line in camera.log.splitlines() if "got 2 starts" in line and "WARNING" in line]) == 1
     wait_until(lambda: state(hub) == "refused", "the hint that still stands is refused")
     reported = hub.latest(Reported)
     assert reported is not None and reported.model_digest == old
@@ -266,3 +283,40 @@ def test_a_model_that_filled_a_window_stays_however_often_the_agent_is_killed(
     for _ in range(3):
         camera.kill()
         assert birth_after_start(hub, camera) == digests(digit_models)[1]
+
+
+def test_a_repair_brings_its_sidecar(
+    hub: TinyHub, device: Make, site: Site, models_with_sidecars: tuple[Path, Path]
+) -> None:
+    old, new = models_with_sidecars
+    companion = sidecar.path_beside(new).read_bytes()
+    release = site.repair(new, old, companion)
+    camera = device(more=site.config)
+    camera.model = old
+    camera.start()
+    hub.hint("camera-1", release.target, release.sequence)
+    wait_until(lambda: state(hub) in ("updated", "refused"), "an outcome", timeout_s=60)
+    reported, birth = hub.latest(Reported), hub.latest(Birth)
+    assert reported is not None and birth is not None
+    assert (reported.state, reported.reason) == ("updated", "")
+    assert birth.model_digest == digests(models_with_sidecars)[1]
+    assert "cascade" in birth.capabilities
+    kept = camera.folder / "state" / "slots" / f"{sidecar.digest(companion)}{sidecar.SUFFIX}"
+    assert kept.read_bytes() == companion
+    assert camera.stop() == 0
+
+
+def test_a_repair_for_a_device_that_cannot_hold_it_against_its_own_model_is_refused(
+    hub: TinyHub, device: Make, site: Site, digit_models: tuple[Path, Path], models_with_sidecars: tuple[Path, Path]
+) -> None:
+    old, new = models_with_sidecars
+    release = site.repair(new, old, sidecar.path_beside(new).read_bytes())
+    camera = device(more=site.config)
+    assert not sidecar.path_beside(camera.model).exists()
+    camera.start()
+    hub.hint("camera-1", release.target, release.sequence)
+    wait_until(lambda: state(hub) == "refused", "the refusal", timeout_s=60)
+    reported = hub.latest(Reported)
+    assert reported is not None and "self-test inputs of the running model" in reported.reason
+    assert reported.model_digest == digests(digit_models)[0]
+    assert camera.stop() == 0

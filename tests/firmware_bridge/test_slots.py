@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,10 @@ import pytest
 
 from edgeguard.errors import ConfigError, TrustError
 from firmware_bridge.slots import (
+    FAILED_KEPT,
     KEY,
     RECORD,
+    SIDECAR,
     Content,
     Slot,
     Slots,
@@ -122,7 +125,7 @@ def test_updates_take_turns_between_the_two_slots(slots: Slots, tmp_path: Path) 
 @pytest.mark.parametrize("sequence", [0, 4, 5])
 def test_a_model_that_is_not_newer_is_not_staged(slots: Slots, sequence: int) -> None:
     update(slots, TWO, 5)
-    with pytest.raises(TrustError, match="expected more than 5"):
+    with pytest.raises(TrustError, match="expected at least 6"):
         stage(slots, THREE, sequence)
     previous = slots.previous()
     assert previous is not None
@@ -232,7 +235,87 @@ def test_transitions_never_touch_the_active_slot(active: str) -> None:
         assert after.content(state.active) == content
     there = activated(staged(state, newer), state.inactive)
     assert there.content(there.active) == newer
-    assert reverted(there).active == state.active
+    assert reverted(there, has_failed=True).active == state.active
+
+
+def test_a_model_that_failed_its_trial_is_not_staged_again_but_a_damaged_one_is(slots: Slots) -> None:
+    update(slots, TWO, 2)
+    slots.revert("damaged")
+    update(slots, TWO, 2)
+    slots.revert("it could not be scored", has_failed=True)
+    assert slots.failed == (sha256(TWO),)
+    with pytest.raises(TrustError, match="on trial here and failed"):
+        stage(slots, TWO, 3)
+    update(slots, THREE, 3)
+
+
+def test_only_the_last_failures_are_remembered(slots: Slots) -> None:
+    for number in range(2, FAILED_KEPT + 4):
+        update(slots, bytes([number]), number)
+        slots.revert("again", has_failed=True)
+    assert len(slots.failed) == FAILED_KEPT
+    assert slots.failed[-1] == sha256(bytes([FAILED_KEPT + 3]))
+
+
+def test_nothing_older_than_what_was_ever_confirmed_is_staged_even_where_an_older_model_runs_again(
+    slots: Slots,
+) -> None:
+    update(slots, TWO, 5)
+    slots.confirm()
+    slots.revert("damaged")
+    assert (slots.active().sequence, slots.highest) == (1, 5)
+    with pytest.raises(TrustError, match="expected at least 5"):
+        stage(slots, THREE, 4)
+    update(slots, TWO, 5)
+
+
+def test_a_record_of_an_earlier_version_is_read(slots: Slots, tmp_path: Path) -> None:
+    first = {"sha256": sha256(ONE), "sequence": 1}
+    record = {"active": "a", "previous": None, "confirmed": True, "a": first}
+    (tmp_path / "slots" / RECORD).write_bytes(msgspec.json.encode(record))
+    again = Slots(tmp_path / "slots")
+    assert (again.load(), again.highest, again.failed) == (ONE, 0, ())
+
+
+# --- sidecars and clean-up ------------------------------------------------------------------------
+
+
+def names(slots: Slots) -> set[str]:
+    return {path.name for path in slots._folder.iterdir()}
+
+
+def test_the_sidecars_of_both_slots_stay_and_those_of_earlier_models_go(slots: Slots) -> None:
+    for number, content in ((2, TWO), (3, THREE), (4, TWO)):
+        path = slots._folder.parent / "fetched.tflite"
+        path.write_bytes(content)
+        kept = slots.keep(bytes([number]))
+        slots.activate(slots.stage(path, sha256=sha256(content), sequence=number, sidecar=kept))
+    assert len([name for name in names(slots) if name.endswith(SIDECAR)]) == 3
+    slots.tidy()
+    stay = {f"{sha256(bytes([number]))}{SIDECAR}" for number in (3, 4)}
+    assert names(slots) == {"slot-a.tflite", "slot-b.tflite", RECORD} | stay
+
+
+def test_what_a_killed_process_left_is_removed_and_what_is_not_ours_stays(slots: Slots, tmp_path: Path) -> None:
+    folder = tmp_path / "slots"
+    for name in (".slot-b.tflite.tmp", "slot-b.tflite", "trial.json", f"{sha256(ONE)}{SIDECAR}", KEY):
+        (folder / name).write_bytes(b"x")
+    slots.tidy(also=[sha256(ONE)])
+    assert names(slots) == {"slot-a.tflite", RECORD, "trial.json", f"{sha256(ONE)}{SIDECAR}", KEY}
+
+
+def test_staging_needs_no_second_copy_of_a_model_in_memory(slots: Slots, tmp_path: Path) -> None:
+    path, size = tmp_path / "large", 20 << 20
+    path.write_bytes(bytes(size))
+    tracemalloc.start()
+    slot = slots.stage(path, sha256=sha256(bytes(size)), sequence=2)
+    before = tracemalloc.get_traced_memory()[0]
+    tracemalloc.reset_peak()
+    slots.activate(slot)
+    slots.stage(path, sha256=slot.sha256, sequence=3)
+    peak = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    assert peak < 2 << 20
 
 
 # --- files that the device re-calibrated itself ---------------------------------------------------
@@ -260,7 +343,7 @@ def test_a_model_that_was_recalibrated_again_goes_back_to_the_same_release(slots
 
 def test_a_release_replaces_a_recalibrated_model(slots: Slots) -> None:
     recalibrate(slots, TWO)
-    with pytest.raises(TrustError, match="expected more than 1"):
+    with pytest.raises(TrustError, match="expected at least 2"):
         stage(slots, THREE, 1)
     update(slots, THREE, 2)
     assert (slots.load(), slots.active().parent) == (THREE, None)

@@ -409,6 +409,13 @@ def test_only_a_unit_with_a_camera_opens_devices() -> None:
     assert not any(line.startswith("DeviceAllow") for line in without)
 
 
+def test_only_a_unit_with_microcontrollers_opens_serial_ports() -> None:
+    with_serial, without = lines(dataclasses.replace(SETTINGS, serial=True)), lines(SETTINGS)
+    assert "PrivateDevices=yes" not in with_serial
+    assert {"DeviceAllow=char-ttyACM rw", "SupplementaryGroups=dialout"} < set(with_serial) - set(without)
+    assert "DeviceAllow=char-video4linux rw" not in with_serial
+
+
 PROGRAM = """
 import ctypes, mmap, sys
 import numpy as np

@@ -1,0 +1,265 @@
+"""The last checks of a fetched model before it may replace the running one.
+
+``python -m edgeguard.agent.admission FILE`` runs them in a short-lived child, so that a model that crashes its
+runtime takes no agent with it, and the daemon needs no memory for a model that it will refuse. Rules enforced here:
+
+* the file is the one that was verified, and describes itself as its signer does;
+* it takes and gives what the running model does: input, outputs, classes;
+* it runs, and passes the self-test of the sidecar that its release brought: known inputs, expected classes, scores in
+  range;
+* on the self-test inputs of the *running* model's sidecar, which no release can choose, it says what the running model
+  says for at least ``MIN_AGREEMENT`` of them;
+* what the hub's online key may have signed, a repair, needs both sidecars: what cannot be checked is refused. A release
+  that was signed offline may come without.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from edgeguard.contract.messages import Digest
+from edgeguard.detection import sidecar
+from edgeguard.detection.guarded import GuardedModel
+from edgeguard.detection.sidecar import MIN_AGREEMENT, Sidecar
+from edgeguard.errors import EXIT_CLEAN, EXIT_USAGE, ConfigError, EdgeGuardError, ModelError, TrustError
+
+MIN_INPUTS = 10
+"""Fewer self-test inputs say nothing about a share of 90%."""
+MAX_ANSWER_BYTES = 16 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """A verified file waits to be admitted; the digests are those that its signer vouched for.
+
+    ``sidecar`` and ``sidecar_digest`` are None for a release that brought none; ``repair``: the hub's online key may
+    have signed it.
+    """
+
+    sequence: int
+    path: Path
+    file_digest: str
+    model_digest: str
+    guard_digest: str
+    sidecar: Path | None = None
+    sidecar_digest: str | None = None
+    repair: bool = False
+
+
+class Question(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the child needs to know. Paths as text; ``held``: where the running model's sidecar may lie."""
+
+    fetched: str
+    file_digest: Digest
+    model_digest: Digest
+    guard_digest: Digest
+    sidecar: str | None
+    sidecar_digest: Digest | None
+    repair: bool
+    running: str
+    running_digest: Digest
+    held: tuple[str, ...]
+    runtime: str
+    threads: int
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What the child found. ``failed``: it could not find out."""
+
+    state: Literal["admitted", "refused", "failed"]
+    reason: str = ""
+
+
+def admit(
+    content: bytes,
+    fetched: Fetched,
+    running: GuardedModel,
+    *,
+    load: Callable[[bytes], GuardedModel],
+    held: Sidecar | None,
+    brought: bytes | None,
+) -> GuardedModel:
+    """Check a fetched model.
+
+    Args:
+        content: the fetched file.
+        fetched: what its signer said of it, as the fetch verified it.
+        running: the model that runs.
+        load: opens a model.
+        held: the running model's sidecar, None where it has none on this device.
+        brought: the sidecar that the release brought, None for one without.
+
+    Raises:
+        TrustError: the file is not the one that was verified, describes itself otherwise than its signer, decides
+            otherwise than the running model, or that cannot be checked though it must be.
+        ModelError: it does not load or run, takes or gives something else than the running model, or fails its
+            self-test.
+    """
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != fetched.file_digest:
+        raise TrustError("fetched model", got=f"SHA-256 {digest}", expected=fetched.file_digest)
+    model = load(content)
+    for name in ("model_digest", "guard_digest"):
+        if getattr(model.metadata, name) != getattr(fetched, name):
+            raise TrustError(
+                f"fetched model: {name}", got=getattr(model.metadata, name), expected=getattr(fetched, name)
+            )
+    for what, new, old in (
+        ("input and outputs", model.interface(), running.interface()),
+        ("input range", model.metadata.input, running.metadata.input),
+        ("classes", model.metadata.classes, running.metadata.classes),
+        ("class output", model.metadata.class_output, running.metadata.class_output),
+    ):
+        if new != old:
+            raise ModelError(f"fetched model: {what}", got=new, expected=f"{old}, as the running model")
+    model.infer(np.zeros(model.metadata.input.shape, model.metadata.input.dtype))
+    _self_test(model, brought, must=fetched.repair)
+    _agreement(model, running, held, must=fetched.repair)
+    return model
+
+
+def _self_test(model: GuardedModel, brought: bytes | None, *, must: bool) -> None:
+    named = model.metadata.sidecar_digest
+    if named is None or brought is None:
+        if must:
+            raise TrustError("repaired model", got="no sidecar", expected="one, whose self-test it passes")
+        return
+    held = sidecar.decode(brought, digest=named, metadata=model.metadata, name="fetched sidecar")
+    outcome = sidecar.self_test(held, model.infer)
+    if not outcome.passed:
+        raise ModelError("fetched model: self-test", got="; ".join(outcome.wrong)[:200] or "not passed")
+
+
+def _agreement(model: GuardedModel, running: GuardedModel, held: Sidecar | None, *, must: bool) -> None:
+    """Compare both models' classes on clean inputs that came with the running one."""
+    count = 0 if held is None else len(held.self_test)
+    if held is None or count < MIN_INPUTS or running.metadata.class_output is None:
+        if must:
+            raise TrustError(
+                "repaired model",
+                got=f"{count} self-test inputs of the running model to compare classes on",
+                expected=f"at least {MIN_INPUTS}",
+                do="put the running model's sidecar NAME.guard.npz beside it, or sign the release offline",
+            )
+        return
+    same = sum(model.infer(x).verdict.predicted == running.infer(x).verdict.predicted for x in held.self_test)
+    if same < MIN_AGREEMENT * count:
+        raise TrustError(
+            "fetched model",
+            got=f"the running model's class for {same} of {count} clean inputs",
+            expected=f"at least {MIN_AGREEMENT:.0%}",
+        )
+
+
+def ask(question: Question, path: Path) -> subprocess.Popen[bytes]:
+    """Start the child. Raises ConfigError where it cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(msgspec.json.encode(question))
+        return subprocess.Popen(
+            [sys.executable, "-m", "edgeguard.agent.admission", str(path)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C in a terminal is the agent's to handle
+        )
+    except OSError as error:
+        raise ConfigError("check of a fetched model", got=str(error), do=f"check {path.parent}") from error
+
+
+def read_answer(process: subprocess.Popen[bytes]) -> Answer | None:
+    """What the child found, or None while it works. To be asked no more once it answered.
+
+    One that was ended by a signal crashed on the model, which is refused for it.
+    """
+    code = process.poll()
+    if code is None:
+        return None
+    with process:
+        content = process.stdout.read(MAX_ANSWER_BYTES) if process.stdout else b""
+    try:
+        return msgspec.json.decode(content, type=Answer)
+    except (msgspec.DecodeError, RecursionError):
+        state: Literal["refused", "failed"] = "refused" if code < 0 else "failed"
+        return Answer(state=state, reason=f"the check of the fetched model ended without an answer, exit code {code}")
+
+
+def answer(question: Question) -> Answer:
+    """Load both models and check. Nothing is raised."""
+    fetched = Fetched(
+        sequence=0,
+        path=Path(question.fetched),
+        file_digest=question.file_digest,
+        model_digest=question.model_digest,
+        guard_digest=question.guard_digest,
+        repair=question.repair,
+    )
+
+    def load(content: bytes) -> GuardedModel:
+        return GuardedModel.load(content, threads=question.threads, runtime=question.runtime)
+
+    try:
+        running = _read(Path(question.running))
+        found = hashlib.sha256(running).hexdigest()
+        if found != question.running_digest:
+            return Answer(state="failed", reason="the slot of the running model changed meanwhile")
+        model = load(running)
+        admit(
+            _read(fetched.path),
+            fetched,
+            model,
+            load=load,
+            held=_held(question.held, model),
+            brought=_read(Path(question.sidecar)) if question.sidecar else None,
+        )
+    except (TrustError, ModelError) as error:
+        return Answer(state="refused", reason=str(error)[:500])
+    except EdgeGuardError as error:
+        return Answer(state="failed", reason=str(error)[:500])
+    except Exception as error:  # whatever a hostile model found
+        return Answer(state="failed", reason=f"{type(error).__name__}: {error}"[:500])
+    return Answer(state="admitted")
+
+
+def _held(places: Sequence[str], model: GuardedModel) -> Sidecar | None:
+    """The running model's sidecar from the first place that has it."""
+    digest = model.metadata.sidecar_digest
+    for place in places if digest is not None else ():
+        with suppress(OSError, EdgeGuardError):
+            content = _read(Path(place))
+            return sidecar.decode(content, digest=str(digest), metadata=model.metadata)
+    return None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"file {path}", got=error.strerror, expected="a file that can be read") from error
+
+
+def main() -> int:
+    """Answer one question on standard output."""
+    with suppress(OSError):  # a service may be forbidden to
+        os.nice(10)
+    try:
+        question = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Question)
+    except (OSError, IndexError, msgspec.DecodeError) as error:
+        sys.stdout.buffer.write(msgspec.json.encode(Answer(state="failed", reason=f"question: {error}"[:500])))
+        return EXIT_USAGE
+    sys.stdout.buffer.write(msgspec.json.encode(answer(question)))
+    return EXIT_CLEAN
+
+
+if __name__ == "__main__":
+    sys.exit(main())
