@@ -5,7 +5,7 @@
 Draws fleets day by day (:mod:`tests.simulators.fleet_year`, which says what is assumed of the world) and lets the hub's
 own policy and trust judge the counts, look by look. Four parts:
 
-* ``calm``: years without attack or liars: suspicions are false ones;
+* ``calm``: years without attack or liars, some with devices that were calibrated anew: suspicions are false ones;
 * ``liars``: the same with 20% liars of each kind: inspections that they cause, beside the most that they can;
 * ``speed``: days from the first triggered input to the suspicion and to the case, against the trigger's rate and the
   size of the fleet;
@@ -60,6 +60,8 @@ def worlds(*, quick: bool) -> dict[str, list[World]]:
         *(World(seed=SEED + s, devices=1000, days=year) for s in range(few)),
         *(World(seed=SEED + s, devices=1000, classes=43, calibration=4000, days=year) for s in range(1, few)),
         *(World(seed=SEED + s, devices=10_000, days=180) for s in range(few - 1)),
+        *(World(seed=SEED + s, devices=3, calibration=600, days=year) for s in range(few)),
+        *(World(seed=SEED + s, devices=100, days=year, recalibrated=share) for s, share in enumerate((0.1, 0.3))),
     ]
     liars = [World(seed=SEED + 10, devices=1000, days=year, liars=0.2, lie=lie) for lie in LIES]
     liars += [World(seed=SEED + 10 + s, devices=1000, days=year, liars=0.2, lie="dripping") for s in range(1, few)]

@@ -10,6 +10,7 @@ Rules enforced here:
 
 from __future__ import annotations
 
+import base64
 import functools
 import getpass
 import inspect
@@ -19,7 +20,7 @@ import re
 import sys
 import time
 import urllib.parse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from enum import Enum
@@ -34,9 +35,11 @@ from edgeguard.cli.run import replace_process
 from edgeguard.errors import EXIT_FINDINGS, EXIT_NOT_CHECKED, ConfigError, LinkError
 
 DEFAULT_URL = "http://127.0.0.1:8080"
-_CLOSED = ("closed", "dismissed", "refused")
+_CLOSED = ("closed", "dismissed", "refused", "aborted", "rolled_back")
 _UNITS_S = {"m": 60, "h": 3600, "d": 86400}
 _RETRY_S = 3.0
+_AT_ONCE, _BATCH_BYTES = 64, 1 << 20
+"""Shared inputs of one request: it must arrive within seconds."""
 
 Row = Mapping[str, Any]
 
@@ -55,6 +58,37 @@ class Step(str, Enum):
     INSPECT = "inspect"
     REPAIR = "repair"
     STAGE = "stage"
+
+
+class Steering(str, Enum):
+    """What a person may do to a roll-out."""
+
+    SHOW = "show"
+    PAUSE = "pause"
+    RESUME = "resume"
+    BACK = "back"
+    ABORT = "abort"
+
+
+class Asked(str, Enum):
+    """What an operator may ask of a device."""
+
+    RESTART = "restart"
+    RECALIBRATE = "recalibrate"
+
+
+class Answer(str, Enum):
+    """A person's word."""
+
+    YES = "yes"
+    NO = "no"
+
+
+class Source(str, Enum):
+    """The clean inputs that a device calibrates with."""
+
+    SIDECAR = "sidecar"
+    OWNER = "owner"
 
 
 AsJson = typer.Option(False, "--json", help="Print JSON.")
@@ -301,8 +335,138 @@ def _add_cases(group: typer.Typer) -> None:
         """Reject a step of a case, which ends the case."""
         _decide(hub, number, step, False, why)
 
+    @group.command(epilog="Example: edgeguard hub rollout 3 pause --why 'the cameras of gate 3 are slow since'")
+    @asks(_client)
+    def rollout(
+        hub: Client,
+        number: int = typer.Argument(help="The case."),
+        action: Steering = typer.Argument(
+            Steering.SHOW,
+            help="show it; pause it; resume it without the devices that failed; back: release the model before anew, "
+            "and bring those who took the repaired one back to it; abort: end it, and leave each device as it is.",
+        ),
+        why: str = Why,
+        state: str | None = typer.Option(
+            None, help="Only devices in this state: away, offered, soaking, healthy, failed or dropped."
+        ),
+        limit: int = Limit,
+        as_json: bool = AsJson,
+    ) -> None:
+        """How far a release is, group by group, and which devices fail; or what shall become of it."""
+        if action is Steering.SHOW:
+            case = hub.get(f"/v1/cases/{number}")
+        else:
+            case = hub.send("POST", f"/v1/cases/{number}/rollout", {"action": action.value, "why": why})
+        members = hub.rows(f"/v1/cases/{number}/devices", limit=limit, state=state)
+        if as_json:
+            typer.echo(json.dumps({"case": case, "devices": members}))
+        else:
+            _tell_rollout(case, members)
+
+    @group.command(epilog="Example: edgeguard hub share 3 taken-from-the-board/*.npz --why 'stickers, seen by Ada'")
+    @asks(_client)
+    def share(
+        hub: Client,
+        number: int = typer.Argument(help="The case."),
+        files: list[Path] = typer.Argument(help="Inputs as a device's quarantine keeps them, or folders of such."),
+        why: str = Why,
+        as_json: bool = AsJson,
+    ) -> None:
+        """Have the hub's own copy of the model look at inputs that devices flagged.
+
+        Share inputs that you have looked at and that are not what the model calls them. Enough that the hub's copy
+        flags and calls the suspected label make a case of the suspicion. They are kept at the hub until the case ends.
+        """
+        inputs = _quarantined(files)
+        answer: Row = {}
+        items: list[Row] = []
+        for batch in _batches(inputs):
+            answer = hub.send("POST", f"/v1/cases/{number}/inputs", {**batch, "why": why})
+            items += answer["items"]
+        if as_json:
+            typer.echo(json.dumps({**answer, "items": items}))
+            return
+        flagged = sum(item["flagged"] for item in items)
+        typer.echo(
+            f"{len(items)} inputs, {flagged} flagged by the hub's copy; {answer['counting']} of {answer['enough']} "
+            f"that are needed speak for the suspicion\ncase {number} is {plain(answer['state'])}"
+        )
+
+
+def _quarantined(paths: Sequence[Path]) -> list[Any]:
+    """The inputs in these files and folders. Raises ConfigError where there are none, ModelError for another file."""
+    from edgeguard.agent import quarantine
+
+    found = [file for path in paths for file in (sorted(path.glob("*.npz")) if path.is_dir() else [path])]
+    if not found:
+        raise ConfigError("shared inputs", got="no .npz file", do="name files of a device's quarantine")
+    return [quarantine.read(file)[0] for file in found]
+
+
+def _batches(inputs: Sequence[Any]) -> Iterator[Row]:
+    """Bodies of requests, each of inputs of one type and shape and of bounded size."""
+    by_kind: dict[tuple[str, tuple[int, ...]], list[Any]] = {}
+    for x in inputs:
+        by_kind.setdefault((x.dtype.name, x.shape), []).append(x)
+    for (dtype, shape), alike in by_kind.items():
+        step = max(1, min(_AT_ONCE, _BATCH_BYTES // max(alike[0].nbytes, 1)))
+        for start in range(0, len(alike), step):
+            coded = [base64.b64encode(x.astype(x.dtype.newbyteorder("<")).tobytes()).decode()
+                     for x in alike[start : start + step]]  # fmt: skip
+            yield {"dtype": dtype, "shape": list(shape), "inputs": coded}
+
 
 def _add_devices(group: typer.Typer) -> None:
+    @group.command(epilog="Example: edgeguard hub ask camera-1 recalibrate --source owner")
+    @asks(_client)
+    def ask(
+        hub: Client,
+        device: str = typer.Argument(help="Its name."),
+        what: Asked = typer.Argument(help="What it shall do."),
+        source: Source | None = typer.Option(None, help="Clean inputs to calibrate with; the sidecar's unless given."),
+        wait: float = typer.Option(10.0, min=0, max=3600, help="Seconds to wait for the answer."),
+        as_json: bool = AsJson,
+    ) -> None:
+        """Have a device restart its agent, or fit its guard anew. Exit code 3 unless it does so, or has begun to."""
+        body = {"name": what.value} | ({} if source is None else {"source": source.value})
+        command = _answered(hub, device, body, wait)
+        if as_json:
+            typer.echo(json.dumps(command))
+        else:
+            why = f", {plain(command['reason'])}" if command["reason"] else ""
+            typer.echo(f"{plain(device)}: {what.value} {plain(command['state'])}{why}, command {plain(command['id'])}")
+        if command["state"] not in ("ok", "working"):
+            raise typer.Exit(EXIT_NOT_CHECKED)
+
+    @group.command(epilog="Example: edgeguard hub proposed --json")
+    @asks(_client)
+    def proposed(hub: Client, limit: int = Limit, as_json: bool = AsJson) -> None:
+        """What waits for a person: steps of cases, and commands that the hub proposes."""
+        cases = [row for row in hub.rows("/v1/cases", limit=limit) if row["awaiting"]]
+        commands = hub.rows("/v1/commands", limit=limit, state="proposed")
+        if as_json:
+            typer.echo(json.dumps({"cases": cases, "commands": commands}))
+            return
+        rows = [{"what": f"{r['awaiting']} of model {r['model']}", "since": r["updated_ms"],
+                 "say": f"edgeguard hub approve {r['id']} {r['awaiting']}"} for r in cases]  # fmt: skip
+        rows += [{"what": f"{r['name']} of {r['device']}", "since": r["issued_ms"],
+                  "say": f"edgeguard hub decide {r['id']} yes"} for r in commands]  # fmt: skip
+        columns = {"what": lambda r: r["what"], "since": lambda r: when(r["since"]), "to approve": lambda r: r["say"]}
+        show(rows, columns, False)
+
+    @group.command(epilog="Example: edgeguard hub decide 019b6e0f2c00a1b2c3d4 no --why 'the camera was moved'")
+    @asks(_client)
+    def decide(
+        hub: Client,
+        command: str = typer.Argument(help="The command that the hub proposed."),
+        answer: Answer = typer.Argument(help="Whether it is sent."),
+        why: str = Why,
+    ) -> None:
+        """Approve or reject a command that the hub proposed."""
+        body = {"approve": answer is Answer.YES, "why": why}
+        found = hub.send("POST", f"/v1/commands/{_part(command)}/decisions", body)
+        typer.echo(f"{plain(found['name'])} of {plain(found['device'])} is {plain(found['state'])}")
+
     @group.command(epilog="Example: edgeguard hub ping camera-1")
     @asks(_client)
     def ping(
@@ -312,11 +476,7 @@ def _add_devices(group: typer.Typer) -> None:
         as_json: bool = AsJson,
     ) -> None:
         """Ask a device whether it is there. Exit code 3 without an answer in time."""
-        until = time.monotonic() + wait
-        command = hub.send("POST", f"/v1/devices/{_part(device)}/commands", {"name": "ping"})
-        while command["state"] in ("waiting", "working") and time.monotonic() < until:
-            time.sleep(0.2)
-            command = hub.get(f"/v1/commands/{command['id']}")
+        command = _answered(hub, device, {"name": "ping"}, wait)
         answered = command["state"] == "ok"
         if as_json:
             typer.echo(json.dumps(command))
@@ -329,6 +489,16 @@ def _add_devices(group: typer.Typer) -> None:
             typer.echo(f"{plain(device)}: no answer after {wait:g} s ({command['state']}{why})")
         if not answered:
             raise typer.Exit(EXIT_NOT_CHECKED)
+
+
+def _answered(hub: Client, device: str, body: Mapping[str, str], wait_s: float) -> Row:
+    """The command that this asks a device, once it was answered or so many seconds have passed."""
+    until = time.monotonic() + wait_s
+    command = hub.send("POST", f"/v1/devices/{_part(device)}/commands", body)
+    while command["state"] == "waiting" and time.monotonic() < until:
+        time.sleep(0.2)
+        command = hub.get(f"/v1/commands/{command['id']}")
+    return command
 
 
 def _add_tokens(group: typer.Typer) -> None:
@@ -511,11 +681,41 @@ def _tell(case: Row) -> None:
     if case["release"]:
         release = case["release"]
         rows.append(("release", f"{release['sequence']}, on {len(release['updated'])} devices"))
+        rows += [("paused", plain(release["paused"]))] if release["paused"] else []
         rows += [("held", plain(text)) for text in release["held"]]
     for entry in case["audit"]:
         moved = f"{plain(entry['was'])} -> {plain(entry['became'])}" if entry["was"] else plain(entry["became"])
         rows.append((f"{when(entry['at_ms'])}", f"{moved}, {plain(entry['who'])}: {plain(entry['why'])}"))
     console.facts(rows)
+
+
+def _tell_rollout(case: Row, members: Sequence[Row]) -> None:
+    release = case["release"]
+    if release is None:
+        typer.echo(f"case {case['id']} is {plain(case['state'])}: there is no release yet")
+        return
+    stage = "the canaries" if release["group"] == 0 else f"group {release['group']} of {release['groups'] - 1}"
+    rows = [
+        ("case", f"{case['id']}, {plain(case['state'])}" + (", paused" if release["paused"] else "")),
+        ("release", f"{release['sequence']}, on {len(release['updated'])} devices"),
+        ("group", f"{stage}, since {when(release['group_ms'])}"),
+        ("devices", ", ".join(f"{count} {plain(name)}" for name, count in release["counts"].items()) or "none"),
+    ]
+    if release["paused"]:
+        rows.append(("paused", plain(release["paused"])))
+    if case["back"]:
+        rows.append(("back", f"release {case['back']['sequence']}, on {len(case['back']['updated'])} devices"))
+        rows += [("held", plain(text)) for text in case["back"]["held"]]
+    console.facts(rows)
+    columns = {
+        "device": lambda r: r["device"],
+        "group": lambda r: r["group"] or "canary",
+        "state": lambda r: r["state"],
+        "offered": lambda r: when(r["offered_ms"]),
+        "updated": lambda r: when(r["updated_ms"]),
+        "why": lambda r: r["reason"] or None,
+    }
+    show(members, columns, False)
 
 
 def _exit_for(cases: Sequence[Row]) -> None:

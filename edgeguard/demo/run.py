@@ -39,6 +39,7 @@ from edgeguard.demo.fleet import Fleet
 from edgeguard.demo.processes import Processes, check_listening, free_port, wait_for_port
 from edgeguard.demo.record import Event, Metrics, Record, Samples, checks_of
 from edgeguard.detection.guarded import GuardedModel
+from edgeguard.detection.sidecar import path_beside
 from edgeguard.errors import ConfigError, LinkError
 
 Progress = Callable[[str, int, int], None]
@@ -177,13 +178,15 @@ def _prepare(settings: Settings, timeline: _Timeline, progress: Progress) -> _Pr
     )
     timeline.add("demo", "takes the trained model from the cache" if cached else "has trained a small network on it")
     conversion = pipeline.convert(
-        sources.of_keras(model, data.name), x_owner, y_owner, classes=data.classes, progress=progress
+        sources.of_keras(model, data.name), x_owner, y_owner, classes=data.classes, progress=progress, sidecar=True
     )
     timeline.add(
         "demo", f"converts to int8 with the guard inside; verified on {', '.join(conversion.verified.runtimes)}"
     )
     settings.folder.mkdir(parents=True, exist_ok=True)
     files.write(conversion.guarded, settings.folder / "model.tflite")
+    # Without it no agent could hold the repair against the model that it replaces, and would refuse it.
+    files.write(conversion.result.sidecar or b"", path_beside(settings.folder / "model.tflite"))
     model.save(settings.folder / "model.keras")
     np.savez(settings.folder / "owner.npz", x=x_owner, y=y_owner)
     return _Prepared(
@@ -312,7 +315,8 @@ def _offer_tampered(fleet: Fleet, hub: _Hub, release: Mapping[str, Any], timelin
     Returns:
         Whether every agent refused it and kept its model.
     """
-    served = next(path for path in fleet.targets.iterdir() if path.name.endswith(f".{release['target']}"))
+    name = Path(release["target"]).name
+    served = next(path for path in fleet.targets.rglob("*.tflite") if path.name.endswith(f".{name}"))
     genuine = served.read_bytes()
     tampered = bytearray(genuine)
     tampered[len(tampered) // 2] ^= 0xFF

@@ -35,16 +35,19 @@ from starlette.types import ASGIApp
 
 from edgeguard import __version__
 from edgeguard.contract.guard import GuardMetadata
-from edgeguard.errors import EdgeGuardError
+from edgeguard.errors import ConfigError, EdgeGuardError
 from edgeguard.hub import metrics as counters
 from edgeguard.hub import views
 from edgeguard.hub.access import Token, Tokens, needed
 from edgeguard.hub.casebook import Casebook
 from edgeguard.hub.cases import State
 from edgeguard.hub.commands import Commands
+from edgeguard.hub.commands import State as CommandStep
 from edgeguard.hub.config import WebConfig
 from edgeguard.hub.metrics import Metrics
 from edgeguard.hub.queries import MAX_PAGE, Queries
+from edgeguard.hub.rollout import Standing
+from edgeguard.hub.shared import ENOUGH, Shared
 from edgeguard.hub.store import Store, reason
 from edgeguard.hub.stream import EventStream, Feed
 from edgeguard.hub.views import MAX_INTEGER, Page
@@ -95,6 +98,7 @@ class Parts:
         connected: whether the broker is.
         book: records what a person decides.
         commands: asks devices.
+        shared: replays inputs that owners share.
         folder: the release repository's served folder, None where there is none.
         stopping: whether streams must end.
     """
@@ -108,6 +112,7 @@ class Parts:
     connected: Callable[[], bool]
     book: Casebook
     commands: Commands
+    shared: Shared | None = None
     folder: Path | None = None
     stopping: Callable[[], bool] = lambda: False
 
@@ -259,6 +264,14 @@ def _add_reading(app: FastAPI, parts: Parts) -> None:
         """One suspicion or case: explanation, evidence, measurements, audit trail."""
         return _found(queries.case(case), f"case {case}")
 
+    @app.get("/v1/cases/{case}/devices", tags=["cases"])
+    def members(
+        case: views.Id, limit: Limit = 100, cursor: Cursor = None, state: Standing | None = None
+    ) -> Page[views.Member]:
+        """The devices that the release of a case was offered to, by name, and what became of it."""
+        _found(queries.case(case), f"case {case}")
+        return queries.members(case, limit=limit, cursor=cursor, state=state)
+
     @app.get("/v1/events", tags=["timeline"])
     def events(
         limit: Limit = 100, cursor: Cursor = None, order: Literal["oldest", "newest"] = "oldest"
@@ -268,10 +281,13 @@ def _add_reading(app: FastAPI, parts: Parts) -> None:
 
     @app.get("/v1/commands", tags=["commands"])
     def commands(
-        limit: Limit = 100, cursor: Cursor = None, device: views.DeviceName | None = None
+        limit: Limit = 100,
+        cursor: Cursor = None,
+        device: views.DeviceName | None = None,
+        state: CommandStep | None = None,
     ) -> Page[views.CommandState]:
-        """Commands to devices, the newest first."""
-        return queries.commands(limit=limit, cursor=cursor, device=device)
+        """Commands to devices, the newest first; those that are proposed wait for a person."""
+        return queries.commands(limit=limit, cursor=cursor, device=device, state=state)
 
     @app.get("/v1/commands/{command}", tags=["commands"])
     def command(command: views.CommandId) -> views.CommandState:
@@ -307,11 +323,37 @@ def _add_acting(app: FastAPI, parts: Parts) -> None:
         parts.book.decide(case, decision.step, decision.approve, _caller(request).name, decision.why)
         return _found(queries.case(case), f"case {case}")
 
+    @app.post("/v1/cases/{case}/rollout", tags=["cases"])
+    def steer(request: Request, case: views.Id, steering: views.Steering) -> views.CaseDetail:
+        """Pause or resume a roll-out, end it where it is (abort), or bring the model before back (back)."""
+        _found(queries.case(case), f"case {case}")
+        parts.book.steer(case, steering.action, _caller(request).name, steering.why)
+        return _found(queries.case(case), f"case {case}")
+
+    @app.post("/v1/cases/{case}/inputs", tags=["cases"])
+    def share(request: Request, case: views.Id, given: views.SharedInputs) -> views.Replayed:
+        """Replay inputs on the hub's own copy of the model. Enough that count make a case of a suspicion."""
+        _found(queries.case(case), f"case {case}")
+        shared = _found(parts.shared, "inputs")
+        after, replayed = shared.add(
+            case, given.inputs, dtype=given.dtype, shape=given.shape, who=_caller(request).name, why=given.why
+        )
+        return views.Replayed(
+            items=[views.SharedInput(**asdict(one)) for one in replayed],
+            counting=sum(one.counts for one in shared.of_case(case)),
+            enough=ENOUGH,
+            state=after.state,
+        )
+
     @app.post("/v1/devices/{device}/commands", tags=["commands"], status_code=202)
     def ask(request: Request, device: views.DeviceName, command: views.Command) -> views.CommandState:
         """Ask a device; its answer comes later, under the command's id."""
         _found(queries.device(device), f"device {device}")
-        key = parts.commands.issue(device, command.name, who=_caller(request).name)
+        recalibrates = command.name == "recalibrate"
+        if command.source is not None and not recalibrates:
+            raise ConfigError(f"command {command.name}", got="a source", do="give one to recalibrate alone")
+        fields: dict[str, Any] = {"source": command.source or "sidecar"} if recalibrates else {}
+        key = parts.commands.issue(device, command.name, who=_caller(request).name, **fields)
         return _found(queries.command(key), f"command {key}")
 
     @app.post("/v1/commands/{command}/decisions", tags=["commands"])

@@ -5,6 +5,8 @@ Rules enforced here:
 * the order of the batch is kept: what of a (device, boot) was received is folded message by message;
 * a repeated message changes nothing and is acknowledged again;
 * a report whose features do not have the width of the device's earlier ones for that model becomes a dead letter;
+* a device's outcomes enter the timeline only as often as the caller lets them: they are kept in its row in any case;
+* the timeline's numbers are in the order of the commits: whoever adds to it holds a lock until its own;
 * a batch reads each table once and writes each table once, however many messages it has;
 * several hubs may apply batches at once. Whoever works on a device holds its row in ``devices``; rows are first made,
   devices before models, and then held, each in one order, so that two hubs wait for one another and never both ways.
@@ -12,28 +14,30 @@ Rules enforced here:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import Connection, Row, Table, delete, insert, select, text
+from sqlalchemy import ColumnElement, Connection, Row, Table, and_, delete, func, insert, or_, select
 
-from edgeguard.contract.messages import Ack, Alert, Birth, Health, LabelEvidence, Report
+from edgeguard.contract import topics
+from edgeguard.contract.messages import Ack, Alert, Birth, Health, LabelEvidence, Report, Status
 from edgeguard.hub import bulk, schema, tallies
 from edgeguard.hub.evidence import Vector
-from edgeguard.hub.ingest import Accepted, Device, Rejected, Stream
+from edgeguard.hub.ingest import Accepted, Device, Pulse, Rejected, Stream
 
 DEAD_LETTERS_KEPT = 1000
 _DEAD_LETTERS_LOCK = 0x6465_6164
+_TIMELINE_LOCK = 0x7469_6D65
 _HEAD = 256
 _REMEMBERED = 200_000
 
 _Model = tuple[str, str]
-_Feature = tuple[int, int, int]
-"""Model, device and label."""
+_Feature = tuple[int, int, int, int]
+"""Model, device, label and slot."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,11 @@ class Place:
     epoch: int
     shard: int
     now_ms: int
+
+    @property
+    def slot(self) -> int:
+        """What its feature vectors are added to."""
+        return self.epoch // schema.SLOT
 
 
 @dataclass(frozen=True)
@@ -61,14 +70,21 @@ class Numbers:
 
 
 def apply(
-    db: Connection, place: Place, items: Sequence[Accepted | Rejected], known: Numbers
+    db: Connection,
+    place: Place,
+    items: Sequence[Accepted | Rejected],
+    known: Numbers,
+    may_tell: Callable[[str], bool] = lambda _device: True,
 ) -> tuple[list[tuple[str, Ack]], Numbers]:
     """Write a batch; see :meth:`edgeguard.hub.store.Store.apply`.
+
+    Args:
+        may_tell: whether the timeline may have one more entry of a device.
 
     Returns:
         The acknowledgements, and the numbers that were not among the ``known`` ones: for use after the commit.
     """
-    work = _Batch(db, place, items, known)
+    work = _Batch(db, place, items, known, may_tell)
     for item in items:
         work.take(item)
     work.write()
@@ -78,9 +94,18 @@ def apply(
 class _Batch:
     """The rows that a batch touches, read once, folded in memory, written once."""
 
-    def __init__(self, db: Connection, place: Place, items: Sequence[Accepted | Rejected], known: Numbers) -> None:
+    def __init__(
+        self,
+        db: Connection,
+        place: Place,
+        items: Sequence[Accepted | Rejected],
+        known: Numbers,
+        may_tell: Callable[[str], bool],
+    ) -> None:
         self._db = db
         self._place = place
+        self._may_tell = may_tell
+        self._outcomes: list[Device] = []
         self._told: dict[str, dict[str, bytes]] = {"birth": {}, "health": {}}
         self._reports: list[tuple[Any, ...]] = []
         self._alerts: list[tuple[Any, ...]] = []
@@ -114,6 +139,8 @@ class _Batch:
                     featured.add((item.device, model))
             else:
                 speaking.add(item.device)
+        names |= (related := self._related(items))
+        speaking |= related
         self.learned = self._learn(sorted(names - known.devices.keys()), sorted(models - known.models.keys()))
         self._ids = {name: self.learned.devices.get(name) or known.devices[name] for name in names}
         self._models = {model: self.learned.models.get(model) or known.models[model] for model in models}
@@ -152,7 +179,8 @@ class _Batch:
                 reason = f"features of width {width}, this device's earlier ones had {known}"
                 self._reject(Rejected(topic=f"{item.device}/report", reason=reason, head=item.payload[:_HEAD]))
                 return
-            self._features += [((model, device, part.label), part) for part in message.evidence]
+            slot = self._place.slot
+            self._features += [((model, device, part.label, slot), part) for part in message.evidence]
         tally = self._tallies.setdefault((model, device), len(self._tallies))
         counts = [(tally, count.label, count.inputs, count.flagged) for count in message.labels]
         self._counts += counts
@@ -175,6 +203,7 @@ class _Batch:
         self._write_devices()
         self._write_dead()
         self._write_totals()
+        self._write_outcomes()
 
     def acks(self) -> list[tuple[str, Ack]]:
         """One for every (device, boot) that a message of the batch belonged to."""
@@ -212,6 +241,17 @@ class _Batch:
         keys = [(self._ids[name],) for name in names]
         return {row.device: to_device(row) for row in bulk.read(self._db, schema.devices, ("id",), keys, _DEVICE)}
 
+    def _related(self, items: Iterable[Accepted | Rejected]) -> set[str]:
+        """Devices of which a status in this batch says something too: gateways and what is behind them, as known."""
+        said = {item.device for item in items if isinstance(item, Accepted) and isinstance(item.message, Status)}
+        if not said:
+            return set()
+        above = {gateway for device in said if (gateway := topics.gateway_of(device)) is not None}
+        table = schema.devices
+        either = or_(table.c.device.contains("~", autoescape=True), table.c.device.in_(sorted(above)))
+        known = self._db.scalars(select(table.c.device).where(table.c.fleet == self._place.fleet, either))
+        return {device for device in known if device in above or topics.gateway_of(device) in said}
+
     def _is_new(self, device: str, boot: str, seq: int) -> bool:
         new, self._streams[device, boot] = self._streams[device, boot].take(seq)
         return new
@@ -226,17 +266,28 @@ class _Batch:
         name, message = item.device, item.message
         before = self._states[name]
         after = before.after(message, now_ms=None if item.retained else self._place.now_ms)
+        if isinstance(message, Status):
+            gateway = self._states.get(topics.gateway_of(name) or "")
+            if gateway is not None:
+                after = after.behind(gateway, via=message.via)
+            for other in [other for other in self._states if topics.gateway_of(other) == name]:
+                self._states[other] = self._states[other].behind(after)
         if isinstance(message, Birth | Health) and message.session >= before.session:
             self._told["birth" if isinstance(message, Birth) else "health"][name] = msgspec.json.encode(message)
         told = (after.outcome, after.outcome_sequence)
-        if told != (before.outcome, before.outcome_sequence) and after.outcome is not None:
-            add_event(
-                self._db, self._place.fleet, at_ms=self._place.now_ms, kind=f"device_{after.outcome}", subject=name,
-                text=f"{name}: release {after.outcome_sequence} {after.outcome}"
-                + (f", {after.reason}" if after.reason else ""),
-                detail={"device": name, "sequence": after.outcome_sequence, "model_digest": after.model_digest},
-            )  # fmt: skip
+        if told != (before.outcome, before.outcome_sequence) and after.outcome is not None and self._may_tell(name):
+            self._outcomes.append(after)
         self._states[name] = after
+
+    def _write_outcomes(self) -> None:
+        """Last of all: whoever adds to the timeline keeps others waiting until its commit."""
+        for one in self._outcomes:
+            add_event(
+                self._db, self._place.fleet, at_ms=self._place.now_ms, kind=f"device_{one.outcome}", subject=one.device,
+                text=f"{one.device}: release {one.outcome_sequence} {one.outcome}"
+                + (f", {one.reason}" if one.reason else ""),
+                detail={"device": one.device, "sequence": one.outcome_sequence, "model_digest": one.model_digest},
+            )  # fmt: skip
 
     def _write_counts(self) -> None:
         keys = [(model, self._place.epoch, device) for model, device in self._tallies]
@@ -248,10 +299,10 @@ class _Batch:
         bulk.insert(self._db, schema.label_counts, columns, rows, conflict="replace")
 
     def _write_features(self) -> None:
-        key: bulk.Names = ("model_id", "device_id", "label")
+        key: bulk.Names = ("model_id", "device_id", "label", "slot")
         wanted = list(dict.fromkeys(feature for feature, _ in self._features))
         found = bulk.read(self._db, schema.features, key, wanted, (*key, *_SUMS))
-        before = {row[:3]: row[3:] for row in map(tuple, found)}
+        before = {row[:4]: row[4:] for row in map(tuple, found)}
         for width in sorted({self._widths[feature[:2]] for feature in wanted}):
             keys = [feature for feature in wanted if self._widths[feature[:2]] == width]
             parts = [(feature, part) for feature, part in self._features if self._widths[feature[:2]] == width]
@@ -261,10 +312,15 @@ class _Batch:
 
     def _write_devices(self) -> None:
         rows = [
-            (*(getattr(state, field) for field in _STATE), plain(state.reason), self._ids[name])
+            (
+                *(getattr(state, field) for field in _STATE),
+                plain(state.reason),
+                _from_pulse(state.pulse),
+                self._ids[name],
+            )
             for name, state in self._states.items()
         ]
-        bulk.update(self._db, schema.devices, "id", (*_STATE, "reason"), rows)
+        bulk.update(self._db, schema.devices, "id", (*_STATE, "reason", "pulse"), rows)
         for column, told in self._told.items():
             values = [(content.decode(), self._ids[name]) for name, content in told.items()]
             bulk.update(self._db, schema.devices, "id", (column,), values)
@@ -273,7 +329,7 @@ class _Batch:
         if not self._dead:
             return
         if self._db.dialect.name == "postgresql":
-            self._db.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _DEAD_LETTERS_LOCK})
+            self._db.execute(select(func.pg_advisory_xact_lock(_DEAD_LETTERS_LOCK)))
         table, fleet = schema.dead_letters, self._place.fleet
         rows = [
             (fleet, self._place.now_ms, plain(letter.topic), plain(letter.reason), letter.head) for letter in self._dead
@@ -297,10 +353,11 @@ _NEW_DEVICE = ("fleet", "device", "session", "state", "sequence", "reason", "las
 _STATE = (
     "session", "state", "model_digest", "guard_digest", "sequence", "outcome", "outcome_sequence", "last_seen_ms",
 )  # fmt: skip
-_DEVICE = ("device", "reason", *_STATE)
+_DEVICE = ("device", "reason", "pulse", *_STATE)
 _REPORT = ("boot", "seq", "stored_ms", "device_id", "model_id", "inputs", "unchecked", "flagged", "payload")
 _ALERT = ("boot", "seq", "stored_ms", "device_id", "model_id", "at_ms", "score", "label", "payload")
-_SUMS = ("flagged", "unflagged", "flagged_sum", "unflagged_sum", "unflagged_squares")
+VECTORS = ("flagged_sum", "unflagged_sum", "unflagged_squares")
+_SUMS = ("flagged", "unflagged", *VECTORS)
 
 
 def _add_features(
@@ -342,20 +399,47 @@ def _weighted(parts: Sequence[tuple[int, tuple[float, ...]]]) -> npt.NDArray[np.
     return weights[:, None] * np.array([vector for _, vector in parts], dtype=np.float64)
 
 
+def merge_features(db: Connection, key: tuple[int, int, int], old: ColumnElement[bool], width: int) -> None:
+    """Add the feature sums of a model, device and label that are ``old`` to those of slot 0."""
+    table = schema.features
+    mine = and_(table.c.model_id == key[0], table.c.device_id == key[1], table.c.label == key[2])
+    rows = db.execute(select(table).where(mine, or_(old, table.c.slot == 0))).all()
+    sums = [sum(row.flagged for row in rows), sum(row.unflagged for row in rows)]
+    vectors = [to_sum(getattr(row, name) for row in rows).tobytes() for name in VECTORS]
+    db.execute(delete(table).where(mine, old))
+    columns = ("model_id", "device_id", "label", "slot", "width", *_SUMS)
+    bulk.insert(db, table, columns, [(*key, 0, width, *sums, *vectors)], conflict="replace")
+
+
 def to_device(row: Row[Any]) -> Device:
     """A row of ``devices``."""
-    return Device(device=row.device, reason=row.reason, **{field: getattr(row, field) for field in _STATE})
+    pulse = None if row.pulse is None else msgspec.json.decode(row.pulse, type=Pulse)
+    return Device(device=row.device, reason=row.reason, pulse=pulse, **{field: getattr(row, field) for field in _STATE})
 
 
-def to_vector(content: bytes) -> Vector:
-    """A sum of feature vectors."""
-    return np.frombuffer(content, dtype="<f8").astype(np.float64)
+def _from_pulse(pulse: Pulse | None) -> bytes | None:
+    return None if pulse is None else msgspec.json.encode(pulse)
+
+
+def to_sum(contents: Iterable[bytes]) -> Vector:
+    """Sums of feature vectors of one width, added up; empty ones add nothing."""
+    total = np.zeros(0)
+    for content in filter(None, contents):
+        vector = np.frombuffer(content, dtype="<f8").astype(np.float64)
+        total = total + vector if total.size else vector
+    return total
 
 
 def add_event(
     db: Connection, fleet: str, *, at_ms: int, kind: str, subject: str, text: str, detail: Mapping[str, Any]
 ) -> None:
-    """Write one entry of the timeline."""
+    """Write one entry of the timeline.
+
+    PostgreSQL gives out numbers before the commit: a reader that goes on from the last one that it saw would miss a
+    lower one that is committed later. SQLite has one writer at a time.
+    """
+    if db.dialect.name == "postgresql":
+        db.execute(select(func.pg_advisory_xact_lock(_TIMELINE_LOCK)))
     row = {"at_ms": at_ms, "kind": kind, "subject": subject, "text": plain(text), "detail": dict(detail)}
     db.execute(insert(schema.events), {"fleet": fleet, **row})
 

@@ -21,7 +21,7 @@ from sqlalchemy.exc import IntegrityError
 
 from edgeguard.errors import ConfigError
 from edgeguard.hub import batch, cases, schema, tables, trust
-from edgeguard.hub.cases import Case, State, Step
+from edgeguard.hub.cases import Case, State, Steering, Step
 from edgeguard.hub.store import Store
 from edgeguard.hub.trust import Trust
 
@@ -29,6 +29,7 @@ HUB = "hub"
 """Who moved a record where no person did."""
 DAY_MS = 86_400_000
 _TRIES = 5
+_NOT_OUT = ("refused", "rolled_back", "rolling_back")
 
 
 class StaleError(Exception):
@@ -125,11 +126,11 @@ class Casebook:
                 self._add_event(db, move.kind or was, subject, move.text, case.updated_ms, _detail(shown), shown)
         return case
 
-    def note(self, case: Case) -> Case:
-        """Write a record that did not move: nothing to tell. Raises StaleError like :meth:`save`."""
+    def note(self, case: Case, also: Callable[[Connection, Case], Case] | None = None) -> Case:
+        """Write a record that did not move: nothing to tell. ``also`` and errors as for :meth:`save`."""
         with self._store.write() as db:
             self._state_before(db, case)
-            return self._put(db, case)
+            return self._put(db, also(db, case) if also else case)
 
     def decide(self, case_id: int, step: Step, approve: bool, who: str, why: str = "") -> Case:
         """Record a person's decision on a step.
@@ -138,17 +139,52 @@ class Casebook:
             ConfigError: there is no such record, or the step is not open for a decision.
         """
         who, why = batch.plain(who), batch.plain(why)
+
+        def after(case: Case) -> Move:
+            decided = cases.decided(case, step, approve=approve, who=who, why=why, at_ms=self._clock_ms())
+            text = decided.note if not approve else f"{who} approved {step}" + (f": {why}" if why else "")
+            return Move(case=decided, text=text, kind="approved" if approve else "", who=who)
+
+        return self._decided(case_id, after, expected="a step that waits")
+
+    def steer(self, case_id: int, how: Steering, who: str, why: str = "") -> Case:
+        """Record a person's decision on a roll-out.
+
+        Raises:
+            ConfigError: there is no such record, or its roll-out is not where that can be done.
+        """
+        who, why = batch.plain(who), batch.plain(why)
+
+        def after(case: Case) -> Move:
+            if how == "back":
+                self._check_latest(case)
+            steered = cases.steered(case, how, who=who, why=why, at_ms=self._clock_ms())
+            done = {"pause": "paused", "resume": "resumed", "abort": "aborted", "back": "asked to roll back"}[how]
+            text = f"{who} {done} the roll-out" + (f": {why}" if why else "")
+            kinds: dict[Steering, str] = {"pause": "paused", "resume": "resumed"}
+            return Move(case=steered, text=text, kind=kinds.get(how, ""), who=who)
+
+        return self._decided(case_id, after, expected="edgeguard hub rollout shows what can be done")
+
+    def _check_latest(self, case: Case) -> None:
+        """Raise ValueError where a later release replaces that of this case: what ran before that is not before it."""
+        digest = case.release.model_digest if case.release else None
+        later = [c.id for c in self.all() if c.model_digest == digest and c.release and c.state not in _NOT_OUT]
+        if later:
+            raise ValueError(f"the release of case {later[-1]} replaces that of case {case.id}: that one comes first")
+
+    def _decided(self, case_id: int, after: Callable[[Case], Move], *, expected: str) -> Case:
+        """Write what a person decided on a record as it is now, whoever else writes it."""
         for _ in range(_TRIES):
             case = self.get(case_id)
             if case is None:
                 raise ConfigError(f"case {case_id}", got="no such case", do="list them: edgeguard hub cases")
             try:
-                after = cases.decided(case, step, approve=approve, who=who, why=why, at_ms=self._clock_ms())
+                move = after(case)
             except ValueError as error:
-                raise ConfigError(f"decision on case {case_id}", got=error, expected="a step that waits") from error
-            text = after.note if not approve else f"{who} approved {step}" + (f": {why}" if why else "")
+                raise ConfigError(f"decision on case {case_id}", got=error, expected=expected) from error
             try:
-                return self.save(Move(case=after, text=text, kind="approved" if approve else "", who=who))
+                return self.save(move)
             except StaleError:
                 continue
         raise ConfigError(f"decision on case {case_id}", got="a case that changes all the time", do="try again")

@@ -3,8 +3,10 @@
 ::
 
     suspected -> inspecting -> confirmed -> repairing -> repaired -> released -> rolling_out -> closed
-        |            |             |            |            |           |
-     refused     dismissed      refused      refused      refused     refused
+        |            |             |            |            |           |            |           |
+     refused     dismissed      refused      refused      refused     refused      aborted ------>|
+                                                                                      |           |
+                                                                     rolled_back <- rolling_back <-
     could_not_check: the inspection could not tell, or what it needs is not there
 
 A record begins as a suspicion, which reports alone may raise. It is a *case* from the moment an inspection on the hub
@@ -13,11 +15,14 @@ confirmed it, and stays one.
 Rules enforced here:
 
 * a record moves along these arrows only;
-* only a confirmed inspection makes a case, and what was confirmed can no longer be dismissed: inspections that disagree
-  are *could not check*;
+* only a confirmed inspection makes a case, or inputs that owners shared (:mod:`edgeguard.hub.shared`), and what was
+  confirmed can no longer be dismissed: inspections that disagree are *could not check*;
 * "could not check" is a state of its own: it is neither dismissed nor confirmed;
 * a step that policy gives to a person waits for that person, and the record says which step it waits for;
 * a model has at most one open record, and none once a release replaces it: two repairs of one model would collide;
+* a model that the fleet is brought back from is not looked at again;
+* a person's word ends a roll-out at any time, and can bring the model before back, also later; what is paused stays so
+  until somebody says otherwise;
 * a finished record that changed nothing comes up again only when the flagged inputs have doubled since, or for other
   devices: else those who shout for a label once would silence all others about it.
 """
@@ -35,27 +40,34 @@ from edgeguard.hub.policy import ChannelShift, Suspicion
 
 State = Literal[
     "suspected", "inspecting", "confirmed", "repairing", "repaired", "released", "rolling_out", "closed",
-    "dismissed", "refused", "could_not_check",
+    "dismissed", "refused", "could_not_check", "aborted", "rolling_back", "rolled_back",
 ]  # fmt: skip
+Steering = Literal["pause", "resume", "abort", "back"]
+"""What a person, or policy, may do to a roll-out."""
 Step = Literal["inspect", "repair", "stage"]
 Choice = Literal["auto", "approve", "never"]
 
 _ARROWS: dict[State, tuple[State, ...]] = {
-    "suspected": ("inspecting", "refused", "could_not_check"),
+    "suspected": ("inspecting", "confirmed", "refused", "could_not_check"),
     "inspecting": ("confirmed", "dismissed", "could_not_check"),
     "confirmed": ("repairing", "refused", "could_not_check"),
     "repairing": ("repaired", "refused", "could_not_check"),
     "repaired": ("released", "refused"),
     "released": ("rolling_out", "refused"),
-    "rolling_out": ("closed",),
-    "closed": (),
-    "dismissed": (),
+    "rolling_out": ("closed", "aborted", "rolling_back"),
+    "closed": ("rolling_back",),
+    "aborted": ("rolling_back",),
+    "rolling_back": ("rolled_back", "aborted"),
+    "rolled_back": (),
+    "dismissed": ("confirmed",),
     "refused": (),
-    "could_not_check": (),
+    "could_not_check": ("confirmed",),
 }
 WORKING: tuple[State, ...] = ("inspecting", "repairing")
 """The states in which a job is under way."""
-OPEN: tuple[State, ...] = ("suspected", "inspecting", "confirmed", "repairing", "repaired", "released", "rolling_out")
+OPEN: tuple[State, ...] = (
+    "suspected", "inspecting", "confirmed", "repairing", "repaired", "released", "rolling_out", "rolling_back",
+)  # fmt: skip
 _DECIDED_IN: dict[Step, tuple[State, ...]] = {
     "inspect": ("suspected",),
     "repair": ("confirmed",),
@@ -76,7 +88,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What the worker is given. The vectors are ``[D]``, empty where no device sent such features.
 
     ``channels`` are the suspected ones, as indices into the features; none: all. ``resume`` is the folder of an
-    earlier run that confirmed the same suspicion.
+    earlier run that confirmed the same suspicion. ``quarantined`` is an npz file with ``inputs`` ``[M, ...]`` that
+    owners shared and the hub's own copy of the model flags and calls the label.
     """
 
     guarded: str
@@ -90,6 +103,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     dormant: tuple[Dormant, ...] = ()
     stop_after: Literal["inspect"] | None = None
     resume: str | None = None
+    quarantined: str | None = None
     out_dir: str
     seed: int
 
@@ -106,12 +120,14 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
 class Result(msgspec.Struct, frozen=True, kw_only=True):
     """The worker's last word. ``output`` is the repaired guarded model, ``keras`` its trainable form.
 
-    ``repaired`` False: it stopped after the inspection, as it was told to.
+    ``repaired`` False: it stopped after the inspection, as it was told to. ``needs_approval``: no rule of the gate
+    failed, but one could not be checked.
     """
 
     verdict: Literal["confirmed", "not_confirmed", "could_not_check"]
     repaired: bool = True
     gate_passed: bool = False
+    needs_approval: bool = False
     output: str | None = None
     model_digest: Digest | None = None
     guard_digest: Digest | None = None
@@ -127,7 +143,19 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Released(msgspec.Struct, frozen=True, kw_only=True):
-    """The signed release of a repaired model, and how far its roll-out is."""
+    """The signed release of a model, and how far its roll-out is.
+
+    Attributes:
+        everyone: the last group has begun.
+        updated: devices that run it, or one that came after it.
+        held: some of those that do not though they should, or that fare worse since, and why.
+        group: 0 the canaries, then the groups of the configuration; ``groups`` is how many there are.
+        group_ms: when this group began, by the hub's clock.
+        through: the largest rank of the group's devices.
+        counts: the devices that it was offered to, by what became of it.
+        paused: why the roll-out stands still; empty while it does not.
+        resumed: a person let it go on: what failed until then is put up with.
+    """
 
     target: str
     sequence: int
@@ -139,6 +167,13 @@ class Released(msgspec.Struct, frozen=True, kw_only=True):
     everyone: bool = False
     updated: tuple[str, ...] = ()
     held: tuple[str, ...] = ()
+    group: int = 0
+    groups: int = 0
+    group_ms: int | None = None
+    through: str = ""
+    counts: dict[str, int] = msgspec.field(default_factory=dict)
+    paused: str = ""
+    resumed: bool = False
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,6 +186,8 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         approved: the steps that a person approved.
         job: the job under way, or the last one.
         asked_ms: when the fleet was asked for ranks or votes.
+        shared: how many inputs that owners shared confirmed it; 0 where an inspection did.
+        back: the release that brings the model before ``release`` back, where that was asked for.
         revision: counts the writes, so that no two hubs move one record at once.
     """
 
@@ -173,8 +210,10 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     approved: tuple[Step, ...] = ()
     job: int | None = None
     asked_ms: int | None = None
+    shared: int = 0
     result: Result | None = None
     release: Released | None = None
+    back: Released | None = None
     note: str = ""
     revision: int = 0
 
@@ -203,6 +242,9 @@ def is_news(suspicion: Suspicion, cases: Iterable[Case], *, now_ms: int) -> bool
     What could not be checked costs the devices behind it no trust: a week later it is tried again, not sooner.
     """
     for case in cases:
+        left = case.release if case.state in ("rolling_back", "rolled_back") else None
+        if left is not None and left.model_digest == suspicion.model_digest:
+            return False
         if case.model_digest != suspicion.model_digest:
             continue
         if case.state in OPEN or case.state == "closed":
@@ -245,6 +287,37 @@ def decided(case: Case, step: Step, *, approve: bool, who: str, why: str, at_ms:
     if approve:
         return msgspec.structs.replace(case, awaiting=None, approved=(*case.approved, step), updated_ms=at_ms)
     return move(case, "refused", at_ms=at_ms, note=f"{who} said no to {step}" + (f": {why}" if why else ""))
+
+
+def steered(case: Case, how: Steering, *, who: str, why: str, at_ms: int) -> Case:
+    """The record after a decision on its roll-out.
+
+    Raises:
+        ValueError: it has no roll-out that this can be done to.
+    """
+    release, because = case.release, f": {why}" if why else ""
+    wrongly = how in ("pause", "resume") and release is not None and bool(release.paused) != (how == "resume")
+    if release is None or case.state not in _STEERED_IN[how] or wrongly:
+        now = f"{case.state}, paused" if release and release.paused else case.state
+        raise ValueError(f"case {case.id} is {now}: nothing to {_STEERINGS[how]}")
+    if how == "pause":
+        paused = msgspec.structs.replace(release, paused=f"{who} paused it{because}")
+        return msgspec.structs.replace(case, release=paused, updated_ms=at_ms)
+    running = msgspec.structs.replace(release, paused="", resumed=how == "resume")
+    if how == "resume":
+        return msgspec.structs.replace(case, release=running, updated_ms=at_ms)
+    state: State = "aborted" if how == "abort" else "rolling_back"
+    said = "ended the roll-out" if how == "abort" else "asked for the model before"
+    return move(case, state, at_ms=at_ms, release=running, note=f"{who} {said}{because}")
+
+
+_STEERED_IN: dict[Steering, tuple[State, ...]] = {
+    "pause": ("rolling_out",),
+    "resume": ("rolling_out",),
+    "abort": ("rolling_out", "rolling_back"),
+    "back": ("rolling_out", "closed", "aborted"),
+}
+_STEERINGS: dict[Steering, str] = {"pause": "pause", "resume": "resume", "abort": "end", "back": "roll back"}
 
 
 def confirmed(case: Case, *, at_ms: int, **changes: Any) -> Case:
@@ -315,7 +388,8 @@ def _devices(count: int) -> str:
 def _inspected(case: Case) -> str:
     found = f" ({case.result.reason})" if case.result and case.result.reason else ""
     if case.is_case:
-        return f"The inspection of the hub's own copy of the model confirmed a backdoor{found}."
+        shared = f"The hub's own copy of the model flags {case.shared} inputs that owners shared: that confirmed it."
+        return shared if case.shared else f"The inspection of the hub's own copy confirmed a backdoor{found}."
     match case.state:
         case "suspected":
             return "Devices' reports alone prove nothing: no inspection has begun."
@@ -334,8 +408,25 @@ def _done(case: Case) -> str:
     release = case.release
     where = f" (release {release.sequence})" if release else ""
     if release and case.state in ("rolling_out", "closed"):
-        held = f"; waiting for {', '.join(release.held[:_MAX_NAMED])}" if release.held else ""
-        return f"The repaired model{where} runs on {_devices(len(release.updated))}{held}."
+        held = f"; not well or not yet: {', '.join(release.held[:_MAX_NAMED])}" if release.held else ""
+        last = max(release.groups - 1, release.group)
+        stage = "the canaries" if release.group == 0 else f"group {release.group} of {last} after the canaries"
+        at = f", at {stage}" if case.state == "rolling_out" else ""
+        stands = f" It is paused: {release.paused}." if release.paused else ""
+        return f"The repaired model{where} runs on {_devices(len(release.updated))}{at}{held}.{stands}"
+    if release and case.state == "aborted":
+        return (
+            f"Its roll-out was ended: {case.note}. The repaired model{where} runs on {_devices(len(release.updated))}, "
+            "the others keep the one with the backdoor."
+        )
+    if release and case.state in ("rolling_back", "rolled_back"):
+        again = f" (release {case.back.sequence})" if case.back else ""
+        comes = "is back" if case.state == "rolled_back" else "is coming back"
+        left = f"; not on {', '.join(case.back.held[:_MAX_NAMED])}" if case.back and case.back.held else ""
+        return (
+            f"The repaired model{where} was taken back: {case.note}. The model before, with the backdoor, {comes}"
+            f"{again}{left}."
+        )
     done: dict[State, str] = {
         "confirmed": "Nothing was changed so far.",
         "repairing": "The model is being repaired.",
@@ -354,6 +445,7 @@ _WAITS: dict[State, str] = {
     "repaired": "the release",
     "released": "the time to object to pass",
     "rolling_out": "the remaining devices",
+    "rolling_back": "the devices that run the repaired model",
 }
 
 
@@ -363,4 +455,6 @@ def _waited_for(case: Case) -> str:
         return f"Waiting for a person to approve the {name}."
     if case.state not in OPEN:
         return "Nothing more is waited for."
+    if case.state == "rolling_out" and case.release and case.release.paused:
+        return "Waiting for a person to resume, roll back or end the roll-out."
     return f"Waiting for {_WAITS[case.state]}" + (f": {case.note}." if case.note and not case.result else ".")

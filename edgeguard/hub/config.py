@@ -23,6 +23,7 @@ Example:
 from __future__ import annotations
 
 from ipaddress import ip_address
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -49,6 +50,9 @@ class StoreConfig(Section, frozen=True, kw_only=True):
         rollups_days: so many days these sums are kept.
         alerts_days: so many days alerts are kept.
         events_days: so many days the timeline goes back.
+        audit_days: so many days the audit trail goes back.
+        jobs_days: so many days after a case has ended its jobs and their files are kept; that of a release stays.
+        models_days: what devices counted under a model is kept for so many days after the last one ran it.
         epoch_hours: counts of labels are told apart by epochs of so many hours.
         keep_epochs: so many epochs are told apart; older counts are kept as one sum.
         boots_kept: of so many boots a device the hub remembers for ever what it received, ...
@@ -60,6 +64,9 @@ class StoreConfig(Section, frozen=True, kw_only=True):
     rollups_days: Days = 400
     alerts_days: Days = 90
     events_days: Days = 400
+    audit_days: Days = 3650
+    jobs_days: Days = 90
+    models_days: Days = 180
     epoch_hours: Annotated[int, Meta(ge=1, le=8760)] = 24
     keep_epochs: Annotated[int, Meta(ge=1, le=1000)] = 16
     boots_kept: Annotated[int, Meta(ge=1, le=100_000)] = 64
@@ -91,7 +98,7 @@ class ReleaseConfig(Section, frozen=True, kw_only=True):
 
     Attributes:
         folder: what is served: ``metadata`` and ``targets``.
-        keys: the private keys; never inside the served folder.
+        keys: the hub's private keys, those of timestamp, snapshot and repaired; never inside the served folder.
         base_url: the address under which devices reach the web server, shown in its status.
     """
 
@@ -108,6 +115,7 @@ class StepsConfig(Section, frozen=True, kw_only=True):
         ask: what to ask the fleet for before a repair: channels ranked by activity, or votes on the least active.
         repair: repair a model in which a backdoor was confirmed.
         stage: sign a repaired model and roll it out.
+        unchecked: the same for a repair of which the gate could not check every rule, where stage is auto.
         recalibrate: tell a device whose site has changed to fit its guard anew.
     """
 
@@ -115,6 +123,7 @@ class StepsConfig(Section, frozen=True, kw_only=True):
     ask: Literal["never", "ranks", "votes"] = "never"
     repair: Literal["auto", "approve", "never"] = "auto"
     stage: Literal["auto", "approve", "never"] = "auto"
+    unchecked: Literal["auto", "approve", "never"] = "approve"
     recalibrate: Literal["auto", "approve", "never"] = "never"
 
 
@@ -132,14 +141,14 @@ class PolicyConfig(Section, frozen=True, kw_only=True):
         attempts: a worker that crashed this often is given up.
         worker_timeout_s: a worker that takes longer is ended, which counts as a crash.
         veto_s: seconds between release and roll-out in which an operator may object.
-        canaries: devices that get a release first.
+        canaries: devices that get a release first; a single one that lies can let a bad release pass this group.
         interval_s: seconds between two steps of the loop.
         assess_s: at least so many seconds between two looks at the evidence.
         ask_s: so many seconds the fleet has to answer what a repair would like to know.
         steps: who decides on each step.
     """
 
-    alpha: Probability = 1e-6
+    alpha: Probability = 1e-5
     device_alpha: Probability = 0.05
     min_devices: Annotated[int, Meta(ge=1)] = 2
     quorum_share: Annotated[float, Meta(ge=0, le=1)] = 0.0025
@@ -154,6 +163,47 @@ class PolicyConfig(Section, frozen=True, kw_only=True):
     assess_s: Annotated[float, Meta(ge=0, le=86400)] = 10.0
     ask_s: Annotated[float, Meta(ge=0, le=86400)] = 60.0
     steps: StepsConfig = StepsConfig()
+
+
+class GroupConfig(Section, frozen=True, kw_only=True):
+    """``[[rollout.groups]]``: one group of a roll-out after the canaries.
+
+    Attributes:
+        share: how far it goes: the share of the devices concerned that are offered the release by its end.
+        success: so many of the group's devices must fare well before the next group begins.
+        error: where more of them than this fail, the roll-out stops.
+    """
+
+    share: Annotated[float, Meta(gt=0, le=1)]
+    success: Annotated[float, Meta(gt=0, le=1)] = 0.9
+    error: Annotated[float, Meta(ge=0, lt=1)] = 0.1
+
+
+class RolloutConfig(Section, frozen=True, kw_only=True):
+    """``[rollout]``: how a release goes to the fleet, group by group. The canaries come first, and all must fare well.
+
+    Attributes:
+        groups: the groups after the canaries, each larger than the one before; the last one is everybody.
+        soak_s: a device must run the release for so many seconds before it is said to fare well.
+        min_inputs: its guard must have looked at so many inputs before that, too. 0: no inputs are waited for.
+        timeout_s: seconds that a device that is there has to answer, and one that runs the release to prove itself.
+        patience_s: seconds that a device may refuse the release, or be unable to fetch it, before it has failed.
+        false_alarm: the probability that a harmless release is stopped by chance, over its whole roll-out.
+        on_error: what to do where too many devices fail: wait for a person, leave it at that, or bring those who took
+            it back to the model before. To go back takes as many failing devices as ``policy.min_devices``.
+    """
+
+    groups: Annotated[tuple[GroupConfig, ...], Meta(min_length=1, max_length=32)] = (
+        GroupConfig(share=0.1),
+        GroupConfig(share=0.5),
+        GroupConfig(share=1.0),
+    )
+    soak_s: Annotated[float, Meta(ge=0, le=30 * 86400)] = 3600.0
+    min_inputs: Annotated[int, Meta(ge=0, le=10**9)] = 50
+    timeout_s: Annotated[float, Meta(gt=0, le=30 * 86400)] = 86400.0
+    patience_s: Annotated[float, Meta(ge=0, le=30 * 86400)] = 900.0
+    false_alarm: Probability = 0.01
+    on_error: Literal["pause", "abort", "back"] = "pause"
 
 
 class NotifyConfig(Section, frozen=True, kw_only=True):
@@ -237,6 +287,7 @@ class HubConfig(Section, frozen=True, kw_only=True):
     web: WebConfig = WebConfig()
     release: ReleaseConfig | None = None
     policy: PolicyConfig = PolicyConfig()
+    rollout: RolloutConfig = RolloutConfig()
     models: tuple[ModelConfig, ...] = ()
     notify: tuple[NotifyConfig, ...] = ()
 
@@ -270,6 +321,11 @@ def parse(raw: dict[str, Any], *, base: Path, name: str = "configuration") -> Hu
     if config.release and config.release.keys.resolve().is_relative_to(config.release.folder.resolve()):
         raise ConfigError(
             name, got="release.keys inside release.folder, which is served to everyone", do="keep the keys elsewhere"
+        )
+    shares = [group.share for group in config.rollout.groups]
+    if shares[-1] != 1 or any(after <= before for before, after in pairwise(shares)):
+        raise ConfigError(
+            f"{name}: [[rollout.groups]]", got=f"shares {shares}", expected="growing ones of which the last is 1"
         )
     _check_web(config.web, name)
     _check_notify(config.notify, name)

@@ -6,6 +6,7 @@ Rules enforced here:
 * each step is taken by policy, or once a person approved it; long work is put into the database as a job;
 * everything that it does follows from the database and the clock, step by step, so that a hub that was killed goes on
   where it stood: an unfinished job is run again, a release that was made but not recorded is found and recorded;
+* a roll-out that ended leaves no hint behind: whoever was away returns to no model that the fleet has left;
 * evidence is looked at only when there is some that is new, and not more often than policy says.
 """
 
@@ -16,8 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from hashlib import sha256
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import SystemRandom
 from typing import Any, Literal
@@ -29,7 +29,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from edgeguard.contract import topics
 from edgeguard.contract.guard import GuardMetadata
 from edgeguard.contract.messages import Desired
+from edgeguard.detection import sidecar
 from edgeguard.detection.metadata import read as read_metadata
+from edgeguard.detection.statistics import SLACK
 from edgeguard.errors import EdgeGuardError, ModelError, TrustError
 from edgeguard.hub import cases, evidence, policy, rollout
 from edgeguard.hub import commands as questions
@@ -40,12 +42,15 @@ from edgeguard.hub.config import HubConfig
 from edgeguard.hub.drift import Finding
 from edgeguard.hub.evidence import DeviceEvidence
 from edgeguard.hub.ingest import Device, ModelShape
-from edgeguard.hub.jobs import LEADER, Jobs, Lease, Runner, Sources, Work
+from edgeguard.hub.jobs import LEADER, FileName, Jobs, Lease, Runner, Sources, Work
 from edgeguard.hub.listener import Listener
+from edgeguard.hub.members import Members
 from edgeguard.hub.policy import Suspicion
+from edgeguard.hub.shared import Shared
 from edgeguard.hub.store import Store
 from edgeguard.hub.trust import Trust
-from edgeguard.release.repository import Release, Repository
+from edgeguard.release.repository import Repository
+from edgeguard.release.roles import Release
 
 REPAIR = (sys.executable, "-m", "edgeguard.repair.case")
 RENEW_S = 6 * 3600.0
@@ -54,8 +59,11 @@ ASKED = 64
 """So many devices are asked for ranks or votes at most."""
 RECALIBRATED = 64
 """So many devices are told to fit their guard anew at most, for each finding."""
-LOOKING, FOLLOWING = 0.1, 0.02
+LOOKING, FOLLOWING = 0.1, 0.1
 """The share of the time that looking at the evidence of a large fleet may take, and following its roll-outs."""
+_SIGNATURE = "a second, offline signature: edgeguard release sign"
+_NOTHING = 0
+"""In place of a release's number: no hint stands."""
 _DEFAULT_TEXT: Mapping[State, str] = {
     "confirmed": "the inspection confirmed a backdoor",
     "repairing": "the model is being repaired",
@@ -107,6 +115,19 @@ def configured(config: HubConfig) -> dict[str, Model]:
     return found
 
 
+@dataclass
+class _Course:
+    """Where the fleet is going.
+
+    ``hints`` by device; ``withdrawn`` may have one that shall not stand; ``settled`` are the releases that are through,
+    and those that bring an earlier model back, with their cases.
+    """
+
+    hints: dict[str, Released] = field(default_factory=dict)
+    withdrawn: set[str] = field(default_factory=set)
+    settled: list[tuple[Case, Released]] = field(default_factory=list)
+
+
 class Director:
     """One step of the loop at each :meth:`tick`, from one thread.
 
@@ -147,6 +168,9 @@ class Director:
         self._clock_ms = clock_ms
         self._lease = Lease(store, LEADER, owner=owner)
         self._jobs = Jobs(store, owner=owner)
+        self.shared = Shared(
+            store, book, folder=config.state_dir / "shared", models=lambda: self.models, clock_ms=clock_ms
+        )
         self._runner = Runner(
             self._jobs,
             folder=config.state_dir / "cases",
@@ -155,7 +179,11 @@ class Director:
             said=self._said,
             attempts=config.policy.attempts,
             timeout_s=config.policy.worker_timeout_s,
+            shared=self.shared.bundle,
         )
+        self._members = Members(store)
+        self._ended: dict[int, frozenset[str]] = {}
+        self._direct: dict[tuple[str, str], Released] = {}
         self._published: dict[str, tuple[int, float]] = {}
         """The release that each device was last hinted at, and when on the monotonic clock."""
         self._connection = 0
@@ -223,11 +251,7 @@ class Director:
         epoch = self._store.epoch(self._clock_ms())
         for digest, model in self.models.items():
             counts = self._store.label_counts(digest, model.guard.guard_digest)
-            watched = {one.device for one in devices if _runs(one, model)} | set(counts.devices)
-            others = sum(one.model_digest == digest for one in devices if one.device not in watched)
-            if others:
-                text = f"{others} devices run {model.name} with a guard of their own: their counts are not judged"
-                self._book.tell_daily("unwatched", model.name, text)
+            watched = {one.device for one in devices if one.model_digest == digest} | set(counts.devices)
             if not counts.devices:
                 continue
             trust = self._book.trust(digest)
@@ -260,7 +284,9 @@ class Director:
         self._save(Move(case=case, text=f"model {model.name}, label {label}: {suspicion.reason}"))
 
     def _features(self, model: Model, label: int) -> list[DeviceEvidence]:
-        return self._store.label_features(model.guard.model_digest, model.guard.guard_digest, label)
+        """The newest that are enough: what guided an inspection long ago may have been something else."""
+        guard, enough = model.guard, self._policy.min_flagged
+        return self._store.label_features(guard.model_digest, guard.guard_digest, label, enough=enough)
 
     def _tell(self, model: Model, finding: Finding, devices: Sequence[Device]) -> None:
         """What has changed without pointing at a label: told, and where policy says so, answered."""
@@ -288,11 +314,15 @@ class Director:
         elif case.state == "confirmed" and self._may(case, "repair", self._policy.steps.repair):
             self._repair(case)
         elif (
-            case.state == "repaired"
-            and self._repository is not None
-            and self._may(case, "stage", self._policy.steps.stage)
+            case.state == "repaired" and self._repository is not None and self._may(case, "stage", self._staging(case))
         ):
             self._release(case, self._repository)
+
+    def _staging(self, case: Case) -> Choice:
+        """Policy's choice, also where the gate could not check every rule: a person's unless policy accepts that."""
+        steps = self._policy.steps
+        unchecked = case.result is not None and case.result.needs_approval
+        return steps.unchecked if unchecked and steps.stage == "auto" else steps.stage
 
     def _may(self, case: Case, step: Step, choice: Choice) -> bool:
         allowed = cases.may(case, step, choice)
@@ -417,23 +447,25 @@ class Director:
         except (ModelError, TrustError) as error:
             self._save(Move(case=cases.move(case, "refused", at_ms=now, note=str(error)), text=str(error)))
             return
-        release = _made_before(repository, case, content) or repository.add(
+        made = repository.add_repair(
             content,
             name=case.model,
             model_digest=case.result.model_digest or "",
             guard_digest=case.result.guard_digest or "",
             replaces=case.model_digest,
+            sidecar=None if case.job is None else self._jobs.file(case.job, "sidecar"),
         )
-        released = Released(
-            target=release.target,
-            sequence=release.sequence,
-            model_digest=release.model_digest,
-            guard_digest=release.guard_digest,
-            replaces=case.model_digest,
-            at_ms=now,
-        )
-        moved = cases.move(case, "released", at_ms=now, release=released)
-        self._save(Move(case=moved, text=f"release {release.sequence}, {release.target}, signed"))
+        if made.published:
+            moved = cases.move(case, "released", at_ms=now, release=_released(made, at_ms=now))
+            self._save(Move(case=moved, text=f"release {made.sequence}, {made.target}, signed"))
+        else:
+            self._wait_for(case, f"release {made.sequence} waits for {_SIGNATURE}", kind="awaiting_approval")
+
+    def _wait_for(self, case: Case, note: str, *, kind: str = "held") -> None:
+        """Say once what a record waits for."""
+        if case.note != note:
+            noted = msgspec.structs.replace(case, note=note, updated_ms=self._clock_ms())
+            self._save(Move(case=noted, text=note, kind=kind))
 
     def _check_output(self, case: Case, result: Result) -> bytes:
         """The repaired file, which must say of itself what the worker said of it."""
@@ -448,52 +480,190 @@ class Director:
         return content
 
     def _roll_out_all(self, known: Sequence[Case], now_s: float) -> None:
-        rolling = [case for case in known if case.state in ("released", "rolling_out", "closed") and case.release]
-        if not rolling or now_s < self._devices_at:
+        out = [(case, case.release) for case in known if case.release is not None and case.state != "refused"]
+        if not out or now_s < self._devices_at:
             return
         began_s = time.monotonic()
         devices = self._store.devices()
+        course = _Course()
+        for case, release in out:
+            try:
+                self._roll_out(case, release, devices, course)
+            except StaleError:
+                return  # what was decided on it is not known here yet
+            except (EdgeGuardError, OSError) as error:
+                log.error("the roll-out of case %d waits: %s", case.id, error)  # noqa: TRY400 - the others do not
+        for device in devices:
+            if device.model_digest is not None and device.device not in course.hints:
+                ahead = rollout.way(device.model_digest, [release for _, release in course.settled])
+                if ahead:
+                    course.hints[device.device] = self._shortest(ahead, course)
+        # Recorded first: who was offered a release must be known after a restart.
+        self._publish(devices, course)
         self._devices_at = _rest_until(began_s, FOLLOWING)
-        for case in rolling:
-            assert case.release is not None
-            with suppress(StaleError):
-                self._roll_out(case, case.release, devices)
 
-    def _roll_out(self, case: Case, release: Released, devices: Sequence[Device]) -> None:
+    def _roll_out(self, case: Case, release: Released, devices: Sequence[Device], course: _Course) -> None:
+        if case.state in ("released", "rolling_out"):
+            self._step(case, release, devices, course)
+        elif case.state == "closed":
+            course.settled.append((case, release))
+            updated = tuple(sorted(device.device for device in devices if rollout.has(device, release)))
+            if updated != release.updated:
+                self._book.note(
+                    msgspec.structs.replace(case, release=msgspec.structs.replace(release, updated=updated))
+                )
+        else:
+            course.withdrawn |= self._offered(case)
+            if case.state in ("rolling_back", "rolled_back"):
+                case = self._take_back(case, release, devices)
+            if case.back is not None:
+                course.settled.append((case, case.back))
+
+    def _step(self, case: Case, release: Released, devices: Sequence[Device], course: _Course) -> None:
+        """The next step of a roll-out that is under way."""
         now = self._clock_ms()
-        plan = rollout.next_hints(devices, release, self._config.policy, now)
-        after = msgspec.structs.replace(
-            release, canaries=plan.canaries, everyone=plan.everyone, updated=plan.updated, held=plan.held
+        members = self._members.of(case.id)
+        waiting = {device.device for device in devices if device.model_digest == release.replaces}
+        plan = rollout.step(
+            devices,
+            members,
+            release,
+            policy=self._policy,
+            config=self._config.rollout,
+            now_ms=now,
+            traits=self._members.traits(waiting) if release.group == 0 and not release.paused else {},
+            told=self._told(release) if rollout.asks(members, self._config.rollout, now) else rollout.NOTHING,
         )
-        changed = msgspec.structs.replace(case, release=after, updated_ms=now)
+        changed = msgspec.structs.replace(case, release=plan.release, updated_ms=now)
+        move: Move | None = None
         if case.state == "released" and plan.hints:
-            moved = cases.move(case, "rolling_out", at_ms=now, release=after)
-            self._save(Move(case=moved, text=f"release {release.sequence} goes to {', '.join(plan.canaries)} first"))
-        elif case.state == "rolling_out" and plan.done:
-            moved = cases.move(case, "closed", at_ms=now, release=after)
-            self._save(Move(case=moved, text=f"release {release.sequence} runs on {len(plan.updated)} devices"))
-        elif case.state != "released" and after != release:
-            if plan.everyone and not release.everyone:
-                self._save(Move(case=changed, text=f"release {release.sequence} goes to the whole fleet"))
-            else:
-                self._book.note(changed)
-        # Recorded first: a canary that was hinted must be known as one after a restart.
-        self._publish([device for device in devices if device.device in plan.hints], release)
+            moved = cases.move(case, "rolling_out", at_ms=now, release=plan.release)
+            move = Move(case=moved, text=plan.text)
+        elif plan.done:
+            moved = cases.move(case, "closed", at_ms=now, release=plan.release)
+            move = Move(case=moved, text=f"release {release.sequence} runs on {len(plan.release.updated)} devices")
+        elif plan.release.paused and not release.paused:
+            move = self._stopped(changed, plan)
+        elif plan.text:
+            move = Move(case=changed, text=plan.text)
 
-    def _publish(self, hinted: Sequence[Device], release: Released) -> None:
-        """Publish hints that do not stand yet, or that their device shows no sign of.
+        def also(db: Connection, written: Case) -> Case:
+            self._members.put(db, written.id, plan.members)
+            return written
+
+        if move is not None:
+            case = self._save(move, also=also)
+        elif case.state == "rolling_out" and (plan.release != release or plan.members):
+            case = self._book.note(changed, also)
+        course.withdrawn |= waiting & {member.device for member in members}
+        if case.state in ("rolling_out", "closed"):
+            course.hints |= dict.fromkeys(plan.hints, release)
+
+    def _stopped(self, case: Case, plan: rollout.Plan) -> Move:
+        """Too many devices fail: what policy says to do about it."""
+        now, choice = self._clock_ms(), self._config.rollout.on_error
+        if choice == "back" and len(plan.failed) < self._policy.min_devices:
+            choice = "pause"
+        if choice == "pause":
+            return Move(case=case, text=plan.text, kind="paused")
+        running = msgspec.structs.replace(plan.release, paused="")
+        state: State = "aborted" if choice == "abort" else "rolling_back"
+        moved = cases.move(case, state, at_ms=now, release=running, note=plan.release.paused)
+        return Move(case=moved, text=f"{plan.text}; rollout.on_error is {choice}")
+
+    def _told(self, release: Released) -> rollout.Told:
+        before, since = self.models.get(release.replaces), self.models.get(release.model_digest)
+        return rollout.Told(
+            before=self._members.counts(release.replaces, before.guard.guard_digest) if before else {},
+            since=self._members.counts(release.model_digest, release.guard_digest),
+            promised=min(1.0, SLACK * since.guard.fpr) if since else 1.0,
+        )
+
+    def _offered(self, case: Case) -> frozenset[str]:
+        """The devices that a roll-out which ended was offered to."""
+        if case.id not in self._ended:
+            self._ended[case.id] = frozenset(member.device for member in self._members.of(case.id))
+        return self._ended[case.id]
+
+    def _take_back(self, case: Case, release: Released, devices: Sequence[Device]) -> Case:
+        """Sign the model before anew, and follow it until those who are there run it."""
+        now = self._clock_ms()
+        if case.back is None:
+            made = self._made(release.replaces, of=release.model_digest)
+            if made is None:
+                self._wait_for(case, f"the model before is not at hand, or its release waits for {_SIGNATURE}")
+                return case
+            back = _released(made, at_ms=now)
+            changed = msgspec.structs.replace(case, back=back, updated_ms=now)
+            return self._save(Move(case=changed, text=f"release {back.sequence} brings the model before back"))
+        timeout_s = self._config.rollout.timeout_s
+        back, done = rollout.taken_back(devices, case.back, timeout_s=timeout_s, now_ms=now)
+        if done and case.state == "rolling_back":
+            left = f", not on {', '.join(back.held)}" if back.held else ""
+            moved = cases.move(case, "rolled_back", at_ms=now, back=back)
+            return self._save(
+                Move(case=moved, text=f"release {back.sequence} runs on {len(back.updated)} devices{left}")
+            )
+        if back != case.back:
+            return self._book.note(msgspec.structs.replace(case, back=back, updated_ms=now))
+        return case
+
+    def _shortest(self, ahead: Sequence[Released], course: _Course) -> Released:
+        """One release that leads where several do, signed where there is none; the first of them if it cannot be."""
+        first, last = ahead[0], ahead[-1]
+        if len(ahead) == 1:
+            return first
+        key = (first.replaces, last.model_digest)
+        if key not in self._direct:
+            made = self._made(last.model_digest, of=first.replaces)
+            if made is None:
+                return first
+            self._direct[key] = _released(made, at_ms=self._clock_ms())
+            case = next(case for case, release in course.settled if release is last)
+            text = f"release {made.sequence} is for devices that were away and still run model {first.replaces[:12]}"
+            if all(entry.why != text for entry in self._book.audit(case.id)):
+                self._save(Move(case=case, text=text, kind="caught_up"))
+        return self._direct[key]
+
+    def _made(self, model_digest: str, *, of: str) -> Release | None:
+        """A release of a model that the hub has, for devices that run another one; None where that cannot be made."""
+        model = self.models.get(model_digest)
+        if model is None or self._repository is None:
+            return None
+        content, guard = read_model(model.guarded)
+        if guard.model_digest != model_digest:
+            return None
+        made = self._repository.add_repair(
+            content,
+            name=model.name,
+            model_digest=model_digest,
+            guard_digest=guard.guard_digest,
+            replaces=of,
+            sidecar=_sidecar_beside(model.guarded, guard),
+        )
+        return made if made.published else None
+
+    def _publish(self, devices: Sequence[Device], course: _Course) -> None:
+        """Publish hints that do not stand yet, or that their device shows no sign of; withdraw those that shall not.
 
         A broker may forget what is retained: each connection begins anew.
         """
         if self._listener.connections != self._connection:
             self._connection = self._listener.connections
             self._published.clear()
-        desired, now_s = Desired(target=release.target, sequence=release.sequence), time.monotonic()
-        for device in hinted:
-            sequence, at_s = self._published.get(device.device, (None, 0.0))
-            due = sequence != release.sequence or now_s - at_s >= rollout.repeat_after_s(device, release)
-            if due and self._listener.publish(device.device, topics.MODEL_DESIRED, desired, retain=True):
-                self._published[device.device] = (release.sequence, now_s)
+        now_s = time.monotonic()
+        for device in devices:
+            name, release = device.device, course.hints.get(device.device)
+            stands, at_s = self._published.get(name, (None, 0.0))
+            if release is not None:
+                desired = Desired(target=release.target, sequence=release.sequence)
+                due = stands != release.sequence or now_s - at_s >= rollout.repeat_after_s(device, release)
+                if due and self._listener.publish(name, topics.MODEL_DESIRED, desired, retain=True):
+                    self._published[name] = (release.sequence, now_s)
+            elif (
+                name in course.withdrawn and stands != _NOTHING and self._listener.withdraw(name, topics.MODEL_DESIRED)
+            ):
+                self._published[name] = (_NOTHING, now_s)
 
     def _adopt(self, known: Sequence[Case]) -> None:
         """Watch the repaired model of each release like any other; its files may come from another hub's job."""
@@ -522,8 +692,8 @@ class Director:
         """The repaired model and its trainable form as files of this hub."""
         folder = self._config.state_dir / "models" / str(case.id)
         paths = folder / "repaired.tflite", folder / "repaired.keras"
-        names: tuple[Literal["output", "trainable"], ...] = ("output", "trainable")
-        for path, name in zip(paths, names, strict=True):
+        names: tuple[FileName, ...] = ("output", "trainable", "sidecar")
+        for path, name in zip((*paths, sidecar.path_beside(paths[0])), names, strict=True):
             content = None if path.exists() else self._jobs.file(job, name)
             if content is not None:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -550,11 +720,21 @@ def _rest_until(began_s: float, share: float) -> float:
     return now_s + (now_s - began_s) / share
 
 
-def _runs(device: Device, model: Model) -> bool:
-    return (device.model_digest, device.guard_digest) == (model.guard.model_digest, model.guard.guard_digest)
+def _released(made: Release, *, at_ms: int) -> Released:
+    assert made.replaces is not None
+    return Released(
+        target=made.target,
+        sequence=made.sequence,
+        model_digest=made.model_digest,
+        guard_digest=made.guard_digest,
+        replaces=made.replaces,
+        at_ms=at_ms,
+    )
 
 
-def _made_before(repository: Repository, case: Case, content: bytes) -> Release | None:
-    """The release of this very file, where the hub was killed between making and recording it."""
-    digest = sha256(content).hexdigest()
-    return next((r for r in repository.releases() if r.file_digest == digest and r.replaces == case.model_digest), None)
+def _sidecar_beside(guarded: Path, guard: GuardMetadata) -> bytes | None:
+    """The sidecar of a model that the hub has; None where it has none, or another one."""
+    with suppress(OSError):
+        content = sidecar.path_beside(guarded).read_bytes()
+        return content if sidecar.digest(content) == guard.sidecar_digest else None
+    return None

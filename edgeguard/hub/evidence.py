@@ -92,6 +92,7 @@ class LabelCounts:
 
     ``device`` indexes ``devices``; ``device``, ``label``, ``epoch``, ``inputs`` and ``flagged`` are int64 ``[N]``.
     ``epoch`` is the hub's time divided by the length of an epoch; 0 stands for all that is older than what is kept.
+    ``recalibrated`` names those of ``devices`` that run the model with a guard of their own.
     """
 
     devices: tuple[str, ...]
@@ -100,6 +101,7 @@ class LabelCounts:
     epoch: Integers
     inputs: Integers
     flagged: Integers
+    recalibrated: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -8,6 +8,7 @@ Rules enforced here:
   seq can still be read: a device must not send it for ever. It is kept as a dead letter and counted, never as data;
 * a message of an older session than the stored one changes nothing, so that a late will never beats a new birth;
   within one session, offline and stopped are final;
+* a microcontroller is online for as long as the session of its gateway that it came by: it has no will of its own;
 * a device sends oldest first, and what it has under way of one boot spans at most ``MAX_GAPS`` numbers. So when more
   than that are missing, the older ones are gone: they leave the list of gaps.
 """
@@ -33,6 +34,7 @@ from edgeguard.contract.messages import (
     LabelCount,
     LabelEvidence,
     Message,
+    Moved,
     Report,
     Reported,
     Seq,
@@ -167,6 +169,8 @@ def _check_report(report: Report, model: ModelShape | None) -> None:
     if report.activation is not None:
         _require(report.activation.inputs <= report.inputs, "activation means of more inputs than were counted")
         _check_vector(report.activation.mean, widths)
+    if report.moved is not None:
+        _check_moved(report.moved, counts.get(report.moved.label), model)
     _require(len(widths) <= 1 and 0 not in widths, "feature vectors of unequal or no length")
     if model is not None:
         if not widths <= {model.width}:
@@ -188,6 +192,13 @@ def _check_evidence(evidence: LabelEvidence, count: LabelCount | None) -> None:
         "unflagged features do not match their count",
     )
     _require(not evidence.unflagged_std or min(evidence.unflagged_std) >= 0, "a standard deviation is negative")
+
+
+def _check_moved(moved: Moved, count: LabelCount | None, model: ModelShape | None) -> None:
+    _require(count is not None and moved.inputs <= count.flagged, "channels of more inputs than were flagged")
+    _require(all(c.inputs <= moved.inputs for c in moved.channels), "a channel of more inputs than were looked at")
+    known = {c.channel for c in moved.channels if model is None or c.channel < model.width}
+    _require(len(known) == len(moved.channels), "a channel that stands twice, or that the model does not have")
 
 
 def _check_vector(vector: tuple[float, ...], widths: set[int]) -> None:
@@ -258,6 +269,37 @@ class Acks:
         return taken
 
 
+READINGS = 16
+"""So many of a device's last latencies are kept."""
+
+
+class Pulse(msgspec.Struct, frozen=True, kw_only=True):
+    """What a device's own words say of how it fares.
+
+    Attributes:
+        boot: the process that it runs in.
+        starts: how many processes it was heard from, since ``since_ms`` by the hub's clock.
+        readings: how many latencies it has told.
+        latencies: the last of them, in microseconds, the oldest first.
+    """
+
+    boot: str
+    starts: int = 0
+    since_ms: int
+    readings: int = 0
+    latencies: tuple[float, ...] = ()
+
+    def after(self, message: Status | Birth | Health | Reported) -> Pulse:
+        """The pulse after one more message."""
+        pulse = self
+        if message.boot != self.boot:
+            pulse = msgspec.structs.replace(pulse, boot=message.boot, starts=self.starts + 1)
+        if isinstance(message, Health) and message.p50_us > 0:
+            told = (*self.latencies, message.p50_us)[-READINGS:]
+            pulse = msgspec.structs.replace(pulse, readings=self.readings + 1, latencies=told)
+        return pulse
+
+
 Outcome = Literal["updated", "refused", "failed"]
 
 
@@ -275,6 +317,7 @@ class Device:
     outcome_sequence: int | None = None
     reason: str = ""
     last_seen_ms: int = 0
+    pulse: Pulse | None = None
 
     @property
     def online(self) -> bool:
@@ -284,6 +327,9 @@ class Device:
     def after(self, message: Message, *, now_ms: int | None) -> Device:
         """This device after a message of its own; ``now_ms`` None for one that the broker repeated."""
         seen = self if now_ms is None else replace(self, last_seen_ms=max(self.last_seen_ms, now_ms))
+        if isinstance(message, Status | Birth | Health | Reported) and message.session >= self.session and now_ms:
+            before = self.pulse or Pulse(boot=message.boot, since_ms=now_ms)
+            seen = replace(seen, pulse=before.after(message))
         if not isinstance(message, Status | Birth | Reported) or message.session < self.session:
             return seen
         if isinstance(message, Status):
@@ -304,3 +350,13 @@ class Device:
                 seen, outcome=message.state, outcome_sequence=message.desired_sequence, reason=message.reason
             )
         return seen
+
+    def behind(self, gateway: Device, *, via: int | None = None) -> Device:
+        """This microcontroller, given what is known of its gateway.
+
+        Args:
+            gateway: the gateway.
+            via: the session of the gateway that a status names; None for what was known before the gateway's status.
+        """
+        has_ended = gateway.state in ("offline", "stopped") and (via is None or via <= gateway.session)
+        return replace(self, state=gateway.state) if self.online and has_ended else self

@@ -19,11 +19,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 from sqlalchemy import ColumnElement, Connection, Row, and_, func, insert, literal_column, or_, select, update
 
+from edgeguard.detection.sidecar import path_beside
 from edgeguard.errors import ModelError
 from edgeguard.hub import casebook, tables
 from edgeguard.hub.cases import Dormant, Job, Progress, Result
@@ -32,6 +33,8 @@ from edgeguard.hub.worker import Failed, Worker, finished
 
 LEASE_S = 60.0
 MAX_FILE = 256 << 20
+FileName = Literal["output", "trainable", "sidecar"]
+"""The files that a result brings; each has a column of its own."""
 LEADER = "leader"
 
 log = logging.getLogger(__name__)
@@ -156,7 +159,7 @@ class Jobs:
             return bool(db.execute(update(table).where(self._held(entry)).values(**values)).rowcount)
 
     def finish(self, entry: Entry, result: Result, files: Mapping[str, bytes]) -> bool:
-        """Write the result with its ``output`` and ``trainable`` files. False when it is no longer ours."""
+        """Write the result with its files, as ``FileName`` names them. False when it is no longer ours."""
         values = {"state": "done", "owner": None, "result": msgspec.to_builtins(result), "progress": None, **files}
         return self._end(entry, values)
 
@@ -172,7 +175,7 @@ class Jobs:
         """Let another hub, or this one after its restart, run it again: that is no failure."""
         return self._end(entry, {"state": "waiting", "owner": None})
 
-    def file(self, job_id: int, name: Literal["output", "trainable"]) -> bytes | None:
+    def file(self, job_id: int, name: FileName) -> bytes | None:
         """A file that was stored with the result."""
         table = tables.jobs
         with self._store.read() as db:
@@ -263,6 +266,7 @@ class Runner:
         attempts: a job that failed so often is given up.
         timeout_s: a run that takes longer has failed.
         lease_s: as for :class:`Jobs`.
+        shared: writes the inputs that owners shared for a case into a run's folder, and says where.
     """
 
     def __init__(
@@ -276,8 +280,10 @@ class Runner:
         attempts: int,
         timeout_s: float,
         lease_s: float = LEASE_S,
+        shared: Callable[[int, Path], str | None] = lambda _case, _folder: None,
     ) -> None:
         self._jobs = jobs
+        self._shared = shared
         self._folder = folder
         self._command = command
         self._sources = sources
@@ -353,6 +359,7 @@ class Runner:
             dormant=work.dormant,
             stop_after=work.stop_after,
             resume=self._confirmed_by(work),
+            quarantined=self._shared(work.case, self._run_folder(entry, entry.attempts)),
             out_dir=str(self._run_folder(entry, entry.attempts)),
             seed=work.case,
         )
@@ -415,7 +422,11 @@ def _files(result: Result, folder: Path) -> dict[str, bytes]:
     Raises:
         ModelError: one cannot be read or is too large.
     """
-    named = {"output": result.output, "trainable": result.keras} if result.gate_passed else {}
+    named: dict[FileName, str | None] = {}
+    if result.gate_passed:
+        named = {"output": result.output, "trainable": result.keras}
+        if result.output is not None:
+            named["sidecar"] = str(path_beside(Path(result.output)))
     files: dict[str, bytes] = {}
     for name, path in named.items():
         if path is None:
@@ -424,8 +435,9 @@ def _files(result: Result, folder: Path) -> dict[str, bytes]:
             with (folder / path).open("rb") as file:
                 files[name] = file.read(MAX_FILE + 1)
         except OSError as error:
-            if name == "trainable":  # the repair is whole without it, only a next one has nothing to begin with
-                log.warning("the trainable form of a repaired model is not there: %s", error)
+            if name != "output":
+                # Without its trainable form a next repair cannot begin; without its sidecar devices refuse.
+                log.warning("the %s of a repaired model is not there: %s", name, error)
                 continue
             raise ModelError(f"repaired model {path}", got=error.strerror, expected="the worker's output") from error
         if len(files[name]) > MAX_FILE:
@@ -436,7 +448,7 @@ def _files(result: Result, folder: Path) -> dict[str, bytes]:
 def _chosen() -> Any:
     """All columns but the files."""
     table = tables.jobs
-    return select(*(column for column in table.c if column.name not in ("output", "trainable")))
+    return select(*(column for column in table.c if column.name not in get_args(FileName)))
 
 
 def _to_entry(row: Row[Any]) -> Entry:

@@ -187,6 +187,13 @@ class Listener:
         self._link.send(Down(0, [], [content]))
         return True
 
+    def withdraw(self, device: str, channel: str) -> bool:
+        """Have the broker forget what it retains for a device. Returns False where there is no connection."""
+        if not self.connected:
+            return False
+        self._link.send(Down(0, [], [(topics.topic(self._fleet, device, channel), b"", True)]))
+        return True
+
     # -- the connection's thread
 
     def _stay_connected(self) -> None:

@@ -17,6 +17,8 @@ Rules enforced here:
 * a label that the calibration never saw, or hardly, has no bound of its own (its ``fpr_upper`` is near 1, which no
   attack exceeds). It is judged by what is usual in the fleet, and never against less than ``UNSEEN_FLOOR``. That need
   not hold for one class: such a suspicion is a reason to inspect, and says what it rests on;
+* a device that fitted its guard anew has bounds that the hub does not know. All its classes are judged like such a
+  label, and against no less than the bounds that the model came with;
 * reports alone raise a suspicion, never a case. Where several labels are suspicious, the one that most devices stand
   behind comes first, and of equal ones that of the largest excess: a backdoor's target label draws most.
 """
@@ -82,7 +84,7 @@ class Suspicion:
         flagged: flagged inputs of this label on these devices, over all epochs that are kept, of ``inputs``.
         p_value: 1 / e-value.
         excess: in standard deviations of what is explained, on these devices, in the window that shows it best.
-        calibrated: False where the label was judged without a bound of its own.
+        calibrated: False where the label was judged without a bound of its own, on one of these devices at least.
         reason: the same in words, for people.
         channels: empty until somebody looked at the features: see :func:`channels`.
     """
@@ -109,11 +111,11 @@ class Assessment:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Known:
-    """What explains flags, per class ``[C]``; what each device counts, ``[devices]``, and what they need together.
+    """What explains flags, per class ``[C]``, and how much of it at most, ``bound`` ``[devices, C]``.
 
-    ``calm``: the classes by which a device's other rates are judged: those that a calibration bounds, if any, since
-    one class of many flags would drown them. ``cap``: the most that one device may add. ``odd``: the largest share of
-    odd devices that is believed in.
+    ``weight``: what each device counts, ``[devices]``; ``bar``: what they need together. ``calm``: the classes by which
+    a device's other rates are judged: those that a calibration bounds, if any, since one class of many flags would
+    drown them. ``cap``: the most that one device may add. ``odd``: the largest share of odd devices that is believed.
     """
 
     explained: Vector
@@ -169,7 +171,8 @@ def assess(
     looks = evidence.windows(counts, fpr_upper.size, now_epoch, first=first)
     everything = next(looks)
     quorum = quorum_of(policy, max(devices, len(counts.devices)))
-    known = _known(counts, everything, guard.fpr, fpr_upper, policy, trust, quorum)
+    recalibrated = np.isin(counts.devices, list(counts.recalibrated))
+    known = _known(counts, everything, guard.fpr, fpr_upper, recalibrated, policy, trust, quorum)
     recent, strongest = everything, dict[int, _Excess]()
     for window in chain((everything,), looks):
         if window.epochs is not None and window.epochs <= drift.RECENT:
@@ -180,7 +183,10 @@ def assess(
                 strongest[found.label] = found
     suspicions = sorted(strongest.values(), key=lambda found: (-found.support, -found.deviations, found.label))
     return Assessment(
-        suspicions=tuple(_suspicion(found, counts, everything, guard, known, first) for found in suspicions),
+        suspicions=tuple(
+            _suspicion(found, counts, everything, guard, known, int(recalibrated[found.own].sum()), first)
+            for found in suspicions
+        ),
         findings=drift.findings(counts.devices, recent, everything, fpr_upper=fpr_upper, fpr=guard.fpr),
     )
 
@@ -239,11 +245,15 @@ def _known(
     everything: Window,
     fpr: float,
     fpr_upper: Vector,
+    recalibrated: npt.NDArray[np.bool_],
     policy: PolicyConfig,
     trust: Mapping[str, Trust],
     quorum: int,
 ) -> _Known:
     usual = excess.rates(everything.inputs, everything.flagged)
+    bound = explained_rates(everything.inputs, everything.flagged, fpr_upper, fpr)
+    unknown = np.ones_like(fpr_upper)
+    floor = np.maximum(bound, explained_rates(everything.inputs, everything.flagged, unknown, fpr))
     weight = np.asarray([trust[name].weight if name in trust else 1.0 for name in counts.devices])
     bar = trusts.bar(trust, quorum)
     if bar > weight.sum() > 0:
@@ -252,7 +262,7 @@ def _known(
         weight, bar = weight / weight.max(), float(quorum)
     return _Known(
         explained=np.where(fpr_upper < UNSEEN, np.minimum(usual, fpr_upper), usual),
-        bound=explained_rates(everything.inputs, everything.flagged, fpr_upper, fpr),
+        bound=np.where(recalibrated[:, None], floor, bound),
         calm=fpr_upper < (UNSEEN if fpr_upper.min() < UNSEEN else math.inf),
         weight=weight,
         bar=bar,
@@ -268,19 +278,19 @@ def _excesses(window: Window, known: _Known, policy: PolicyConfig) -> Iterator[_
     dispersion = _dispersion(window, known)
     rho = excess.correlation(dispersion, known.bound)
     spread = np.sqrt(expected * (1.0 + np.maximum(inputs - 1.0, 0.0) * rho))
+    labels = inputs.shape[1]
     device, label = np.nonzero((flagged >= 2) & (flagged > expected + _SIGMAS * spread))
     if not device.size:
         return
-    lift = _lift(window, known, device, label)
-    mean = known.bound[label] * lift
+    mean = known.bound[device, label] * _lift(window, known, device, label, dispersion)
     below = mean < _SATURATED
     device, label, mean = device[below], label[below], mean[below]
     n, k = inputs[device, label], flagged[device, label]
     ratio = excess.log_ratio(n, k, mean, dispersion)
     own = ratio >= -math.log(policy.device_alpha)
-    support = np.bincount(label[own], known.weight[device[own]], known.bound.size)
-    flags = np.bincount(label[own], k[own], known.bound.size)
-    theirs = np.bincount(label[own], minlength=known.bound.size).astype(np.float64)
+    support = np.bincount(label[own], known.weight[device[own]], labels)
+    flags = np.bincount(label[own], k[own], labels)
+    theirs = np.bincount(label[own], minlength=labels).astype(np.float64)
     odd = np.minimum(known.odd, excess.odd_share(theirs, (inputs > 0).sum(axis=0)))
     for number in np.flatnonzero((support >= known.bar - 1e-9) & (flags >= policy.min_flagged)):
         mine = label == number
@@ -304,7 +314,7 @@ def _excesses(window: Window, known: _Known, policy: PolicyConfig) -> Iterator[_
 
 def _dispersion(window: Window, known: _Known) -> float:
     """How much devices differ, by all classes but that of the largest excess: an attack is no difference of theirs."""
-    usual = np.minimum(known.explained, known.bound)
+    usual = np.minimum(known.explained, known.bound.max(axis=0, initial=0.0))
     expected = (window.inputs * usual).sum(axis=0)
     worst = int(np.argmax((window.flagged.sum(axis=0) - expected) / np.sqrt(expected + 1.0)))
     others = np.arange(usual.size) != worst
@@ -313,10 +323,14 @@ def _dispersion(window: Window, known: _Known) -> float:
     return excess.dispersion(window.inputs[:, others], window.flagged[:, others], usual[others])
 
 
-def _lift(window: Window, known: _Known, device: npt.NDArray[np.intp], label: npt.NDArray[np.intp]) -> Vector:
+def _lift(
+    window: Window, known: _Known, device: npt.NDArray[np.intp], label: npt.NDArray[np.intp], dispersion: float
+) -> Vector:
     """How many times as often as is explained these devices' other classes are flagged, ``[K]``; at least 1.
 
-    Of four classes or more the largest excess among the others is left out: a backdoor may have a second target.
+    Few flags say little of a device: its factor is the posterior mean of a Gamma law of mean 1 and this dispersion,
+    that of the fleet. Of four classes or more the largest excess among the others is left out: a backdoor may have a
+    second target.
     """
     classes = np.where(known.calm, known.explained, 0.0)
     expected = window.inputs[device] * classes
@@ -325,15 +339,24 @@ def _lift(window: Window, known: _Known, device: npt.NDArray[np.intp], label: np
     for _ in range(2 if known.calm.sum() > 3 else 1):
         expected[each, label] = flagged[each, label] = 0.0
         label = np.argmax(flagged - expected, axis=1)
-    return np.maximum(1.0, (flagged.sum(axis=1) + 1.0) / (expected.sum(axis=1) + 1.0))
+    prior = 1.0 / dispersion
+    return np.maximum(1.0, (flagged.sum(axis=1) + prior) / (expected.sum(axis=1) + prior))
 
 
 def _suspicion(
-    found: _Excess, counts: LabelCounts, everything: Window, guard: GuardMetadata, known: _Known, first: int
+    found: _Excess,
+    counts: LabelCounts,
+    everything: Window,
+    guard: GuardMetadata,
+    known: _Known,
+    recalibrated: int,
+    first: int,
 ) -> Suspicion:
     label, calibrated = found.label, guard.fpr_upper[found.label] < UNSEEN
     period = "all that is kept" if found.epochs is None else f"the last {found.epochs} epochs"
     known_by = f"calibration: {guard.fpr_upper[label]:.2%}" if calibrated else "calibration hardly saw this class"
+    if recalibrated:
+        known_by += f"; {recalibrated} devices calibrated anew"
     others = np.delete(everything.inputs[found.own], label, axis=1).sum()
     flags = np.delete(everything.flagged[found.own], label, axis=1).sum()
     reason = (
@@ -350,7 +373,7 @@ def _suspicion(
         inputs=int(everything.inputs[found.own, label].sum()),
         p_value=math.exp(-found.log_evidence),
         excess=found.deviations,
-        calibrated=calibrated,
+        calibrated=calibrated and not recalibrated,
         reason=reason,
     )
 

@@ -142,10 +142,21 @@ class Queries:
             **_case(case).model_dump(),
             explanation=cases.explain(case),
             channels=[views.Channel(**msgspec.to_builtins(channel)) for channel in case.channels],
-            release=None if case.release is None else views.Release(**msgspec.to_builtins(case.release)),
+            release=_release(case.release),
+            back=_release(case.back),
             summary=None if case.result is None else case.result.summary,
             audit=[views.Audit(at_ms=e.at_ms, who=e.who, was=e.was, became=e.became, why=e.why) for e in trail],
         )
+
+    def members(self, case: int, *, limit: int, cursor: str | None, state: str | None = None) -> Page[views.Member]:
+        """The devices that a case's release was offered to, by name."""
+        table = tables.members
+        chosen = select(table).where(table.c.fleet == self._store.fleet, table.c.case_id == case)
+        if state is not None:
+            chosen = chosen.where(table.c.state == state)
+        if cursor is not None:
+            chosen = chosen.where(table.c.device > _name(cursor))
+        return self._page(chosen.order_by(table.c.device), limit, _member, lambda row: row.device)
 
     def events(self, *, limit: int, cursor: str | None, newest_first: bool = False) -> Page[views.Event]:
         """The timeline, from its beginning or from its end."""
@@ -178,12 +189,16 @@ class Queries:
             chosen = chosen.where(table.c.id < _number(cursor))
         return self._page(chosen.order_by(table.c.id.desc()), limit, _dead_letter, lambda row: row.id)
 
-    def commands(self, *, limit: int, cursor: str | None, device: str | None = None) -> Page[views.CommandState]:
+    def commands(
+        self, *, limit: int, cursor: str | None, device: str | None = None, state: str | None = None
+    ) -> Page[views.CommandState]:
         """Commands, the newest first: their ids begin with their time."""
         table = tables.commands
         chosen = select(table).where(table.c.fleet == self._store.fleet)
         if device is not None:
             chosen = chosen.where(table.c.device == device)
+        if state is not None:
+            chosen = chosen.where(table.c.state == state)
         if cursor is not None:
             chosen = chosen.where(table.c.id < _name(cursor))
         return self._page(chosen.order_by(table.c.id.desc()), limit, _command, lambda row: row.id)
@@ -274,6 +289,17 @@ def _to_case(row: Row[Any]) -> cases.Case:
 
 def _case(case: cases.Case) -> views.Case:
     return views.Case.model_validate({name: getattr(case, name) for name in views.Case.model_fields})
+
+
+def _release(release: cases.Released | None) -> views.Release | None:
+    if release is None:
+        return None
+    fields = msgspec.to_builtins(release)
+    return views.Release(**{name: fields[name] for name in views.Release.model_fields})
+
+
+def _member(row: Row[Any]) -> views.Member:
+    return views.Member(**{name: row.detail[name] for name in views.Member.model_fields})
 
 
 def _event(row: Row[Any]) -> views.Event:

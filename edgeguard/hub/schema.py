@@ -25,6 +25,8 @@ from sqlalchemy import (
 )
 
 metadata = MetaData()
+SLOT = 8
+"""Epochs whose feature vectors are one sum."""
 # SQLite counts up by itself only in a column that is exactly INTEGER.
 _ID = BigInteger().with_variant(Integer, "sqlite")
 _NAME, _DIGEST = String(128), String(64)
@@ -58,9 +60,13 @@ devices = Table(
     Column("last_seen_ms", BigInteger, nullable=False),
     Column("birth", JSON),
     Column("health", JSON),
+    Column("pulse", LargeBinary),
     UniqueConstraint("fleet", "device", name="devices_by_name"),
 )
-"""``last_seen_ms`` is that of messages other than reports and alerts: theirs stands in ``streams``."""
+"""``last_seen_ms`` is that of messages other than reports and alerts: theirs stands in ``streams``.
+
+``pulse`` is what became of its last starts and latencies, as JSON: see :class:`edgeguard.hub.ingest.Pulse`.
+"""
 
 models = Table(
     "models",
@@ -150,6 +156,7 @@ features = Table(
     Column("model_id", Integer, primary_key=True, autoincrement=False),
     Column("device_id", Integer, primary_key=True, autoincrement=False),
     Column("label", Integer, primary_key=True, autoincrement=False),
+    Column("slot", Integer, primary_key=True, autoincrement=False),
     Column("width", Integer, nullable=False),
     Column("flagged", BigInteger, nullable=False),
     Column("unflagged", BigInteger, nullable=False),
@@ -158,7 +165,8 @@ features = Table(
     Column("unflagged_squares", LargeBinary, nullable=False),
     Index("features_by_label", "model_id", "label"),
 )
-"""Sums of feature vectors over all time: nobody asks for them by epoch, and they are the largest rows of all."""
+"""Sums of feature vectors, the largest rows of all: by slots of ``SLOT`` epochs, of which two are kept apart. Slot 0 is
+all that is older."""
 
 dead_letters = Table(
     "dead_letters",

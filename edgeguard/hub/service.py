@@ -43,6 +43,7 @@ from edgeguard.hub.store import Store
 from edgeguard.hub.web import Web
 from edgeguard.hub.workers import Supervisor, added
 from edgeguard.release.repository import Repository
+from edgeguard.release.roles import OFFLINE
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ class Hub:
         self._stack.callback(self._workers.stop)
         self._stack.callback(self._director.stop)
         self._stack.callback(self._notifier.stop)
-        sweeper = Sweeper(self._store, self._config.store, clock_ms=clock_ms)
+        sweeper = Sweeper(self._store, self._config.store, clock_ms=clock_ms, folder=self._config.state_dir)
         self._stack.callback(sweeper.stop)
         self._web.start(
             api.build(
@@ -150,6 +151,7 @@ class Hub:
                     connected=lambda: self._listener.connected,
                     book=self.book,
                     commands=self.commands,
+                    shared=self._director.shared,
                     folder=release.folder if release else None,
                     stopping=lambda: self._web.stopping,
                 )
@@ -218,6 +220,8 @@ def _repository(config: HubConfig) -> Repository | None:
     if config.release is None:
         return None
     repository = Repository.open(config.release.folder, config.release.keys, clock=lambda: datetime.now(timezone.utc))
+    for role in set(repository.held()) & set(OFFLINE):
+        log.warning("a key of %s lies with the hub's: move it off this machine", role)
     latest = max((release.sequence for release in repository.releases()), default=0)
     for model in config.models:
         if model.sequence > latest:

@@ -15,6 +15,8 @@ Rules enforced here:
 from __future__ import annotations
 
 import secrets
+import threading
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,7 +29,9 @@ from sqlalchemy import (
     Connection,
     Engine,
     Row,
-    ScalarSelect,
+    Select,
+    Table,
+    case,
     create_engine,
     event,
     func,
@@ -41,9 +45,12 @@ from edgeguard.errors import ConfigError
 from edgeguard.hub import batch, migrations, schema, tallies
 from edgeguard.hub.evidence import DeviceEvidence, LabelCounts
 from edgeguard.hub.ingest import Accepted, Device, Rejected
+from edgeguard.hub.limits import Limiter
 
 BUSY_TIMEOUT_S = 5.0
 EPOCH_HOURS = 24
+OUTCOMES_A_DAY, OUTCOMES_AT_ONCE = 24, 16
+"""How often what became of a release on one device enters the timeline: its row always has the last word."""
 _WRITES = "edgeguard_writes"
 _SHARDS = 16
 _SQLITE = ("journal_mode = WAL", "synchronous = FULL", "cache_size = -65536", "secure_delete = OFF")
@@ -82,6 +89,8 @@ class Store:
         self._epoch_ms = epoch_hours * 3_600_000
         self._shard = secrets.randbelow(_SHARDS)
         self._numbers = batch.Numbers()
+        self._outcomes = Limiter(rate=OUTCOMES_A_DAY / 86_400, burst=OUTCOMES_AT_ONCE)
+        self._telling = threading.Lock()
         try:
             parsed = make_url(url)
             name = parsed.render_as_string(hide_password=True)
@@ -122,10 +131,14 @@ class Store:
         """
         place = batch.Place(fleet=self.fleet, epoch=self.epoch(now_ms), shard=self._shard, now_ms=now_ms)
         with self.write() as db:
-            acks, learned = batch.apply(db, place, items, self._numbers)
+            acks, learned = batch.apply(db, place, items, self._numbers, lambda name: self._may_tell(name, now_ms))
         if learned.devices or learned.models:
             self._numbers = self._numbers.with_(learned)
         return acks
+
+    def _may_tell(self, device: str, now_ms: int) -> bool:
+        with self._telling:
+            return self._outcomes.passes(device, now_s=now_ms / 1000)
 
     def epoch(self, now_ms: int) -> int:
         """The epoch of a time."""
@@ -141,16 +154,21 @@ class Store:
         return [replace(batch.to_device(r), last_seen_ms=max(r.last_seen_ms, r.heard_ms or 0)) for r in rows]
 
     def label_counts(self, model_digest: str, guard_digest: str) -> LabelCounts:
-        """What every device counted for one model with one guard, by label and epoch."""
+        """What every device counted for one model, by label and epoch.
+
+        Of a device that says that it runs the model with another guard than this one, which it fitted itself, what it
+        counted with that guard; what it counted before belongs to another detector.
+        """
         table, devices = schema.label_counts, schema.devices
-        chosen = select(table.c.device_id, table.c.epoch, table.c.labels)
         with self.read() as db:
-            rows = db.execute(chosen.where(table.c.model_id == self._model(model_digest, guard_digest))).all()
+            rows = db.execute(
+                self._by_guard(table, model_digest, guard_digest, table.c.device_id, table.c.epoch, table.c.labels)
+            ).all()
             names = db.execute(
                 select(devices.c.id, devices.c.device).where(devices.c.fleet == self.fleet).order_by(devices.c.device)
             )
             known = {row.id: row.device for row in names}
-        numbers, epochs, packed = zip(*rows, strict=True) if rows else ((), (), ())
+        guards, numbers, epochs, packed = zip(*rows, strict=True) if rows else ((), (), (), ())
         present = set(numbers)
         position = {number: i for i, number in enumerate(number for number in known if number in present)}
         which, label, inputs, flagged = tallies.unpack(packed)
@@ -163,15 +181,24 @@ class Store:
             epoch=epoch[which],
             inputs=inputs,
             flagged=flagged,
+            recalibrated=frozenset(
+                known[number] for number, guard in zip(numbers, guards, strict=True) if guard != guard_digest
+            ),
         )
 
     def evidence(self, model_digest: str, guard_digest: str) -> list[DeviceEvidence]:
-        """The sums of every device and label for one model with one guard."""
-        return self._evidence(model_digest, guard_digest, None)
+        """The sums of every device and label for one model, of devices as in :meth:`label_counts`."""
+        return self._evidence(model_digest, guard_digest, None, None)
 
-    def label_features(self, model_digest: str, guard_digest: str, label: int) -> list[DeviceEvidence]:
-        """The sums of every device for one label of one model with one guard."""
-        return self._evidence(model_digest, guard_digest, label)
+    def label_features(
+        self, model_digest: str, guard_digest: str, label: int, *, enough: int | None = None
+    ) -> list[DeviceEvidence]:
+        """The sums of every device for one label of one model.
+
+        Args:
+            enough: of each device, only the newest feature vectors that hold so many flagged ones; None for all.
+        """
+        return self._evidence(model_digest, guard_digest, label, enough)
 
     def counts(self) -> dict[str, int]:
         """Totals of all that ever came: reports, inputs, unchecked, flagged, alerts, dead_letters; and devices."""
@@ -209,31 +236,33 @@ class Store:
     def _event(self, db: Connection, at_ms: int, kind: str, subject: str, text: str, detail: Mapping[str, Any]) -> None:
         batch.add_event(db, self.fleet, at_ms=at_ms, kind=kind, subject=subject, text=text, detail=detail)
 
-    def _model(self, model_digest: str, guard_digest: str) -> ScalarSelect[int]:
-        table = schema.models
+    def _by_guard(self, table: Table, model_digest: str, guard_digest: str, *columns: Any) -> Select[Any]:
+        """A guard's digest and columns of a table by model and device: of each device those with the guard it runs."""
+        models, devices = schema.models, schema.devices
+        runs = case(
+            (devices.c.model_digest == model_digest, func.coalesce(devices.c.guard_digest, guard_digest)),
+            else_=guard_digest,
+        )
         return (
-            select(table.c.id)
-            .where(
-                table.c.fleet == self.fleet,
-                table.c.model_digest == model_digest,
-                table.c.guard_digest == guard_digest,
-            )
-            .scalar_subquery()
+            select(models.c.guard_digest, *columns)
+            .join(models, models.c.id == table.c.model_id)
+            .join(devices, devices.c.id == table.c.device_id)
+            .where(models.c.fleet == self.fleet, models.c.model_digest == model_digest, models.c.guard_digest == runs)
         )
 
-    def _evidence(self, model_digest: str, guard_digest: str, label: int | None) -> list[DeviceEvidence]:
+    def _evidence(
+        self, model_digest: str, guard_digest: str, label: int | None, enough: int | None
+    ) -> list[DeviceEvidence]:
         """Counts and feature sums of all labels, or of one, by device and label."""
-        table, devices = schema.features, schema.devices
-        chosen = (
-            select(table, devices.c.device)
-            .join(devices, devices.c.id == table.c.device_id)
-            .where(table.c.model_id == self._model(model_digest, guard_digest))
-        )
+        table = schema.features
+        chosen = self._by_guard(table, model_digest, guard_digest, schema.devices.c.device, *table.c)
         if label is not None:
             chosen = chosen.where(table.c.label == label)
         counts = self.label_counts(model_digest, guard_digest)
+        found: dict[tuple[str, int], list[Row[Any]]] = defaultdict(list)
         with self.read() as db:
-            found = {(row.device, row.label): row for row in db.execute(chosen)}
+            for row in db.execute(chosen.order_by(table.c.slot.desc())):
+                found[row.device, row.label].append(row)
         sums: dict[tuple[int, int], tuple[int, int]] = {}
         wanted = slice(None) if label is None else counts.label == label
         columns = (counts.device, counts.label, counts.inputs, counts.flagged)
@@ -243,7 +272,7 @@ class Store:
         return [
             DeviceEvidence(
                 device=counts.devices[device], label=of, inputs=inputs, flagged=flagged,
-                **_features(found.get((counts.devices[device], of))),
+                **_features(found[counts.devices[device], of], enough),
             )
             for (device, of), (inputs, flagged) in sorted(sums.items())
         ]  # fmt: skip
@@ -289,15 +318,14 @@ def _prepare_sqlite(engine: Engine) -> None:
         db.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
-def _features(row: Row[Any] | None) -> dict[str, Any]:
-    if row is None:
-        return {}
+def _features(rows: Sequence[Row[Any]], enough: int | None) -> dict[str, Any]:
+    """The sums over the slots of one device and label, the newest first, until there are enough flagged vectors."""
+    through = range(1, len(rows) + 1)
+    last = next((n for n in through if enough is not None and sum(r.flagged for r in rows[:n]) >= enough), len(rows))
     return {
-        "flagged_vectors": row.flagged,
-        "flagged_sum": batch.to_vector(row.flagged_sum),
-        "unflagged": row.unflagged,
-        "unflagged_sum": batch.to_vector(row.unflagged_sum),
-        "unflagged_squares": batch.to_vector(row.unflagged_squares),
+        "flagged_vectors": sum(row.flagged for row in rows[:last]),
+        "unflagged": sum(row.unflagged for row in rows[:last]),
+        **{name: batch.to_sum(getattr(row, name) for row in rows[:last]) for name in batch.VECTORS},
     }
 
 

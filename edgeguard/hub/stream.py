@@ -4,8 +4,8 @@ Rules enforced here:
 
 * the database is the only buffer: a client that reads slowly reads later, and takes no memory of the hub. One that
   does not read at all is dropped;
-* hubs beside this one may commit a lower number after a higher one, so an entry is told only once it was there for
-  ``SETTLE`` looks: a client that goes on from the last number it saw misses none;
+* numbers are in the order of the commits (see :mod:`edgeguard.hub.batch`): a client that goes on from the last one
+  that it saw misses none;
 * all clients together look at the database ``1 / POLL_S`` times a second, each by itself only where there is something
   new for it; there are at most ``CLIENTS``;
 * a client whose token is no longer valid is told nothing after the next heartbeat;
@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -34,7 +33,6 @@ from edgeguard.hub.views import Event
 
 CLIENTS = 32
 POLL_S = 0.4
-SETTLE = 2
 HEARTBEAT_S = 15.0
 SEND_S = 10.0
 _AT_ONCE = 200
@@ -59,7 +57,7 @@ class Feed:
         self.stopping = stopping
         self.heartbeat_s = heartbeat_s
         self._metrics = metrics
-        self._seen: deque[int] = deque(maxlen=SETTLE + 1)
+        self._newest = 0
         self._looked_s = -POLL_S
         self._looking = asyncio.Lock()
         self._clients = 0
@@ -74,13 +72,13 @@ class Feed:
         self._clients += change
         self._metrics.streams(change)
 
-    async def settled(self) -> int:
-        """The newest number that no lower one can follow any more. Raises SQLAlchemyError."""
+    async def newest(self) -> int:
+        """The number of the last entry, as of the last look. Raises SQLAlchemyError."""
         async with self._looking:
             if time.monotonic() - self._looked_s >= POLL_S:
-                self._seen.append(await run_in_threadpool(self.queries.newest_event))
+                self._newest = await run_in_threadpool(self.queries.newest_event)
                 self._looked_s = time.monotonic()
-            return self._seen[0] if len(self._seen) > SETTLE else 0
+            return self._newest
 
 
 class EventStream(Response):
@@ -127,7 +125,7 @@ class EventStream(Response):
         await say("retry: 3000\n\n")
         heard_s = time.monotonic()
         while not (gone.done() or feed.stopping()):
-            through = await feed.settled()
+            through = await feed.newest()
             events: list[Event] = []
             if through > since:
                 events = await run_in_threadpool(feed.queries.events_after, since, through=through, limit=_AT_ONCE)

@@ -5,7 +5,7 @@ They stand in the same metadata as those of :mod:`edgeguard.hub.schema`; revisio
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, BigInteger, Column, Index, Integer, LargeBinary, String, Table, Text
+from sqlalchemy import JSON, BigInteger, Column, Float, Index, Integer, LargeBinary, String, Table, Text
 
 from edgeguard.hub.schema import metadata
 
@@ -27,7 +27,7 @@ audit = Table(
     Index("audit_by_subject", "fleet", "subject", "id"),
     sqlite_autoincrement=True,
 )
-"""Only ever added to."""
+"""Only ever added to; what is older than ``[store] audit_days`` leaves."""
 
 trust = Table(
     "trust",
@@ -56,6 +56,7 @@ jobs = Table(
     Column("reason", Text, nullable=False),
     Column("output", LargeBinary),
     Column("trainable", LargeBinary),
+    Column("sidecar", LargeBinary),
     Index("jobs_by_state", "fleet", "state", "id"),
     sqlite_autoincrement=True,
 )
@@ -110,6 +111,32 @@ outbox = Table(
     Index("outbox_by_time", "fleet", "next_ms"),
     sqlite_autoincrement=True,
 )
+
+members = Table(
+    "members",
+    metadata,
+    Column("fleet", _NAME, primary_key=True),
+    Column("case_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("device", _NAME, primary_key=True),
+    Column("state", String(16), nullable=False),
+    Column("detail", JSON, nullable=False),
+)
+"""The devices that a case's release was offered to, and what became of it; revision 6 of the migrations makes it."""
+
+shared = Table(
+    "shared",
+    metadata,
+    Column("fleet", _NAME, primary_key=True),
+    Column("case_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("digest", _DIGEST, primary_key=True),
+    Column("at_ms", BigInteger, nullable=False),
+    Column("who", String(256), nullable=False),
+    Column("predicted", Integer),
+    Column("flagged", Integer, nullable=False),
+    Column("score", Float),
+    Column("counts", Integer, nullable=False),
+)
+"""Inputs that owners shared, by the SHA-256 of their bytes: see :mod:`edgeguard.hub.shared`. Revision 7 makes it."""
 
 tokens = Table(
     "tokens",

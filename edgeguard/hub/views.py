@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, StringConstraints
 
+from edgeguard.hub import cases
 from edgeguard.hub.access import Role
 from edgeguard.hub.cases import State, Step
+from edgeguard.hub.rollout import Standing
 
 MAX_INTEGER = 2**53
 """Larger numbers are not exact in every reader of JSON."""
@@ -146,7 +148,12 @@ class Release(View):
     canaries: list[str]
     everyone: bool
     updated: list[str]
-    held: list[str]
+    held: list[str] = Field(description="some of those that do not run it, or fare worse since, and why")
+    group: int = Field(description="0: the canaries; then the groups of the configuration")
+    groups: int = Field(description="how many there are, with the canaries; 0 before the roll-out")
+    group_ms: int | None
+    counts: dict[str, int] = Field(description="the devices that it was offered to, by what became of it")
+    paused: str = Field(description="why the roll-out stands still; empty while it does not")
 
 
 class Case(View):
@@ -184,6 +191,7 @@ class CaseDetail(Case):
     explanation: str = Field(description="what happened, for the model's owner")
     channels: list[Channel]
     release: Release | None
+    back: Release | None = Field(description="the release that brings the model before back")
     summary: dict[str, Any] | None = Field(description="what inspection and repair measured; null before")
     audit: list[Audit]
 
@@ -198,6 +206,31 @@ class Decision(View):
     why: Sentence = ""
 
 
+class Steering(View):
+    """A person's word on the roll-out of a case. Whose word it is, the token says."""
+
+    model_config = _example(action="pause", why="the cameras of gate 3 are slow since")
+
+    action: cases.Steering
+    why: Sentence = ""
+
+
+class Member(View):
+    """A device that a release was offered to, and what became of it."""
+
+    model_config = _example(
+        device="camera-1", group=0, state="failed", reason="flags 9.1% of 900 inputs, before 0.8% of 4100",
+        offered_ms=_AT, updated_ms=_AT + 40_000,
+    )  # fmt: skip
+
+    device: str
+    group: int
+    state: Standing
+    reason: str
+    offered_ms: int
+    updated_ms: int | None = Field(description="when it was first seen to run the release")
+
+
 class Verdict(View):
     """A person's word on a command that the hub proposed."""
 
@@ -205,6 +238,38 @@ class Verdict(View):
 
     approve: bool
     why: Sentence = ""
+
+
+class SharedInputs(View):
+    """Inputs that somebody looked at and found *not* to be of the suspected class; ``why`` says who and where."""
+
+    model_config = _example(dtype="uint8", shape=[2, 2, 1], inputs=["AAECAw=="], why="stickers on yield signs, gate 3")
+
+    dtype: Literal["uint8", "int8", "int16", "float32"]
+    shape: Annotated[list[Annotated[int, Field(ge=1, le=65536)]], Field(min_length=1, max_length=8)]
+    inputs: Annotated[list[Base64Bytes], Field(min_length=1, max_length=64)] = Field(
+        description="each the bytes of an array of this shape, the last axis fastest, little-endian, in base64"
+    )
+    why: Sentence = ""
+
+
+class SharedInput(View):
+    """What the hub's own copy of the model says of one of them. ``counts``: it speaks for the suspicion."""
+
+    digest: str
+    predicted: int | None
+    flagged: bool
+    score: float | None
+    counts: bool
+
+
+class Replayed(View):
+    """The inputs in their order, how many of all that were shared count, and how many make a case of a suspicion."""
+
+    items: list[SharedInput]
+    counting: int
+    enough: int
+    state: State
 
 
 class Event(View):
@@ -240,9 +305,12 @@ class DeadLetter(View):
 class Command(View):
     """What to ask of a device."""
 
-    model_config = _example(name="ping")
+    model_config = _example(name="recalibrate", source="sidecar")
 
-    name: Literal["ping"]
+    name: Literal["ping", "restart", "recalibrate"]
+    source: Literal["sidecar", "owner"] | None = Field(
+        default=None, description="of the clean inputs, for recalibrate alone: the model's sidecar unless given"
+    )
 
 
 class CommandState(View):

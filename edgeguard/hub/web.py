@@ -46,6 +46,8 @@ from edgeguard.hub.metrics import Metrics
 from edgeguard.hub.views import Problem
 
 MAX_BODY = 64 * 1024
+MAX_INPUTS = 8 << 20
+"""The same where inputs are shared."""
 ANONYMOUS = "anonymous"
 TRIES, TRY_S = 20, 3
 """An address may try so many tokens at once that this process has not seen working, and one more every 3 seconds."""
@@ -55,6 +57,7 @@ _ADDRESSES = 4096
 _MAX_TOKEN = 200
 _STALLED_MS = 15_000
 _HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([^:@/\[\]]+))(?::[0-9]+)?")
+_INPUTS = re.compile(r"/v1/cases/[0-9]+/inputs")
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -125,8 +128,9 @@ class Gate:
             await send(message)
 
         length = Headers(scope=scope).get("content-length", "0")
-        if not length.isdecimal() or int(length[:20]) > MAX_BODY:
-            await _too_large()(scope, receive, send_on)
+        most = MAX_INPUTS if _INPUTS.fullmatch(scope["path"]) else MAX_BODY
+        if not length.isdecimal() or int(length[:20]) > most:
+            await _too_large(most)(scope, receive, send_on)
             return
         taken = 0
 
@@ -134,7 +138,7 @@ class Gate:
             nonlocal taken
             message = await receive()
             taken += len(message.get("body", b""))
-            if taken > MAX_BODY:
+            if taken > most:
                 raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
             return message
 
@@ -324,8 +328,8 @@ def _unknown(got: str) -> Response:
     )  # fmt: skip
 
 
-def _too_large() -> Response:
-    return problem(413, "request body", expected=f"at most {MAX_BODY} bytes", headers={"Connection": "close"})
+def _too_large(most: int) -> Response:
+    return problem(413, "request body", expected=f"at most {most} bytes", headers={"Connection": "close"})
 
 
 def _shown(value: object) -> str | None:

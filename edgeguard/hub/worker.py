@@ -7,6 +7,7 @@ The child is ``COMMAND JOB.json``. It writes one JSON object a line to its stand
 Rules enforced here:
 
 * every run has a folder of its own, so that what an earlier one left, or still writes, does no harm;
+* a run ends with the hub, however that ends (:mod:`edgeguard.hub.tether`): no two work at one job;
 * a run that finished while the hub was away is not run again: its ``result.json`` is taken;
 * what the child says is checked; other lines are logged and ignored;
 * an exit without a result, or running out of time, is a failure with a reason; exit status 2 says that the job cannot
@@ -15,10 +16,13 @@ Rules enforced here:
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -60,6 +64,8 @@ class Worker:
     """
 
     def __init__(self, command: Sequence[str], job: Job, *, deadline_s: float) -> None:
+        if shutil.which(command[0]) is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), command[0])
         folder = Path(job.out_dir)
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "job.json"
@@ -67,13 +73,15 @@ class Worker:
         with (folder / "worker.log").open("ab") as errors:
             # A session of its own: Ctrl-C is for the hub, which then ends the child and what that started.
             self._process = subprocess.Popen(
-                [*command, str(file)],
-                stdin=subprocess.DEVNULL,
+                [sys.executable, "-m", "edgeguard.hub.tether", *command, str(file)],
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 start_new_session=True,
             )
         assert self._process.stdout is not None
+        assert self._process.stdin is not None
+        self._stdin = self._process.stdin
         self._stdout = self._process.stdout
         os.set_blocking(self._stdout.fileno(), False)
         self._folder = folder
@@ -86,7 +94,7 @@ class Worker:
         ended = self._process.poll() is not None
         heard = self._read()
         if ended:
-            self._stdout.close()
+            self._close()
             result = self._result or finished(self._folder)
             return [*heard, result or self._failed(self._process.returncode)]
         if now_s > self._deadline_s:
@@ -99,7 +107,11 @@ class Worker:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._close()
+
+    def _close(self) -> None:
         self._stdout.close()
+        self._stdin.close()
 
     def _failed(self, status: int) -> Failed:
         if status == EXIT_USAGE:

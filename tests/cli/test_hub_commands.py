@@ -15,12 +15,15 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
+from edgeguard.agent.quarantine import About, Quarantine
 from edgeguard.cli.hub_client import Client
 from edgeguard.contract import messages
-from edgeguard.contract.messages import Alive, PingReply
+from edgeguard.contract.messages import Alive, PingReply, RecalibrateReply, Recalibration
 from edgeguard.errors import EXIT_CLEAN, EXIT_FINDINGS, EXIT_NOT_CHECKED, EXIT_USAGE, LinkError
+from edgeguard.hub.shared import ENOUGH
 from tests.cli.conftest import Run
 from tests.hub.serving import Served, serve
 from tests.simulators import fleet
@@ -48,7 +51,12 @@ LISTS = ("devices", "models", "reports", "dead-letters", "cases")
         "events",
         "approve",
         "reject",
+        "rollout",
         "ping",
+        "ask",
+        "proposed",
+        "decide",
+        "share",
         "openapi",
         "token",
         "token add",
@@ -179,6 +187,58 @@ class TestPing:
     def test_a_device_that_nobody_knows_is_told(self, edgeguard: Run, hub: Served) -> None:
         code, _, err = edgeguard("hub", "ping", "nobody")
         assert (code, "device nobody" in err) == (EXIT_USAGE, True)
+
+
+class TestAsk:
+    def test_a_device_that_answers_is_told_of(self, edgeguard: Run, hub: Served) -> None:
+        hub.take("d1", fleet.status())
+
+        def answer() -> None:
+            wait_until(hub.commands.latest)
+            reply = RecalibrateReply(
+                id=hub.commands.latest()[0].id, state="ok", result=Recalibration(guard_digest=None)
+            )
+            hub.commands.heard("d1", "recalibrate", messages.encode(reply))
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        code, out, _ = edgeguard("hub", "ask", "d1", "recalibrate", "--source", "owner")
+        answering.join(5)
+        assert (code, "d1: recalibrate working" in out) == (EXIT_CLEAN, True)
+
+    def test_silence_is_not_checked(self, edgeguard: Run, hub: Served) -> None:
+        hub.take("d1", fleet.status())
+        code, out, _ = edgeguard("hub", "ask", "d1", "restart", "--wait", "0.3")
+        assert (code, "d1: restart waiting" in out) == (EXIT_NOT_CHECKED, True)
+
+    def test_what_waits_for_a_person_is_listed_and_decided(self, edgeguard: Run, hub: Served) -> None:
+        hub.take("d1", fleet.status())
+        case = hub.add_case(awaiting="inspect")
+        key = hub.commands.issue("d1", "recalibrate", source="sidecar", propose=True)
+        out = edgeguard("hub", "proposed")[1]
+        assert f"edgeguard hub approve {case.id} inspect" in out
+        assert f"edgeguard hub decide {key} yes" in out
+        assert edgeguard("hub", "decide", key, "no", "--why", "not now")[1] == "recalibrate of d1 is refused\n"
+        told = json.loads(edgeguard("hub", "proposed", "--json")[1])
+        assert ([one["id"] for one in told["cases"]], told["commands"]) == ([case.id], [])
+
+
+class TestShare:
+    def test_inputs_of_a_quarantine_are_replayed(self, edgeguard: Run, hub: Served, tmp_path: Path) -> None:
+        case, folder = hub.add_case(), tmp_path / "quarantine"
+        kept = Quarantine(folder, max_bytes=1 << 20, max_count=99, max_age_s=1e6)
+        about = About(at_ms=1, predicted=1, scores={}, p_value=None, model_digest=fleet.MODEL, guard_digest=fleet.GUARD)
+        for number in range(ENOUGH):
+            assert kept.put(np.full((8, 8, 1), 17 * number, dtype=np.uint8), about)
+        code, out, _ = edgeguard("hub", "share", case.id, folder, "--why", "stickers")
+        assert code == EXIT_CLEAN
+        assert f"{ENOUGH} inputs, {ENOUGH} flagged by the hub's copy; {ENOUGH} of {ENOUGH} that are needed" in out
+        assert f"case {case.id} is confirmed" in out
+
+    def test_a_folder_without_any_is_told(self, edgeguard: Run, hub: Served, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        code, _, err = edgeguard("hub", "share", hub.add_case().id, tmp_path / "empty")
+        assert (code, "no .npz file" in err) == (EXIT_USAGE, True)
 
 
 class TestEvents:

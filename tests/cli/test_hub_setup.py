@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import stat
 from pathlib import Path
 
 import pytest
 
+from edgeguard.hub import config
+from edgeguard.hub.access import Tokens
+from edgeguard.hub.store import Store
 from tests.cli.conftest import Run
 
 
@@ -80,6 +85,47 @@ def test_no_key_and_no_password_is_printed(edgeguard: Run, folder: Path, passwor
     hidden = secrets(folder)
     assert len(hidden) > 3
     assert not [line for line in hidden if line in said]
+
+
+def test_init_makes_a_first_token_that_works_and_prints_none(edgeguard: Run, folder: Path) -> None:
+    out = init(edgeguard, folder, "--token", "ops")
+    path = folder / "ops.token"
+    assert str(path) in out
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    secret = path.read_text().strip()
+    assert secret not in out
+    code, listed, _ = edgeguard("hub", "token", "list", "--json", "--config", folder / "hub.toml")
+    assert code == 0
+    assert [(one["name"], one["role"]) for one in json.loads(listed)] == [("ops", "admin")]
+    loaded = config.load(folder / "hub.toml")
+    store = Store(config.store_url(loaded), fleet="gate")
+    assert Tokens(store, clock_ms=lambda: 0).find(secret) is not None
+    store.close()
+
+
+def test_init_makes_an_account_for_home_assistant_and_switches_its_sensors_on(edgeguard: Run, folder: Path) -> None:
+    out = init(edgeguard, folder, "--home-assistant")
+    assert f"{folder}/devices/home-assistant" in out
+    assert sorted(path.name for path in (folder / "devices" / "home-assistant").iterdir()) == [
+        "ca.pem", "certificate.pem", "key.pem",
+    ]  # fmt: skip
+    assert [target.kind for target in config.load(folder / "hub.toml").notify] == ["homeassistant"]
+    code, _, err = edgeguard("hub", "enroll", "home-assistant", "--renew", "--folder", folder)
+    assert (code, "a Home Assistant of this name" in err) == (2, True)
+
+
+def test_doctor_names_what_ends_soon_and_what_to_do(edgeguard: Run, folder: Path) -> None:
+    init(edgeguard, folder, "--days", "90")
+    edgeguard("hub", "enroll", "camera-1", "--days", "10", "--folder", folder)
+    code, out, err = edgeguard("hub", "doctor", "--folder", folder)
+    assert (code, err) == (1, "")
+    assert out.startswith("camera-1: valid until")
+    assert "edgeguard hub enroll camera-1 --renew" in out
+    assert edgeguard("hub", "doctor", "--within", "5", "--folder", folder)[0] == 0
+    _, out, _ = edgeguard("hub", "doctor", "--within", "100", "--json", "--folder", folder)
+    assert [one["who"] for one in json.loads(out)] == ["camera-1", "the broker", "the hub"]
+    edgeguard("hub", "revoke", "camera-1", "--folder", folder)
+    assert edgeguard("hub", "doctor", "--folder", folder)[:2] == (0, "no certificate ends within 30 days\n")
 
 
 @pytest.mark.parametrize(("passwords", "reload"), [((), False), (("--passwords",), True)])

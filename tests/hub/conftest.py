@@ -31,6 +31,7 @@ class Setting:
     broker_port: int
     web_port: int = field(default_factory=free_port)
     policy: str = "interval_s = 0.1\nassess_s = 0.1"
+    rollout: str = "soak_s = 0\nmin_inputs = 0"
     more: str = ""
     """Further sections of the configuration."""
     _process: subprocess.Popen[bytes] | None = None
@@ -42,7 +43,7 @@ class Setting:
         path.write_text(
             f'fleet = "test"\nstate_dir = "state"\n[broker]\nhost = "127.0.0.1"\nport = {self.broker_port}\n'
             f'[web]\nport = {self.web_port}\nanonymous = "viewer"\n'
-            f"[policy]\n{self.policy}\n"
+            f"[policy]\n{self.policy}\n[rollout]\n{self.rollout}\n"
             '[release]\nfolder = "release"\nkeys = "keys"\n'
             '[[models]]\nname = "signs"\nguarded = "signs.tflite"\nkeras = "signs.keras"\ndata = "digits"\n'
             f"{self.more}\n"
@@ -77,7 +78,7 @@ class Setting:
             )
         return self._process
 
-    def wait_until_up(self) -> None:
+    def wait_until_up(self, *, timeout_s: float = 30.0) -> None:
         """Wait until the hub's web server answers and it is connected."""
 
         def up() -> bool:
@@ -86,7 +87,7 @@ class Setting:
             except OSError:
                 return False
 
-        fleet.wait_until(up)
+        fleet.wait_until(up, timeout_s=timeout_s)
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -138,7 +139,9 @@ def setting(tmp_path: Path, mosquitto: Mosquitto) -> Iterator[Setting]:
     made = Setting(tmp_path, mosquitto.port)
     (tmp_path / "signs.tflite").write_bytes(fleet.guarded_file(fleet.guard_metadata()))
     (tmp_path / "signs.keras").touch()
-    Repository.create(tmp_path / "release", tmp_path / "keys", clock=lambda: datetime.now(timezone.utc))
+    Repository.create(
+        tmp_path / "release", tmp_path / "keys", tmp_path / "offline", clock=lambda: datetime.now(timezone.utc)
+    )
     yield made
     made.end()
 

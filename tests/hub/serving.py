@@ -25,6 +25,8 @@ from edgeguard.hub.config import WebConfig
 from edgeguard.hub.ingest import Accepted
 from edgeguard.hub.metrics import Metrics
 from edgeguard.hub.queries import Queries
+from edgeguard.hub.replay import Replayed
+from edgeguard.hub.shared import Shared
 from edgeguard.hub.store import Store
 from edgeguard.hub.web import Web
 from tests.simulators import fleet
@@ -133,16 +135,27 @@ def serve(folder: Path, url: str | None = None, **web: Any) -> Iterator[Served]:
         secrets=dict(secrets),
     )
     guard = fleet.guard_metadata()
+    copy = SimpleNamespace(name="signs", guard=guard, guarded=folder / "signs.tflite")
+    said = Replayed(predicted=1, flagged=True, score=2.0)
+    shared = Shared(
+        store,
+        book,
+        folder=folder / "shared",
+        models=lambda: {guard.model_digest: copy},
+        clock_ms=lambda: clock[0],
+        replay=lambda _model, inputs: [said] * len(inputs),
+    )
     parts = api.Parts(
         config=config,
         queries=queries,
         tokens=tokens,
         metrics=metrics,
         status=lambda since: {"since": since},
-        models=lambda: {guard.model_digest: SimpleNamespace(name="signs", guard=guard)},
+        models=lambda: {guard.model_digest: copy},
         connected=lambda: served.connected,
         book=book,
         commands=commands,
+        shared=shared,
         folder=folder / "served",
         stopping=lambda: served.web.stopping,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from edgeguard.hub import api
 from edgeguard.hub.access import needed
 from edgeguard.hub.ingest import Rejected
 from edgeguard.hub.queries import MAX_PAGE
+from edgeguard.hub.shared import ENOUGH
+from edgeguard.hub.web import MAX_BODY, MAX_INPUTS
 from tests.hub.serving import NOW, Served, serve
 from tests.simulators import fleet
 
@@ -237,12 +240,29 @@ class TestCommands:
         assert (answered["state"], answered["replied_ms"] - answered["issued_ms"]) == ("ok", 40)
         assert answered["reply"]["result"]["uptime_s"] == 2.5
 
-    @pytest.mark.parametrize(("device", "name", "status"), [("nobody", "ping", 404), ("d1", "restart", 400)])
+    @pytest.mark.parametrize(("device", "name", "status"), [("nobody", "ping", 404), ("d1", "rank", 400)])
     def test_only_a_device_that_there_is_and_only_so_much(
         self, hub: Served, device: str, name: str, status: int
     ) -> None:
         hub.take("d1", fleet.status())
         assert hub.ask("POST", f"/v1/devices/{device}/commands", {"name": name}, role="operator")[0] == status
+
+    def test_a_device_is_told_to_restart_or_to_calibrate_anew(self, hub: Served) -> None:
+        hub.take("d1", fleet.status())
+        for body in ({"name": "restart"}, {"name": "recalibrate"}, {"name": "recalibrate", "source": "owner"}):
+            assert hub.ask("POST", "/v1/devices/d1/commands", body, role="operator")[0] == 202
+            hub.clock[0] += 1
+        hub.commands.tick()
+        assert [channel for _, channel, _ in hub.sent] == ["cmd/restart", "cmd/recalibrate", "cmd/recalibrate"]
+        assert [getattr(command, "source", None) for _, _, command in hub.sent] == [None, "sidecar", "owner"]
+        wrong = {"name": "ping", "source": "owner"}
+        assert hub.ask("POST", "/v1/devices/d1/commands", wrong, role="operator")[0] == 409
+
+    def test_those_that_are_proposed_are_listed(self, hub: Served) -> None:
+        hub.take("d1", fleet.status())
+        hub.commands.issue("d1", "ping")
+        key = hub.commands.issue("d1", "recalibrate", source="owner", propose=True)
+        assert [one["id"] for one in hub.ask("GET", "/v1/commands?state=proposed")[1]["items"]] == [key]
 
     @pytest.mark.parametrize(("approve", "state"), [(True, "waiting"), (False, "refused")])
     def test_a_proposed_command_is_decided_once(self, hub: Served, approve: bool, state: str) -> None:
@@ -251,6 +271,50 @@ class TestCommands:
         status, after = hub.ask("POST", f"/v1/commands/{key}/decisions", {"approve": approve}, role="operator")
         assert (status, after["state"]) == (200, state)
         assert hub.ask("POST", f"/v1/commands/{key}/decisions", {"approve": approve}, role="operator")[0] == 409
+
+
+class TestSharedInputs:
+    def body(self, count: int, *, size: int = 64) -> dict[str, Any]:
+        inputs = [base64.b64encode(bytes([17 * number]) * size).decode() for number in range(count)]
+        return {"dtype": "uint8", "shape": [8, 8, 1], "inputs": inputs, "why": "stickers"}
+
+    def test_they_are_replayed_and_enough_of_them_make_a_case(self, hub: Served) -> None:
+        case = hub.add_case()
+        status, said = hub.ask("POST", f"/v1/cases/{case.id}/inputs", self.body(4), role="operator")
+        assert (status, said["counting"], said["enough"], said["state"]) == (200, 4, ENOUGH, "suspected")
+        assert [(one["predicted"], one["flagged"], one["counts"]) for one in said["items"]] == [(1, True, True)] * 4
+        status, said = hub.ask("POST", f"/v1/cases/{case.id}/inputs", self.body(ENOUGH), role="operator")
+        assert (said["counting"], said["state"]) == (ENOUGH, "confirmed")
+        assert hub.ask("GET", f"/v1/cases/{case.id}")[1]["audit"][-1]["who"] == "operator"
+
+    def test_a_viewer_may_not_share(self, hub: Served) -> None:
+        case = hub.add_case()
+        assert hub.ask("POST", f"/v1/cases/{case.id}/inputs", self.body(1))[0] == 403
+
+    @pytest.mark.parametrize(
+        ("change", "status"),
+        [
+            ({"shape": [64]}, 409),
+            ({"dtype": "object"}, 400),
+            ({"inputs": ["no base64!"]}, 409),
+            ({"inputs": []}, 400),
+            ({"inputs": ["AA=="] * 65}, 400),
+            ({"inputs": ["AA=="]}, 409),
+        ],
+    )
+    def test_what_is_no_input_of_the_model_is_refused(self, hub: Served, change: dict[str, Any], status: int) -> None:
+        case = hub.add_case()
+        asked = hub.ask("POST", f"/v1/cases/{case.id}/inputs", self.body(1) | change, role="operator")
+        assert asked[0] == status
+        assert set(asked[1]) == {"what", "got", "expected", "do"}
+
+    def test_more_may_be_sent_than_elsewhere_but_not_without_end(self, hub: Served) -> None:
+        case = hub.add_case()
+        large = self.body(1, size=MAX_BODY)
+        assert hub.ask("POST", f"/v1/cases/{case.id}/inputs", large, role="operator")[0] == 409
+        length = {"Content_Length": str(MAX_INPUTS + 1)}
+        assert hub.ask("POST", f"/v1/cases/{case.id}/inputs", b"", role="operator", **length)[0] == 413
+        assert hub.ask("POST", "/v1/cases/77/inputs", self.body(1), role="operator")[0] == 404
 
 
 class TestTokens:

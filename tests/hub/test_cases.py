@@ -84,7 +84,7 @@ def test_a_confirmed_case_is_never_dismissed_by_a_second_inspection(verdict: Any
     ("before", "after"),
     [("suspected", "repaired"), ("dismissed", "inspecting"), ("repaired", "closed"), ("closed", "released"),
      ("released", "repairing"), ("could_not_check", "repaired"), ("refused", "released"), ("rolling_out", "refused"),
-     ("suspected", "confirmed"), ("repairing", "dismissed"), ("suspected", "dismissed")],
+     ("suspected", "repaired"), ("repairing", "dismissed"), ("suspected", "dismissed")],
 )  # fmt: skip
 def test_there_are_no_short_cuts(before: State, after: State) -> None:
     with pytest.raises(ValueError, match=f"from {before} to {after}"):
@@ -133,7 +133,8 @@ class TestDecisions:
 @pytest.mark.parametrize("state", STATES)
 def test_every_open_state_leads_on_and_the_others_do_not(state: State) -> None:
     ways = [after for after in STATES if after != state and _can(state, after)]
-    assert bool(ways) == (state in OPEN)
+    again = ("closed", "aborted", "dismissed", "could_not_check")  # to the model before; by inputs that owners share
+    assert bool(ways) == (state in OPEN or state in again)
 
 
 def test_no_job_leaves_a_record_stuck() -> None:
@@ -202,7 +203,7 @@ class TestExplanation:
         release = msgspec.structs.replace(RELEASE, updated=("a",), held=("b: offline",))
         text = cases.explain(case("rolling_out", is_case=True, result=found, release=release))
         assert "confirmed a backdoor (a trigger of 9 pixels)" in text
-        assert "(release 2) runs on 1 device; waiting for b: offline" in text
+        assert "(release 2) runs on 1 device, at the canaries; not well or not yet: b: offline" in text
 
     @pytest.mark.parametrize("state", STATES)
     @pytest.mark.parametrize("is_case", [False, True])

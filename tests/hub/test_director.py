@@ -112,6 +112,21 @@ def updates(device: Publisher) -> None:
     device.send(topics.MODEL_REPORTED, message, retain=True)
 
 
+def hinted(devices: list[Publisher]) -> Publisher:
+    """The device that is offered the release first."""
+    wait_until(lambda: any(device.hints for device in devices))
+    return next(device for device in devices if device.hints)
+
+
+def turns(devices: list[Publisher]) -> Iterator[Publisher]:
+    """The devices in the order in which they are offered the release."""
+    left = list(devices)
+    while left:
+        device = hinted(left)
+        left.remove(device)
+        yield device
+
+
 def runs(setting: Setting) -> int:
     return len((setting.folder / "runs").read_text().splitlines())
 
@@ -124,12 +139,11 @@ def test_from_evidence_to_a_repaired_fleet(
     attack(devices)
     case = only_case(store, "rolling_out", label=1, model="signs", model_digest=fleet.MODEL)
     assert case.channels[0].source_layer == "relu2"
-    first, *others = devices
-    wait_until(lambda: first.hints)
+    first = hinted(devices)
+    others = [device for device in devices if device is not first]
     assert [device.hints for device in others] == [[], []]
     updates(first)
-    wait_until(lambda: all(device.hints for device in others))
-    for device in others:
+    for device in turns(others):
         updates(device)
     case = only_case(store, "closed")
     assert case.release is not None
@@ -289,7 +303,9 @@ def test_a_release_that_was_made_but_not_recorded_is_not_made_twice(
     repository = Repository.open(
         setting.folder / "release", setting.folder / "keys", clock=lambda: datetime.now(timezone.utc)
     )
-    made = repository.add(REPAIRED, name="signs", model_digest=NEW_MODEL, guard_digest=NEW_GUARD, replaces=fleet.MODEL)
+    made = repository.add_repair(
+        REPAIRED, name="signs", model_digest=NEW_MODEL, guard_digest=NEW_GUARD, replaces=fleet.MODEL
+    )
     hub(*worker("finish()"))
     attack(devices)
     case = only_case(setting.store(), "rolling_out")
@@ -318,16 +334,16 @@ def test_a_canary_that_refuses_holds_the_roll_out(
 ) -> None:
     hub(*worker("finish()"))
     attack(devices)
-    wait_until(lambda: devices[0].hints)
-    devices[0].send(topics.MODEL_REPORTED, fleet.reported("refused", desired=1), retain=True)
+    canary = hinted(devices)
+    canary.send(topics.MODEL_REPORTED, fleet.reported("refused", desired=1), retain=True)
     store = setting.store()
 
     def held() -> tuple[str, ...]:
         release = records(store)[0].release
         return release.held if release else ()
 
-    wait_until(lambda: held() == ("d0: refused ()",))
-    assert not devices[1].hints
+    wait_until(lambda: held() == (f"{canary.device}: refused ()",))
+    assert [device for device in devices if device.hints] == [canary]
     assert records(store)[0].state == "rolling_out"
 
 
@@ -344,8 +360,7 @@ def test_a_bogus_hint_does_not_stand(
         monkeypatch.setattr(rollout, name, 1.0)
     hub(*worker("finish()"))
     attack(devices)
-    victim = devices[0]
-    wait_until(lambda: victim.hints)
+    victim = hinted(devices)
     genuine, bogus = victim.hints[-1], Desired(target="bogus.tflite", sequence=sequence)
     victim.send(topics.MODEL_DESIRED, bogus, retain=True)
     wait_until(lambda: bogus in victim.hints)
@@ -362,12 +377,12 @@ def test_hints_are_published_again_to_a_broker_that_forgot_them(
 ) -> None:
     hub(*worker("finish()"))
     attack(devices)
-    wait_until(lambda: devices[0].hints)
+    canary = hinted(devices)
     mosquitto.kill()
     for file in (setting.folder / "mosquitto").glob("*.db"):
         file.unlink()
     mosquitto.start()
-    wait_until(lambda: len(devices[0].hints) >= 2)
+    wait_until(lambda: len(canary.hints) >= 2)
 
 
 class TestApprovals:
@@ -516,8 +531,7 @@ def test_of_two_hubs_on_one_database_one_decides_and_the_other_takes_over(
             attack(devices)
             first.run(_until(lambda: [case.state for case in second.book.all()] == ["rolling_out"]))
             first.__exit__()
-            for device in devices:
-                wait_until(lambda device=device: device.hints)  # type: ignore[misc]
+            for device in turns(devices):
                 updates(device)
             wait_until(lambda: [case.state for case in second.book.all()] == ["closed"])
         finally:

@@ -227,7 +227,7 @@ class TestCheck:
             ("signs.tflite", None, "signs.tflite"),
             ("signs.tflite", b"not a model", "TFL3"),
             ("signs.tflite", b"\x10\0\0\0TFL3" + b"\xff" * 64, "damaged"),
-            ("keys/targets.pem", None, "targets.pem"),
+            ("keys/old.pem", b"not a key", "old.pem"),
             ("release/metadata/1.root.json", b"{}", "root"),
             ("state/hub.db", b"not a database, but longer than a header" * 10, "hub.db"),
             ("state", b"a file", "state"),

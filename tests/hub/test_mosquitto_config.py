@@ -107,6 +107,41 @@ class TestAccess:
             assert b"will" not in {payload for _, payload in hub.got}
 
 
+class TestHomeAssistant:
+    @pytest.fixture(params=[False, True], ids=["certificates", "passwords"])
+    def watched(self, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Fleet]:
+        fleet = Fleet(tmp_path / "set up", passwords=request.param)
+        fleet.enroll("camera-1")
+        fleet.enroll("home", watcher=True)
+        fleet.start()
+        yield fleet
+        fleet.end()
+
+    def test_it_reads_what_the_hub_shows_it_and_has_no_rights_of_a_device(self, watched: Fleet) -> None:
+        folder = watched.folder / "devices" / "home"
+        assert not (folder / "agent.toml").exists()
+        known = (
+            {"username": "home", "password_file": folder / "password"}
+            if watched.passwords
+            else {"certificate": folder / "certificate.pem", "key": folder / "key.pem"}
+        )
+        broker = BrokerConfig(host="127.0.0.1", port=watched.port, ca=folder / "ca.pem", **known)
+        hub, camera = watched.hub(), watched.device("camera-1")
+        home = watched.peer(broker, subscribe=("#",))
+        shown = ("homeassistant/binary_sensor/x/config", topic("_hub", "sensor/hub"))
+        for name in (*shown, topic("_hub", "notice"), topic("camera-1", topics.ACK)):
+            hub.publish(name, b"said")
+        camera.publish(topic("camera-1", topics.REPORT), b"said")
+        for name in (topic("home", topics.REPORT), topic("camera-1", topics.REPORT), topic("_hub", "sensor/hub")):
+            home.publish(name, b"forged")
+        hub.publish(topic("_hub", "sensor/last"), b"last")
+        home.wait_for(b"last")
+        camera.publish(topic("camera-1", topics.REPORT), b"last")
+        hub.wait_for(b"last")
+        assert {name for name, payload in home.got if payload != b"last"} == set(shown)
+        assert b"forged" not in {payload for _, payload in hub.got}
+
+
 class TestIdentity:
     @pytest.mark.parametrize("protocol", ["3.1.1", "5"])
     @pytest.mark.parametrize("claimed", ["camera-1", f"edgeguard-{FLEET}-camera-1", "the hub's"])

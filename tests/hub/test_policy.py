@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import msgspec
@@ -15,6 +16,7 @@ from edgeguard.hub.evidence import DeviceEvidence, LabelCounts
 from edgeguard.hub.policy import (
     MIN_PEERS,
     TOLERANCE,
+    UNSEEN_FLOOR,
     Assessment,
     ChannelShift,
     Suspicion,
@@ -33,8 +35,8 @@ TODAY = 20_000
 Counts = dict[str, dict[int, tuple[int, int]]]
 
 
-def counted(*days: Counts) -> LabelCounts:
-    """What was counted on the last days, today's at the end."""
+def counted(*days: Counts, recalibrated: Collection[str] = ()) -> LabelCounts:
+    """What was counted on the last days, today's at the end; by which devices with a guard of their own."""
     devices = tuple(dict.fromkeys(device for counts in days for device in counts))
     rows = [
         (devices.index(device), label, TODAY - age, inputs, flagged)
@@ -43,7 +45,10 @@ def counted(*days: Counts) -> LabelCounts:
         for label, (inputs, flagged) in labels.items()
     ]
     device, label, epoch, inputs, flagged = np.array(rows, dtype=np.int64).reshape(-1, 5).T
-    return LabelCounts(devices=devices, device=device, label=label, epoch=epoch, inputs=inputs, flagged=flagged)
+    return LabelCounts(
+        devices=devices, device=device, label=label, epoch=epoch, inputs=inputs, flagged=flagged,
+        recalibrated=frozenset(recalibrated),
+    )  # fmt: skip
 
 
 def judge(
@@ -53,10 +58,11 @@ def judge(
     guard: GuardMetadata = GUARD,
     fpr_upper: float | None = None,
     trust: dict[str, Trust] | None = None,
+    recalibrated: Collection[str] = (),
 ) -> tuple[Suspicion, ...]:
     upper = guard.fpr_upper if fpr_upper is None else (fpr_upper,) * len(guard.fpr_upper)
     guard = msgspec.structs.replace(guard, fpr_upper=upper)
-    counts = counted(*days)
+    counts = counted(*days, recalibrated=recalibrated)
     known = devices or len(counts.devices)
     return assess(counts, policy, guard=guard, devices=known, trust=trust, now_epoch=TODAY).suspicions
 
@@ -182,6 +188,29 @@ def test_of_few_devices_such_a_class_is_judged_by_the_floor() -> None:
     assert not judge({"a": {1: (1000, 50)}, "b": {1: (1000, 50)}}, fpr_upper=1.0)
 
 
+def test_devices_that_were_calibrated_anew_are_judged_by_the_floor_and_it_is_said() -> None:
+    few = {d: {1: (2000, 120)} for d in "abc"}
+    assert judge(few, fpr_upper=0.005)
+    assert not judge(few, fpr_upper=0.005, recalibrated="abc")
+    (found,) = judge({d: {1: (200, 90)} for d in "abc"}, recalibrated="ab")
+    assert found.devices == ("a", "b", "c")
+    assert not found.calibrated
+    assert "2 devices calibrated anew" in found.reason
+
+
+def test_the_floor_never_lowers_what_a_model_came_with() -> None:
+    day = {d: {1: (300, 120)} for d in "abc"}
+    assert judge(day, fpr_upper=0.03, recalibrated="abc")
+    assert not judge(day, fpr_upper=0.3, recalibrated="abc")
+
+
+def test_one_device_calibrated_anew_changes_nothing_for_the_others() -> None:
+    day = a_fleet(30, attacked=6)
+    (found,) = judge(day, recalibrated=["d-20"])
+    assert found.devices == judge(day)[0].devices
+    assert found.calibrated
+
+
 def test_the_label_that_most_devices_stand_behind_comes_first() -> None:
     day = {d: dict.fromkeys(range(10), (300, 3)) | {4: (300, 200)} for d in "abcde"}
     for device in "abcd":
@@ -300,6 +329,20 @@ def test_a_clean_fleet_whose_rates_come_from_what_calibration_leaves_open_is_not
     year, found = look(World(seed=seed, devices=300, classes=43, days=20))
     assert not found.suspicions
     assert year.rates.max() > 0.03  # some class's rate is far from nominal
+
+
+@pytest.mark.parametrize("seed", [5, 27, 53])
+def test_a_fleet_of_which_a_third_fitted_its_guard_to_little_data_is_not_suspicious(seed: int) -> None:
+    year, found = look(World(seed=seed, devices=150, days=20, recalibrated=0.3))
+    assert not found.suspicions
+    assert year.own_rates.max() > 1.5 * UNSEEN_FLOOR
+
+
+def test_a_trigger_is_found_on_devices_that_were_all_calibrated_anew() -> None:
+    met = Trigger(label=2, day=20, share=0.3, rate=40.0)
+    found = Year(World(seed=1, devices=100, days=24, recalibrated=1.0, trigger=met)).run(until_case=True, first_look=19)
+    assert [one.label for one in found] == [2] * len(found)
+    assert found
 
 
 def test_a_trigger_that_a_tenth_of_the_fleet_meets_is_found_within_days() -> None:

@@ -6,16 +6,21 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from sqlalchemy import Table, func, select
 
 from edgeguard.contract.messages import Ack
-from edgeguard.hub import schema
+from edgeguard.hub import schema, tables
+from edgeguard.hub.casebook import Casebook, Move
+from edgeguard.hub.cases import Case, Released, Result
 from edgeguard.hub.config import StoreConfig
 from edgeguard.hub.ingest import Accepted, Rejected
+from edgeguard.hub.jobs import Jobs, Work
 from edgeguard.hub.retention import CHUNK, Sweeper, sweep
 from edgeguard.hub.store import Store
 from tests.simulators import fleet
@@ -111,6 +116,105 @@ def test_old_epochs_become_one_and_nothing_is_lost(store: Store) -> None:
         ]
     assert sweep(store, CONFIG, now_ms=7 * DAY).epochs == 2
     assert sum(row[3] for row in labels(store)) == 2 * 6 * 30
+
+
+def test_old_slots_of_features_become_one_and_nothing_is_lost(store: Store) -> None:
+    days = (1, 9, 17, 25, 26)
+    for seq, day in enumerate(days, start=1):
+        store.apply([accepted(fleet.report(seq)), accepted(fleet.report(seq), "d2")], now_ms=day * DAY)
+    before = store.label_features(fleet.MODEL, fleet.GUARD, 0)
+    assert sweep(store, CONFIG, now_ms=26 * DAY).slots == 2
+    with store.read() as db:
+        assert set(db.scalars(select(schema.features.c.slot))) == {0, 2, 3}
+    after = store.label_features(fleet.MODEL, fleet.GUARD, 0)
+    assert [row.flagged_vectors for row in after] == [5, 5]
+    for one, other in zip(before, after, strict=True):
+        for name in ("flagged_sum", "unflagged_sum", "unflagged_squares"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    assert sweep(store, CONFIG, now_ms=26 * DAY).slots == 0
+
+
+def test_counts_of_a_model_leave_once_nobody_runs_it_or_was_heard_of_under_it(store: Store) -> None:
+    config = msgspec.structs.replace(CONFIG, models_days=30)
+    for model in (fleet.MODEL, fleet.OTHER):
+        store.apply([accepted(fleet.report(1 + (model == fleet.OTHER), model=model))], now_ms=DAY)
+    store.apply([accepted(fleet.birth(model=fleet.OTHER))], now_ms=DAY)
+    assert sweep(store, config, now_ms=20 * DAY).models == 0
+    assert sweep(store, config, now_ms=40 * DAY).models == 1
+    assert store.evidence(fleet.MODEL, fleet.GUARD) == []
+    assert [row.inputs for row in store.evidence(fleet.OTHER, fleet.GUARD)] == [10, 20]
+    store.apply([accepted(fleet.report(3))], now_ms=41 * DAY)
+    assert [row.inputs for row in store.evidence(fleet.MODEL, fleet.GUARD)] == [10, 20]
+
+
+@pytest.mark.parametrize("heard", ["whole reports", "sums of days", "counts"])
+def test_a_model_that_somebody_reported_under_lately_keeps_its_counts(store: Store, heard: str) -> None:
+    days = {"reports_days": 365, "rollups_days": 365, "keep_epochs": 100, "models_days": 30}
+    if heard != "whole reports":
+        days["reports_days"] = 1
+    if heard == "counts":
+        days["rollups_days"] = 1
+    if heard != "counts":
+        days["keep_epochs"] = 1
+    store.apply([accepted(fleet.report(1))], now_ms=DAY)
+    assert sweep(store, msgspec.structs.replace(CONFIG, **days), now_ms=25 * DAY).models == 0
+    assert store.evidence(fleet.MODEL, fleet.GUARD)
+
+
+def test_findings_and_notifications_that_nobody_takes_leave(store: Store) -> None:
+    now = {"ms": 10 * DAY}
+    book = Casebook(store, clock_ms=lambda: now["ms"], targets=lambda _kind: ["gone"])
+    assert book.tell_daily("drift", "signs, fleet", "it drifts")
+    sweep(store, CONFIG, now_ms=11 * DAY)
+    assert (rows(store, tables.findings), rows(store, tables.outbox)) == (1, 1)
+    sweep(store, CONFIG, now_ms=15 * DAY)
+    assert (rows(store, tables.findings), rows(store, tables.outbox)) == (0, 0)
+
+
+def ended(book: Casebook, *, at_ms: int, released: bool = False) -> Case:
+    """A record that has come to its end."""
+    release = Released(
+        target="t", sequence=1, model_digest=fleet.OTHER, guard_digest=fleet.GUARD, replaces=fleet.MODEL, at_ms=1
+    )
+    return book.save(
+        Move(
+            case=Case(
+                model="signs", model_digest=fleet.MODEL, label=0, state="closed" if released else "dismissed",
+                created_ms=at_ms, updated_ms=at_ms, devices=(), flagged=1, inputs=1, p_value=0.1, channels=(),
+                job=2 if released else 1, release=release if released else None,
+            ),
+            text="over",
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_finished_jobs_leave_after_their_case_and_a_released_model_stays(
+    store: Store, tmp_path: Path, released: bool
+) -> None:
+    config = msgspec.structs.replace(CONFIG, jobs_days=30, audit_days=60)
+    book = Casebook(store, clock_ms=lambda: DAY)
+    case = ended(book, at_ms=DAY, released=released)
+    jobs = Jobs(store, owner="hub")
+    vector = (0.0,)
+    for _ in range(2):
+        work = Work(
+            case=case.id, model_digest=fleet.MODEL, guard_digest=fleet.GUARD, label=0, flagged_mean=vector,
+            unflagged_mean=vector, unflagged_std=vector,
+        )  # fmt: skip
+        with store.write() as db:
+            number = jobs.add(db, work)
+        entry = jobs.claim([fleet.MODEL], attempts=3)
+        assert entry is not None
+        assert jobs.finish(entry, Result(verdict="not_confirmed"), {})
+        (tmp_path / "cases" / str(case.id) / f"job-{number}" / "run-1").mkdir(parents=True)
+    assert sweep(store, config, now_ms=20 * DAY, folder=tmp_path).jobs == 0
+    assert len(list(tmp_path.glob("cases/*/job-*"))) == 2
+    assert sweep(store, config, now_ms=40 * DAY, folder=tmp_path).jobs == (1 if released else 2)
+    assert [run.name for run in tmp_path.glob("cases/*/job-*")] == (["job-2"] if released else [])
+    assert rows(store, tables.audit) == 1
+    assert sweep(store, config, now_ms=70 * DAY).audit == 1
+    assert book.get(case.id) is not None
 
 
 def test_epochs_that_were_shorter_once_are_merged_too(database: str) -> None:

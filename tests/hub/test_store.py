@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Iterator
 
 import msgspec
@@ -15,10 +16,10 @@ from sqlalchemy.exc import DBAPIError
 
 from edgeguard.contract.messages import Ack
 from edgeguard.errors import ConfigError
-from edgeguard.hub import schema
+from edgeguard.hub import batch, schema
 from edgeguard.hub.batch import DEAD_LETTERS_KEPT
 from edgeguard.hub.ingest import Rejected
-from edgeguard.hub.store import Store
+from edgeguard.hub.store import OUTCOMES_AT_ONCE, Store
 from tests.simulators import fleet
 from tests.simulators.fleet import accepted, alert
 
@@ -229,6 +230,45 @@ def test_features_of_one_label_are_summed_over_epochs(database: str) -> None:
     store.close()
 
 
+def test_the_newest_features_that_are_enough_are_those_of_the_last_slots(store: Store) -> None:
+    day = 86_400_000
+    for seq, epoch, shift in ((1, 1, 50.0), (2, 20, 3.0), (3, 21, 3.0)):
+        counts = ((0, 10, 2),)
+        store.apply([accepted(fleet.report(seq, counts=counts, shift=shift))], now_ms=epoch * day)
+
+    def shifts(enough: int | None) -> tuple[int, float]:
+        (row,) = store.label_features(fleet.MODEL, fleet.GUARD, 0, enough=enough)
+        assert row.inputs == 30
+        return row.flagged_vectors, row.flagged_sum[-1] / row.flagged_vectors - row.unflagged_sum[-1] / row.unflagged
+
+    assert shifts(1) == shifts(4) == pytest.approx((4, 3.0))
+    assert shifts(5) == shifts(None) == pytest.approx((6, (2 * 50 + 4 * 3) / 6))
+
+
+def test_a_device_that_runs_a_guard_of_its_own_is_known_by_what_it_counted_with_that_guard(store: Store) -> None:
+    own = "d" * 64
+    for device in ("d1", "d2"):
+        store.apply([accepted(fleet.report(1, counts=((0, 10, 1),)), device)], now_ms=1)
+    items = [fleet.birth(guard=own), fleet.report(2, guard=own, counts=((0, 7, 2),))]
+    store.apply([accepted(message) for message in items], now_ms=2)
+    counts = store.label_counts(fleet.MODEL, fleet.GUARD)
+    assert (counts.devices, counts.recalibrated) == (("d1", "d2"), frozenset({"d1"}))
+    assert [(row.device, row.inputs, row.flagged) for row in store.evidence(fleet.MODEL, fleet.GUARD)] == [
+        ("d1", 7, 2),
+        ("d2", 10, 1),
+    ]
+    assert [row.flagged_vectors for row in store.label_features(fleet.MODEL, fleet.GUARD, 0)] == [2, 1]
+    store.apply([accepted(fleet.birth(session=2))], now_ms=3)
+    back = store.label_counts(fleet.MODEL, fleet.GUARD)
+    assert (back.inputs.tolist(), back.recalibrated) == ([10, 10], frozenset())
+
+
+def test_what_a_device_runs_now_does_not_hide_what_it_counts_under_another_model(store: Store) -> None:
+    store.apply([accepted(fleet.birth(model=fleet.OTHER, guard=fleet.OTHER)), accepted(fleet.report(1))], now_ms=1)
+    counts = store.label_counts(fleet.MODEL, fleet.GUARD)
+    assert (counts.devices, counts.recalibrated) == (("d1",), frozenset())
+
+
 def test_several_reports_of_one_device_in_one_batch_add_up(store: Store) -> None:
     store.apply([accepted(fleet.report(seq)) for seq in range(1, 51)], now_ms=1)
     one = store.label_features(fleet.MODEL, fleet.GUARD, 0)[0]
@@ -252,6 +292,30 @@ def test_devices_follow_their_messages(store: Store) -> None:
     assert (device.device, device.online, device.model_digest, device.outcome) == ("d1", True, fleet.MODEL, "refused")
     store.apply([accepted(fleet.status("offline"))], now_ms=6)
     assert not store.devices()[0].online
+
+
+def test_the_numbers_of_the_timeline_are_in_the_order_of_the_commits(store: Store) -> None:
+    """As with two hubs on one PostgreSQL, one of which takes its time: a reader that saw 2 would never ask for 1."""
+    told = threading.Thread(target=store.add_event, args=("note", "x", "quick"), kwargs={"at_ms": 2})
+    with store.write() as db:
+        batch.add_event(db, "test", at_ms=1, kind="note", subject="x", text="slow", detail={})
+        told.start()
+        told.join(0.5)
+        assert told.is_alive()
+        assert store.events() == []
+    told.join(10)
+    assert [event.text for event in store.events()] == ["slow", "quick"]
+
+
+def test_a_device_that_changes_its_mind_all_day_fills_no_timeline(store: Store) -> None:
+    for number in range(300):
+        state = ("refused", "failed")[number % 2]
+        store.apply([accepted(fleet.reported(state, desired=4))], now_ms=1000 * number)
+    store.apply([accepted(fleet.reported("refused", desired=5), "d2")], now_ms=300_000)
+    told = [event.subject for event in store.events()]
+    assert told.count("d1") == OUTCOMES_AT_ONCE
+    assert told.count("d2") == 1
+    assert [device.outcome for device in store.devices()] == ["failed", "refused"]
 
 
 def test_what_becomes_of_a_hint_enters_the_timeline_once(store: Store) -> None:

@@ -14,6 +14,8 @@ from edgeguard.contract.messages import (
     LabelCount,
     LabelEvidence,
     Message,
+    Moved,
+    MovedChannel,
     Ping,
     PingReply,
     Rank,
@@ -38,7 +40,7 @@ BOOT = "0123456789abcdef"
 DIGEST, OTHER = "a" * 64, "b" * 64
 
 EXAMPLES: tuple[Message, ...] = (
-    Status(state="online", session=7, boot=BOOT),
+    Status(state="online", session=7, boot=BOOT, via=6),
     Birth(
         session=7,
         boot=BOOT,
@@ -94,6 +96,7 @@ EXAMPLES: tuple[Message, ...] = (
             ),
         ),
         activation=ActivationMean(inputs=92, mean=(0.25, 1.5, 0.125)),
+        moved=Moved(label=7, inputs=4, channels=(MovedChannel(channel=1, inputs=4, excess=3.0625),)),
     ),
     Alert(
         boot=BOOT,

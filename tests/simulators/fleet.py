@@ -208,6 +208,8 @@ class Publisher:
         self.device = device
         self.acks: list[Ack] = []
         self.hints: list[Desired] = []
+        self.withdrawn = 0
+        """How often it was told that no hint stands."""
         self._port = port
         self._fleet = fleet
         self._resend_s = resend_s
@@ -263,7 +265,10 @@ class Publisher:
 
     def _on_message(self, _client: Any, _userdata: Any, message: mqtt.MQTTMessage) -> None:
         if message.topic.endswith(f"/{topics.MODEL_DESIRED}"):
-            self.hints.append(decode(Desired, bytes(message.payload)))
+            if message.payload:
+                self.hints.append(decode(Desired, bytes(message.payload)))
+            else:
+                self.withdrawn += 1
             return
         ack = decode(Ack, bytes(message.payload))
         with self._lock:

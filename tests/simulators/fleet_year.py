@@ -5,10 +5,13 @@ Everything is drawn from one seed. The hub's side is the real one (:mod:`edgegua
 
 * each class's true flag rate is drawn from what the calibration leaves open: with r of n calibration inputs of the
   class flagged, Beta(r + 1, n - r + 1), never the nominal rate;
+* a share of the devices may have fitted the guard anew, all to one small calibration set: its joint rate is what an
+  order statistic of 200 inputs leaves open, and it falls on the classes as it likes;
 * devices differ by a lognormal factor of their own, by one for each class, and by one a day; none of these is the
   detector's own beta-binomial law;
 * volume and rate swing over the year ("night"); for a month the whole fleet drifts, for another one site;
 * now and then a device looks at something odd for a day, and a few sensors are broken;
+* a suspicion that was rejected comes up again by the hub's own rule, :func:`edgeguard.hub.cases.is_news`;
 * an inspection confirms a backdoor that is there with ``1 - MISSED``, and one that is not with
   ``FALSELY_CONFIRMED``. It takes a day, and there is one at a time for a model.
 """
@@ -27,7 +30,8 @@ import numpy.typing as npt
 
 from edgeguard.contract.guard import GuardMetadata
 from edgeguard.detection.statistics import rate_upper
-from edgeguard.hub import policy, trust
+from edgeguard.hub import cases, policy, trust
+from edgeguard.hub.cases import Case
 from edgeguard.hub.config import PolicyConfig
 from edgeguard.hub.evidence import LabelCounts
 from edgeguard.hub.trust import Trust
@@ -77,6 +81,7 @@ class World:
     trigger: Trigger | None = None
     liars: float = 0.0
     lie: Lie = "none"
+    recalibrated: float = 0.0
     disturbed: bool = True
     """Night, drift, odd days and broken sensors."""
 
@@ -108,6 +113,10 @@ class Year:
         upper = tuple(rate_upper(int(r), int(n)) for r, n in zip(flagged, seen, strict=True))
         self.guard: GuardMetadata = msgspec.structs.replace(guard_metadata(classes=world.classes), fpr_upper=upper)
         size = (world.devices, world.classes)
+        own = np.random.default_rng([world.seed, 1])
+        self.recalibrated = own.permutation(world.devices) < round(world.recalibrated * world.devices)
+        weight = own.gamma(0.5, 2.0, world.classes)
+        self.own_rates: Floats = own.beta(2.0, 199.0) * weight / (common @ weight)
         mix = common * rng.gamma(4.0, 0.25, size)
         self._volume: Floats = mix / mix.sum(axis=1, keepdims=True) * world.volume * _factor(rng, 0.5, (size[0], 1))
         self._factor: Floats = _factor(rng, 0.3, (size[0], 1)) * _factor(rng, 0.3, size)
@@ -132,6 +141,7 @@ class Year:
     def run(self, *, until_case: bool = False, first_look: int = 0) -> list[Inspection]:
         """All inspections from day ``first_look`` on, or those up to the first of the backdoor that confirms it."""
         inspections: list[Inspection] = []
+        known: list[Case] = []
         for day in range(self.world.days):
             now_ms = (FIRST_DAY + day) * DAY_MS
             self._count(day)
@@ -139,9 +149,11 @@ class Year:
                 continue
             standing = trust.standing(self.trust, now_ms)
             found = self.assess(day, standing)
-            if not found.suspicions:
+            first = next((s for s in found.suspicions if cases.is_news(s, known, now_ms=now_ms)), None)
+            if first is None:
                 continue
-            first = found.suspicions[0]
+            case = cases.open_case(first, model="", label_name="", at_ms=now_ms)
+            known.append(msgspec.structs.replace(case, state="dismissed"))
             confirmed = self._inspect(first.label, day)
             named = frozenset(first.devices)
             liars = sum(name in named for name, lies in zip(self.names, self.lies, strict=True) if lies)
@@ -182,6 +194,7 @@ class Year:
             epoch=np.repeat(np.asarray(epochs, dtype=np.int64), size),
             inputs=np.concatenate([inputs.ravel() for inputs, _ in tables]),
             flagged=np.concatenate([flagged.ravel() for _, flagged in tables]),
+            recalibrated=frozenset(name for name, own in zip(self.names, self.recalibrated, strict=True) if own),
         )
 
     def _inspect(self, label: int, day: int) -> bool:
@@ -196,7 +209,8 @@ class Year:
         """Draw one more day."""
         rng, world = self._rng, self.world
         swing = np.sin(2 * np.pi * day / 365) if world.disturbed else 0.0
-        rate = self.rates * self._factor * _factor(rng, 0.2, (world.devices, 1)) * (1 + 0.3 * swing)
+        rates = np.where(self.recalibrated[:, None], self.own_rates, self.rates)
+        rate = rates * self._factor * _factor(rng, 0.2, (world.devices, 1)) * (1 + 0.3 * swing)
         if world.disturbed:
             site = np.arange(world.devices) % SITES
             rate = rate * (2.5 if 100 <= day < 130 else 1.0)

@@ -187,6 +187,7 @@ def enroll(
     mcus: Sequence[str] = (),
     model: Path | None = None,
     again: bool = False,
+    watcher: bool = False,
     days: int = pki.DAYS,
 ) -> Change:
     """Make a device's credentials and configuration, and let the broker know it.
@@ -201,10 +202,11 @@ def enroll(
         model: guarded model to put beside the configuration, with its sidecar where there is one.
         again: make new credentials although it has some. An earlier certificate stays valid until it expires or the
             device is revoked; an earlier password does not.
+        watcher: it is no device but a Home Assistant, which gets credentials alone.
         days: validity of the certificate.
 
     Raises:
-        ConfigError: there is no set-up, a name is none, or there is no such model.
+        ConfigError: there is no set-up, a name is none or that of something else, or there is no such model.
         OSError: the disk cannot be written.
     """
     registry.check_names(device, mcus)
@@ -213,6 +215,9 @@ def enroll(
     with files.lock(_existing(folder) / ".lock"):
         before, authority = load(folder), _authority(folder)
         known = before.active.get(device)
+        if known is not None and known.watcher != watcher:
+            got = f"{'a Home Assistant' if known.watcher else 'a device'} of this name"
+            raise ConfigError(f"enrolment of {device}", got=got, do="choose another name")
         if known is not None and not again:
             after = registry.with_mcus(before, device, mcus)
             changed = _save(folder, before, after, authority, now=now)
@@ -225,13 +230,13 @@ def enroll(
             password = secrets.token_urlsafe(24)
             stored = mosquitto.password_hash(password, secrets.token_bytes(mosquitto.SALT_BYTES))
             contents["password"] = (f"{password}\n".encode(), SECRET)
-            after = registry.with_device(before, device, mcus=mcus, now=now, password=stored)
+            after = registry.with_device(before, device, mcus=mcus, now=now, password=stored, watcher=watcher)
         else:
             made = pki.device(authority, device, now=now, days=days)
             contents["certificate.pem"] = (made.certificate, PUBLIC)
             contents["key.pem"] = (made.key, SECRET)
             issued = Certificate(serial=made.serial, expires=made.expires)
-            after = registry.with_device(before, device, mcus=mcus, now=now, certificate=issued)
+            after = registry.with_device(before, device, mcus=mcus, now=now, certificate=issued, watcher=watcher)
         text = tomls.agent(
             fleet=after.fleet,
             device=device,
@@ -241,7 +246,8 @@ def enroll(
             model=model.name if model else None,
             mcus=after.devices[device].mcus,
         )
-        contents["agent.toml"] = (text.encode(), PUBLIC)
+        if not watcher:
+            contents["agent.toml"] = (text.encode(), PUBLIC)
         changed = _save(folder, before, after, authority, now=now)
         shutil.rmtree(folder / "devices" / device, ignore_errors=True)
         # devices/ is closed to others. What is copied from it must be open to the agent's account, but for the secrets.
@@ -282,7 +288,9 @@ def _write_lists(folder: Path, state: Registry, authority: pki.Credentials, *, n
     """Write what the broker knows devices by: access rules, and passwords or revoked certificates."""
     broker = folder / "broker"
     gateways = {name: device.mcus for name, device in state.active.items() if device.mcus}
-    rules = mosquitto.access_rules(state.fleet, gateways=gateways, revoked=state.devices.keys() - state.active.keys())
+    watchers = [name for name, one in state.active.items() if one.watcher]
+    gone = state.devices.keys() - state.active.keys()
+    rules = mosquitto.access_rules(state.fleet, gateways=gateways, revoked=gone, watchers=watchers)
     changed = _update(broker / "acl", rules.encode())
     if state.passwords:
         hashes = {name: device.password for name, device in state.active.items() if device.password}

@@ -29,6 +29,8 @@ from edgeguard.contract.messages import MAX_PAYLOAD
 
 HUB = "_hub"
 """The hub's identity. No device can have it, for an id begins with a letter or a digit."""
+HOME_ASSISTANT = "homeassistant"
+"""Home Assistant's own discovery prefix."""
 MAX_INFLIGHT = 4096
 MAX_INFLIGHT_BYTES = 64 << 20
 MAX_QUEUED_MESSAGES = 100_000
@@ -41,6 +43,8 @@ ITERATIONS = 101
 SALT_BYTES = 12
 
 _DEVICE_WRITES = (*topics.DEVICE_CHANNELS, topics.reply("+"))
+_SEALED = topics.PRIVATE
+"""Who may connect may read these: they are sealed for the three parties, who connect as devices do."""
 _DEVICE_READS = (topics.command("+"), topics.ACK, topics.MODEL_DESIRED)
 
 
@@ -118,20 +122,25 @@ use_identity_as_username true
 """
 
 
-def access_rules(fleet: str, *, gateways: Mapping[str, Sequence[str]], revoked: Iterable[str]) -> str:
+def access_rules(
+    fleet: str, *, gateways: Mapping[str, Sequence[str]], revoked: Iterable[str], watchers: Iterable[str] = ()
+) -> str:
     """The content of the access file.
 
     Args:
         fleet: id of the fleet.
         gateways: device to the microcontrollers behind it, by their own names.
         revoked: devices that shall have no rights.
+        watchers: accounts of Home Assistant: they read what the hub shows it, and have no rights of a device.
     """
+    watchers = sorted(watchers)
     prefix = f"{topics.PREFIX}/{fleet}"
 
     def rules(kind: str, who: str) -> list[str]:
         return [
             *(f"{kind} write {prefix}/{who}/{channel}" for channel in _DEVICE_WRITES),
             *(f"{kind} read {prefix}/{who}/{channel}" for channel in _DEVICE_READS),
+            f"{kind} write {prefix}/{who}/{_SEALED}",
         ]
 
     lines = ["# Written by `edgeguard hub enroll` and `revoke`: changes are lost.", "", f"user {HUB}"]
@@ -142,10 +151,16 @@ def access_rules(fleet: str, *, gateways: Mapping[str, Sequence[str]], revoked: 
         lines += ["", f"user {gateway}"]
         for mcu in mcus:
             lines += rules("topic", f"{gateway}~{mcu}")
+    if watchers:
+        lines.insert(lines.index(f"topic write {prefix}/{HUB}/#") + 1, f"topic write {HOME_ASSISTANT}/#")
+    for watcher in watchers:
+        lines += ["", f"user {watcher}", f"topic deny {prefix}/{watcher}/#"]
+        lines += [f"topic read {prefix}/{HUB}/sensor/#", f"topic read {HOME_ASSISTANT}/#"]
     for device in sorted(revoked):
         lines += ["", f"user {device}", "topic deny #"]
     # Patterns hold for every user, wherever they stand; at the end they are not read as a part of the last block.
-    return "\n".join([*lines, "", *rules("pattern", "%u"), ""])
+    everybody = f"pattern read {prefix}/+/{_SEALED}"
+    return "\n".join([*lines, "", *rules("pattern", "%u"), everybody, ""])
 
 
 def password_hash(password: str, salt: bytes) -> str:

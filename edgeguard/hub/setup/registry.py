@@ -44,6 +44,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
         revoked: when it was revoked; None while it may connect.
         certificates: all that were ever issued to it, oldest first.
         password: the broker's hash of its password.
+        watcher: it is no device but a Home Assistant that reads what the hub shows it.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     revoked: datetime | None = None
     certificates: tuple[Certificate, ...] = ()
     password: str | None = None
+    watcher: bool = False
 
 
 class Registry(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,6 +97,17 @@ class Registry(msgspec.Struct, frozen=True, kw_only=True):
         return {one.serial: one.revoked for one in issued if one.revoked is not None}
 
 
+def ending(registry: Registry, by: datetime) -> dict[str, datetime]:
+    """The certificates in use that end before a time, and when, the next to end first."""
+    ends = {
+        "the authority": registry.authority_expires,
+        "the broker": registry.broker_expires,
+        "the hub": registry.hub_expires,
+        **{name: one.certificates[-1].expires for name, one in registry.active.items() if one.certificates},
+    }
+    return {name: end for name, end in sorted(ends.items(), key=lambda item: item[1]) if end < by}
+
+
 def check_names(device: str, mcus: Sequence[str]) -> None:
     """Raise ConfigError unless these are a device's id and names of microcontrollers behind it."""
     if "~" in topics.check_device(device):
@@ -118,6 +131,7 @@ def with_device(
     now: datetime,
     certificate: Certificate | None = None,
     password: str | None = None,
+    watcher: bool = False,
 ) -> Registry:
     """The registry after a device got new credentials; earlier microcontrollers of an active device are kept.
 
@@ -128,6 +142,7 @@ def with_device(
         now: the time.
         certificate: its new certificate, or
         password: the broker's hash of its new password.
+        watcher: it is a Home Assistant.
     """
     before = registry.devices.get(name)
     kept = before.mcus if before and before.revoked is None else ()
@@ -138,6 +153,7 @@ def with_device(
         mcus=tuple(dict.fromkeys((*kept, *mcus))),
         certificates=(*issued, certificate) if certificate else issued,
         password=password,
+        watcher=watcher,
     )
     return _with(registry, device)
 
