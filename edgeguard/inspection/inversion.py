@@ -1,12 +1,18 @@
-"""Recovers the smallest trigger that turns inputs to a label, for several labels in one batch.
+"""Recovers the smallest trigger that turns inputs to a label, for many labels in one batch.
 
 Per label a mask m [H, W, 1] and a pattern p [H, W, C], both through tanh, minimise
 
-    CE(f((1 - m) x + m p), label) + lambda |m|_1 [+ gamma mean_d ((mean_x features_d - reported_d) / std_d)^2]
+    CE(f((1 - m) x + m p), label) + lambda |m| [+ gamma mean_d ((mean_x features_d - reported_d) / std_d)^2]
 
 with Adam (0.1; 0.5, 0.9), lambda raised while the success is at least the one asked for and lowered while it is not
-(Wang et al., Neural Cleanse, S&P 2019, after the official code: initial lambda 1e-3, times 2, divided by 2^1.5). The
-last term is ours: the fleet reports the mean features of flagged inputs, and the real trigger reproduces them.
+(Wang et al., Neural Cleanse, S&P 2019: lambda times 1.5, divided by 1.5^1.5, as there in ratio, but looked at more
+often). What |m| is makes the form of the trigger:
+
+* ``patch``: the l1 norm of Neural Cleanse, in pixels. It drives most of the mask to zero;
+* ``blend``: the root mean square of the mask, an amplitude from 0 to 1. It spreads a faint mask over the whole picture:
+  the natural form of blended pictures, sinusoids and reflections, which no small patch stands for.
+
+The last term is ours: the fleet reports the mean features of flagged inputs, and the real trigger reproduces them.
 The smallest mask that succeeded is kept.
 """
 
@@ -14,17 +20,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 Progress = Callable[[str, int, int], None]
 Floats = npt.NDArray[np.float32]
+Form = Literal["patch", "blend"]
 
-PATIENCE = 5
-RAISE, LOWER = 2.0, 2.0**1.5
-CHECK_EVERY = 10
+RAISE, LOWER = 1.5, 1.5**1.5
+CHECK_EVERY = 5
+FIRST_WEIGHT = {"patch": 1.5, "blend": 1.0}
+"""Lambda to begin with; of a patch, over the number of pixels."""
+SETTLED, MIN_GAIN = 12, 0.98
+"""A label is at rest when none of so many checks in a row made its mask smaller by 2%."""
+_AT_REST = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +58,25 @@ class Trigger:
     mask: Floats
     pattern: Floats
     success: float
+    form: Form = "patch"
 
     @property
     def l1(self) -> float:
         """Sum of the mask: about the number of pixels that it covers."""
         return float(self.mask.sum())
 
+    @property
+    def size(self) -> float:
+        """How large it is in its form: pixels of a patch, amplitude (0 to 1) of a blend."""
+        return self.l1 if self.form == "patch" else float(np.sqrt(np.mean(np.square(self.mask))))
+
     def grown(self) -> Trigger:
-        """The same with a mask grown by a pixel: a recovered mask is the smallest that works, the real one larger."""
+        """The same with a mask grown by a pixel: a recovered mask is the smallest that works, the real one larger.
+
+        A blend covers the picture already and is made half as strong again.
+        """
+        if self.form == "blend":
+            return replace(self, mask=np.minimum(self.mask * np.float32(1.5), np.float32(1.0)))
         height, width = self.mask.shape[:2]
         padded = np.pad(self.mask, ((1, 1), (1, 1), (0, 0)))
         mask = np.max([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)], axis=0)
@@ -71,91 +93,170 @@ def invert(
     images: npt.NDArray[np.uint8],
     labels: Sequence[int],
     *,
+    form: Form = "patch",
     steps: int = 400,
     batch: int = 32,
     target_success: float = 0.97,
     evidence: Evidence | None = None,
     gamma: float = 0.1,
+    narrow: Callable[[Sequence[Trigger]], Sequence[int]] | None = None,
+    narrow_at: int = 0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Trigger]:
     """Recover one trigger per label.
 
     Args:
-        model: from inputs to ``[logits, features]``, as ``networks.norms_of`` makes it; frozen here.
+        model: from inputs to logits, or to ``[logits, features]`` as ``networks.norms_of`` makes it; frozen here.
         images: clean inputs [N, H, W, C], of any class.
         labels: the labels to try.
-        steps: optimisation steps.
+        form: what the mask is measured by.
+        steps: optimisation steps; a label whose mask is at rest leaves earlier.
         batch: inputs per label and step.
         target_success: success that a kept mask must have, over the last CHECK_EVERY steps.
         evidence: of the first label; others are recovered without.
         gamma: weight of the evidence.
+        narrow: after ``narrow_at`` steps, which of the triggers so far are worth going on with, by their places.
         seed: of masks, patterns and batches.
 
     Returns:
-        One trigger per label, in their order.
+        One trigger per label that was gone on with, in their order.
     """
-    import tensorflow as tf
-
-    rng = np.random.default_rng(seed)
-    before = classes_of(model, images)
-    count, height, width, channels = len(labels), *images.shape[1:]
-    raw_mask = tf.Variable(rng.normal(-1.0, 0.3, (count, height, width, 1)).astype(np.float32))
-    raw_pattern = tf.Variable(rng.normal(0.0, 0.5, (count, height, width, channels)).astype(np.float32))
-    optimiser = tf.keras.optimizers.Adam(0.1, beta_1=0.5, beta_2=0.9)
-    optimiser.build([raw_mask, raw_pattern])
-    targets = tf.repeat(tf.constant(list(labels), tf.int32), batch)
-    # Only the first label has evidence; the others' part of the distance is weighted with zero.
-    reported = tf.constant(evidence.flagged_mean if evidence else [0.0], tf.float32)
-    spread = tf.constant(evidence.std if evidence else [1.0], tf.float32)
-
-    @tf.function(jit_compile=False)
-    def step(inputs: Any, weights: Any) -> Any:
-        with tf.GradientTape() as tape:
-            mask = (tf.tanh(raw_mask) + 1.0) / 2.0
-            pattern = (tf.tanh(raw_pattern) + 1.0) * 127.5
-            stamped = (1.0 - mask[:, tf.newaxis]) * inputs[tf.newaxis] + (mask * pattern)[:, tf.newaxis]
-            logits, features = model(tf.reshape(stamped, (count * batch, height, width, channels)), training=False)
-            entropy = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
-            sizes = tf.reduce_sum(mask, axis=(1, 2, 3))
-            loss = tf.reduce_sum(tf.reduce_mean(tf.reshape(entropy, (count, batch)), axis=1) + weights * sizes)
-            if evidence is not None:
-                distance = (tf.reduce_mean(features[:batch], axis=0) - reported) / spread
-                loss += gamma * tf.reduce_mean(tf.minimum(distance**2, 100.0))
-        gradients = tape.gradient(loss, [raw_mask, raw_pattern])
-        optimiser.apply_gradients(zip(gradients, [raw_mask, raw_pattern], strict=True))
-        hits = tf.cast(tf.argmax(logits, axis=1, output_type=tf.int32) == targets, tf.float32)
-        return tf.reshape(hits, (count, batch)), mask, pattern
-
-    weights = np.full(count, 1e-3, dtype=np.float32)
-    ups, downs = np.zeros(count, dtype=int), np.zeros(count, dtype=int)
-    recent: list[tuple[Floats, npt.NDArray[np.bool_]]] = []
-    best: list[Trigger | None] = [None] * count
+    search = _Search(model, images, labels, form, batch, target_success, evidence, gamma, seed)
+    last = 0.0
     for number in range(1, steps + 1):
-        chosen = rng.integers(0, len(images), batch)
-        hits, mask, pattern = step(tf.constant(images[chosen], tf.float32), tf.constant(weights))
-        recent.append((np.asarray(hits), before[chosen] != np.asarray(labels)[:, np.newaxis]))
-        if number % CHECK_EVERY:
-            continue
-        success = _success(recent)
-        recent.clear()
-        for i, label in enumerate(labels):
-            found = Trigger(
-                label=int(label),
-                mask=np.asarray(mask[i]),
-                pattern=np.asarray(pattern[i]),
-                success=float(success[i]),
-            )
-            best[i] = _better(best[i], found, target_success)
-            reached = success[i] >= target_success
-            ups[i], downs[i] = (ups[i] + 1, 0) if reached else (0, downs[i] + 1)
-            if ups[i] >= PATIENCE // 2:
-                weights[i], ups[i] = weights[i] * RAISE, 0
-            elif downs[i] >= PATIENCE // 2:
-                weights[i], downs[i] = weights[i] / LOWER, 0
+        search.step()
+        if number % CHECK_EVERY == 0:
+            last = search.check()
+        if narrow is not None and number == narrow_at:
+            search.narrow(narrow(search.triggers()))
         if progress:
-            progress(f"inverting a trigger: success {success[0]:.2f}", number, steps)
-    return [trigger for trigger in best if trigger is not None]
+            done = steps if search.finished else number
+            progress(f"inverting a {form} trigger: success {last:.2f}", done, steps)
+        if search.finished:
+            break
+    return search.triggers()
+
+
+class _Search:
+    """The masks and patterns of the labels that are still sought, and the best found of each label."""
+
+    def __init__(
+        self,
+        model: Any,
+        images: npt.NDArray[np.uint8],
+        labels: Sequence[int],
+        form: Form,
+        batch: int,
+        target_success: float,
+        evidence: Evidence | None,
+        gamma: float,
+        seed: int,
+    ) -> None:
+        self._model, self._images, self._form, self._batch = model, images, form, batch
+        self._target, self._evidence, self._gamma = target_success, evidence, gamma
+        self._rng = rng = np.random.default_rng(seed)
+        self._before = classes_of(model, images)
+        height, width, channels = images.shape[1:]
+        spread = 0.3 if form == "patch" else 0.0
+        masks = rng.normal(-1.0, spread, (len(labels), height, width, 1)).astype(np.float32)
+        patterns = rng.normal(0.0, 0.5, (len(labels), height, width, channels)).astype(np.float32)
+        weight = FIRST_WEIGHT[form] / (height * width if form == "patch" else 1)
+        self._labels = np.asarray(labels, dtype=np.int64)
+        self._weights = np.full(len(labels), weight, dtype=np.float32)
+        self._best: dict[int, Trigger] = {}
+        self._rest = np.zeros(len(labels), dtype=int)
+        self._order = [int(label) for label in labels]
+        self._build(masks, patterns)
+
+    @property
+    def finished(self) -> bool:
+        """Whether no label is sought any more."""
+        return not len(self._labels)
+
+    def triggers(self) -> list[Trigger]:
+        """The best so far of each label, in their order."""
+        return [self._best[label] for label in self._order if label in self._best]
+
+    def narrow(self, places: Sequence[int]) -> None:
+        """Go on with some of the triggers alone, and forget the others."""
+        self._order = [self.triggers()[place].label for place in places]
+        self._keep(np.isin(self._labels, self._order))
+
+    def step(self) -> None:
+        """One step of all labels on inputs that they share."""
+        import tensorflow as tf
+
+        chosen = self._rng.integers(0, len(self._images), self._batch)
+        hits = self._update(tf.constant(self._images[chosen], tf.float32), tf.constant(self._weights))
+        self._recent.append((np.asarray(hits), self._before[chosen] != self._labels[:, np.newaxis]))
+
+    def check(self) -> float:
+        """Keep what is better, turn the weights, and let labels go that are at rest; the first one's success."""
+        success = _success(self._recent)
+        self._recent.clear()
+        masks, patterns = (np.asarray(v) for v in self._values())
+        for i, label in enumerate(self._labels.tolist()):
+            found = Trigger(label=label, mask=masks[i], pattern=patterns[i], success=float(success[i]), form=self._form)
+            best = self._best.get(label)
+            self._best[label] = _better(best, found, self._target)
+            reached = success[i] >= self._target
+            smaller = reached and best is not None and found.size < MIN_GAIN * best.size
+            moving = best is None or best.success < self._target or smaller
+            self._rest[i] = 0 if moving else self._rest[i] + 1
+            self._weights[i] *= RAISE if reached else 1.0 / LOWER
+        resting = self._rest >= SETTLED
+        if resting.mean() >= _AT_REST:
+            self._keep(~resting)
+        return float(success[0])
+
+    def _keep(self, which: npt.NDArray[np.bool_]) -> None:
+        masks, patterns = (np.asarray(v)[which] for v in self._variables)
+        self._labels, self._weights, self._rest = self._labels[which], self._weights[which], self._rest[which]
+        if len(self._labels):
+            self._build(masks, patterns)
+
+    def _build(self, masks: Floats, patterns: Floats) -> None:
+        """Variables and the step for so many labels."""
+        import tensorflow as tf
+
+        count, height, width, channels = patterns.shape
+        batch, evidence = self._batch, self._evidence
+        self._recent: list[tuple[Floats, npt.NDArray[np.bool_]]] = []
+        self._variables = raw_mask, raw_pattern = tf.Variable(masks), tf.Variable(patterns)
+        optimiser = tf.keras.optimizers.Adam(0.1, beta_1=0.5, beta_2=0.9)
+        optimiser.build([raw_mask, raw_pattern])
+        targets = tf.repeat(tf.constant(self._labels, tf.int32), batch)
+        # Only the first label has evidence.
+        guided = evidence is not None and self._labels[0] == self._order[0]
+        reported = tf.constant(evidence.flagged_mean if evidence else [0.0], tf.float32)
+        spread = tf.constant(evidence.std if evidence else [1.0], tf.float32)
+
+        def values() -> tuple[Any, Any]:
+            return (tf.tanh(raw_mask) + 1.0) / 2.0, (tf.tanh(raw_pattern) + 1.0) * 127.5
+
+        @tf.function(jit_compile=False)
+        def update(inputs: Any, weights: Any) -> Any:
+            with tf.GradientTape() as tape:
+                mask, pattern = values()
+                stamped = (1.0 - mask[:, tf.newaxis]) * inputs[tf.newaxis] + (mask * pattern)[:, tf.newaxis]
+                answers = self._model(tf.reshape(stamped, (count * batch, height, width, channels)), training=False)
+                logits = answers[0] if isinstance(answers, list | tuple) else answers
+                entropy = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
+                if self._form == "patch":
+                    sizes = tf.reduce_sum(mask, axis=(1, 2, 3))
+                else:
+                    sizes = tf.sqrt(tf.reduce_mean(tf.square(mask), axis=(1, 2, 3)))
+                loss = tf.reduce_sum(tf.reduce_mean(tf.reshape(entropy, (count, batch)), axis=1) + weights * sizes)
+                if guided:
+                    distance = (tf.reduce_mean(answers[1][:batch], axis=0) - reported) / spread
+                    loss += self._gamma * tf.reduce_mean(tf.minimum(distance**2, 100.0))
+            gradients = tape.gradient(loss, [raw_mask, raw_pattern])
+            optimiser.apply_gradients(zip(gradients, [raw_mask, raw_pattern], strict=True))
+            hits = tf.cast(tf.argmax(logits, axis=1, output_type=tf.int32) == targets, tf.float32)
+            return tf.reshape(hits, (count, batch))
+
+        self._update, self._values = update, values
 
 
 def _success(recent: Sequence[tuple[Floats, npt.NDArray[np.bool_]]]) -> Floats:
@@ -170,7 +271,7 @@ def _better(best: Trigger | None, found: Trigger, target_success: float) -> Trig
     if best is None:
         return found
     if found.success >= target_success:
-        return found if best.success < target_success or found.l1 < best.l1 else best
+        return found if best.success < target_success or found.size < best.size else best
     return best if best.success >= found.success else found
 
 
