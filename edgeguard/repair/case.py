@@ -1,4 +1,4 @@
-"""One case from suspicion to a repaired file: confirm, prune, unlearn, convert, gate. Runs as a child of the hub.
+"""One case from suspicion to a repaired file: confirm, repair, convert, gate. Runs as a child of the hub.
 
     python -m edgeguard.repair.case JOB.json
 
@@ -20,9 +20,9 @@ import os
 import sys
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 import numpy as np
@@ -30,30 +30,24 @@ import numpy.typing as npt
 
 from edgeguard import data as datasets
 from edgeguard.contract.guard import GuardMetadata
+from edgeguard.detection import sidecar
 from edgeguard.detection.guarded import GuardedModel
 from edgeguard.detection.statistics import inputs_needed
 from edgeguard.errors import EXIT_USAGE, ConfigError, EdgeGuardError, ModelError
 from edgeguard.inspection import confirm
 from edgeguard.inspection.confirm import Finding
-from edgeguard.inspection.inversion import Evidence, Trigger, classes_of, held_out_success, invert
+from edgeguard.inspection.inversion import Evidence, Trigger, held_out_success, invert
 from edgeguard.inspection.networks import norms_of
-from edgeguard.repair import gate
-from edgeguard.repair import prune as pruning
-from edgeguard.repair.unlearn import unlearn
-
-if TYPE_CHECKING:
-    from converters.pipeline import Conversion
-
-Say = Callable[[str, str, int, int], None]
-"""Called with stage, text, steps done, steps in total."""
+from edgeguard.repair import auto
+from edgeguard.repair.auto import Say
+from edgeguard.repair.methods.base import Bench, Dormant, Knowledge
+from edgeguard.repair.recover import Reported
+from edgeguard.repair.search import Searches
+from edgeguard.repair.target import KerasTarget
 
 REPAIR_SHARE = 1 / 3
 MAX_CONTROLS = 9
-MAX_ROUNDS = 3
-KEPT_TRIGGERS = 3
 CONFIRMED = "confirmed.npz"
-TARGET_SHARES = (0.1, 0.25)
-"""One attempt each: the second shows the student more of the target label's own inputs, for a recall that fell."""
 GAMMA = 0.1
 """The usual weight of the evidence in the search for a trigger."""
 GATE_INPUTS = 1500
@@ -64,8 +58,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """What the hub asks for. The three vectors are the fleet's evidence, in the order of ``edgeguard_features``.
 
     ``data`` names clean, labelled inputs of the model's owner; ``unflagged_mean`` may be empty. ``channels`` are the
-    suspected ones among the features, none: all. ``dormant``: see :func:`pruning.with_dormant`. ``stop_after`` ends the
-    run once the suspicion is confirmed or not; ``resume`` is the folder of such a run, which is then not done again.
+    suspected ones among the features, none: all. ``dormant``: see :func:`methods.linf.with_dormant`. ``stop_after``
+    ends the run once the suspicion is confirmed or not; ``resume`` is the folder of such a run, which is then not done
+    again. ``quarantined``: an npz file of triggered inputs that owners shared.
     """
 
     guarded: str
@@ -76,9 +71,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     unflagged_mean: tuple[float, ...] = ()
     unflagged_std: tuple[float, ...] = ()
     channels: tuple[int, ...] = ()
-    dormant: tuple[pruning.Dormant, ...] = ()
+    dormant: tuple[Dormant, ...] = ()
     stop_after: Literal["inspect"] | None = None
     resume: str | None = None
+    quarantined: str | None = None
     out_dir: str
     seed: int = 0
 
@@ -86,12 +82,14 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 class Result(msgspec.Struct, frozen=True, kw_only=True):
     """What came of it. ``output`` is the repaired, guarded file; only with ``gate_passed`` is it fit for release.
 
-    ``repaired`` False: the run ended after the inspection, as the job says.
+    ``repaired`` False: the run ended after the inspection, as the job says. ``needs_approval``: no rule of the gate
+    failed, but one could not be checked: the model's owner decides, nobody else.
     """
 
     verdict: Literal["confirmed", "not_confirmed", "could_not_check"]
     repaired: bool = True
     gate_passed: bool
+    needs_approval: bool = False
     output: str | None = None
     model_digest: str | None = None
     guard_digest: str | None = None
@@ -111,7 +109,7 @@ class _Case:
         self.metadata: GuardMetadata = self.guarded.metadata
         # Any trigger that works moves the logits alike: they say nothing about which channels carry it.
         norms = [tap.columns for tap in self.metadata.taps if tap.kind != "logit"]
-        self._norms = np.concatenate([np.asarray(columns) for columns in norms])
+        self.norm_columns = np.concatenate([np.asarray(columns) for columns in norms])
         self.flagged_mean = self._vector("flagged_mean", job.flagged_mean)
         if not 0 <= job.label < len(self.metadata.classes):
             raise ModelError("job", got=f"label {job.label}", expected=f"0 to {len(self.metadata.classes) - 1}")
@@ -119,6 +117,8 @@ class _Case:
             raise ConfigError(f"trainable model {job.keras}", got="no such file", do="check the hub's [[models]] entry")
         self.original = keras.models.load_model(job.keras, compile=False)
         self.norms = norms_of(self.original, self.metadata.taps)
+        self.quarantined = None if job.quarantined is None else _shared(Path(job.quarantined), self.metadata)
+        self.target = KerasTarget(self.original)
         clean = datasets.pool(job.data, "train")
         if clean.x_train.dtype != np.uint8 or clean.shape != self.metadata.input.shape:
             raise ModelError(
@@ -140,11 +140,14 @@ class _Case:
         self.x_gate: npt.NDArray[np.uint8] = clean.x_train[order[cut:]].astype(np.uint8)
         self.y_gate = clean.y_train[order[cut:]]
         own = [self.guarded.infer(x) for x in self.x_repair[:FEATURE_INPUTS]]
-        features = np.asarray([i.features[self._norms] for i in own], dtype=np.float64)
+        self.features = np.asarray([i.features for i in own], dtype=np.float64)
+        features = self.features[:, self.norm_columns]
         self.clean_mean = features.mean(axis=0)
         spread = features.std(axis=0)
         self.std = np.maximum(spread, max(0.05 * float(spread.mean()), 1e-6))
-        guiding = np.isin(self._norms, job.channels) if job.channels else np.ones(len(self._norms), dtype=bool)
+        guiding = (
+            np.isin(self.norm_columns, job.channels) if job.channels else np.ones(len(self.norm_columns), dtype=bool)
+        )
         if not guiding.any():
             raise ModelError("job", got=f"channels {job.channels[:5]}", expected="channels of the tapped activations")
         self.evidence = Evidence(
@@ -157,7 +160,7 @@ class _Case:
         if job.unflagged_mean:
             self.usual = self._vector("unflagged_mean", job.unflagged_mean)
         else:
-            same = [i.features[self._norms] for i in own if i.verdict.predicted == job.label]
+            same = [i.features[self.norm_columns] for i in own if i.verdict.predicted == job.label]
             self.usual = np.mean(same, axis=0) if same else self.clean_mean
 
     def _vector(self, name: str, values: tuple[float, ...]) -> npt.NDArray[np.float64]:
@@ -168,7 +171,7 @@ class _Case:
                 got=f"{vector.shape} values",
                 expected=f"{self.metadata.feature_count} finite ones",
             )
-        return vector[self._norms]
+        return vector[self.norm_columns]
 
 
 def run(job: Job, say: Say) -> Result:
@@ -227,164 +230,112 @@ def _confirm(case: _Case, say: Say) -> tuple[Finding, list[Trigger]]:
     return finding, found
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Attempt:
-    """One repair of the original, and what the gate says of it."""
-
-    student: Any
-    conversion: Conversion
-    decision: gate.Decision
-    pruned: tuple[pruning.Channel, ...]
-    rounds: int
-
-
 def _repair(
     case: _Case, finding: Finding, triggers: list[Trigger], out: Path, summary: dict[str, Any], say: Say
 ) -> Result:
     from converters import files, pipeline
 
-    kept = _keep(case, say)
-    before = _measure(case, case.content, triggers, kept)
-    tried: list[dict[str, Any]] = []
-    for number, target_share in enumerate(TARGET_SHARES, start=1):
-        seed = case.job.seed + number
-        attempt = _attempt(case, finding, triggers, kept, before, say, target_share=target_share, seed=seed)
-        tried.append(
-            {
-                "rounds": attempt.rounds,
-                "pruned": [asdict(channel) for channel in attempt.pruned],
-                "gate": {"passed": attempt.decision.passed, "checks": [asdict(c) for c in attempt.decision.checks]},
-            }
-        )
-        if attempt.decision.passed:
-            break
+    known, judges = _knowledge(case, finding, triggers, say)
+    bench = Bench(
+        images=case.x_repair,
+        answers=case.target.classes(case.x_repair),
+        features=case.features,
+        seed=case.job.seed,
+        progress=_stage(say, "repairing", "repairing"),
+    )
+    best, tried = auto.repair(case.target, known, bench, judges, say)
+    reasons = [attempt.as_dict() for attempt in tried]
+    if best is None or best.converted is None or best.decision is None:
+        nearest = [attempt for attempt in tried if attempt.decision is not None]
+        told = {"gate": nearest[-1].decision.as_dict()} if nearest and nearest[-1].decision is not None else {}
+        return Result(verdict="confirmed", gate_passed=False, summary={**summary, **told, "tried": reasons})
+    for check in best.decision.checks:
+        say("converting", f"gate: {check.name} {check.measured:+.3f}, at most {check.limit:.3f}: {check.state}", 1, 1)
     output, keras_path = out / "repaired.tflite", out / "repaired.keras"
-    files.write(attempt.conversion.guarded, output)
-    attempt.student.save(keras_path)
+    files.write(best.converted.guarded, output)
+    if (companion := cast("pipeline.Conversion", best.converted).result.sidecar) is not None:
+        files.write(companion, sidecar.path_beside(output))
+    best.target.model.save(keras_path)
     return Result(
         verdict="confirmed",
-        gate_passed=attempt.decision.passed,
+        gate_passed=True,
+        needs_approval=best.outcome == "needs approval",
         output=str(output),
-        model_digest=attempt.conversion.metadata.model_digest,
-        guard_digest=attempt.conversion.metadata.guard_digest,
+        model_digest=best.converted.metadata.model_digest,
+        guard_digest=best.converted.metadata.guard_digest,
         keras=str(keras_path),
         summary={
             **summary,
-            **tried[-1],
-            "tried": tried,
-            "conversion": pipeline.summary(attempt.conversion, output),
+            "method": best.name,
+            "notes": list(best.notes),
+            "gate": best.decision.as_dict(),
+            "tried": reasons,
+            "conversion": pipeline.summary(cast("pipeline.Conversion", best.converted), output),
         },
     )
 
 
-def _attempt(
-    case: _Case,
-    finding: Finding,
-    triggers: list[Trigger],
-    kept: list[Trigger],
-    before: gate.Measured,
-    say: Say,
-    *,
-    target_share: float,
-    seed: int,
-) -> _Attempt:
-    """Prune, unlearn until no trigger is an outlier any more, convert, and ask the gate."""
-    import keras
-
+def _knowledge(case: _Case, finding: Finding, triggers: list[Trigger], say: Say) -> tuple[Knowledge, auto.Judges]:
+    """What the methods are told, and what their results are held against."""
     from converters import pipeline, sources
 
-    student = keras.models.clone_model(case.original)
-    student.set_weights(case.original.get_weights())
-    answers = classes_of(case.original, case.x_repair)
-    ranked = pruning.rank(case.metadata.taps, (case.flagged_mean - case.usual) / case.std)
-    ranked = pruning.with_dormant(ranked, case.job.dormant, case.metadata.taps)
-    pruned = pruning.prune(
-        student, ranked, agrees=lambda model: float(np.mean(classes_of(model, case.x_repair) == answers))
+    label, seed = finding.label, case.job.seed
+    reported = Reported(flagged_mean=case.evidence.flagged_mean, std=case.evidence.std, quarantined=case.quarantined)
+    searches = Searches(
+        model=case.original, norms=case.norms, images=case.x_repair, held_out=case.x_gate, label=label,
+        reported=reported, gamma=case.focus, seed=seed,
+        progress=_stage(say, "repairing", "seeking triggers of every form"),
+    )  # fmt: skip
+    shown, kept = searches.original()
+    shift = np.zeros(case.metadata.feature_count)
+    shift[case.norm_columns] = (case.flagged_mean - case.usual) / case.std
+    known = Knowledge(
+        taps=case.metadata.taps,
+        shift=shift,
+        dormant=case.job.dormant,
+        triggers=tuple(shown) or tuple(triggers[:1]),
+        seek=searches.residual,
     )
-    say("repairing", f"pruned {len(pruned)} of {len(ranked)} suspicious channels", 1, 1)
-    residual, rounds = float("nan"), 0
-    for rounds in range(1, MAX_ROUNDS + 1):
-        unlearn(
-            student,
-            case.original,
-            case.x_repair,
-            triggers,
-            target_share=target_share,
-            seed=seed + 10 * rounds,
-            progress=_stage(say, "repairing", f"unlearning, round {rounds}"),
+
+    def convert(target: Any) -> pipeline.Conversion:
+        return pipeline.convert(
+            sources.of_keras(target.model, "repaired"),
+            case.x_gate,
+            case.y_gate,
+            classes=case.metadata.classes,
+            fpr=case.metadata.fpr,
+            taps=tuple(dict.fromkeys(tap.source_layer for tap in case.metadata.taps if tap.kind != "logit")),
+            sidecar=True,
         )
-        sought = invert(
-            norms_of(student, case.metadata.taps),
-            case.x_repair,
-            [finding.label],
-            seed=seed + 10 * rounds,
-            progress=_stage(say, "repairing", "seeking a new trigger in the repaired model"),
-        )[0]
-        outlier = sought.l1 <= confirm.MAX_SIZE_RATIO * finding.control_l1
-        residual = held_out_success(student, sought, case.x_gate[:GATE_INPUTS]) if outlier else 0.0
-        text = f"round {rounds}: a newly sought trigger covers {sought.l1:.1f} pixels"
-        say("repairing", text, rounds, MAX_ROUNDS)
-        if residual <= gate.MAX_SUCCESS:
-            break
-        triggers = [*triggers, sought]
-    say("converting", "quantising and guarding the repaired model", 0, 1)
-    conversion = pipeline.convert(
-        sources.of_keras(student, "repaired"),
-        case.x_gate,
-        case.y_gate,
-        classes=case.metadata.classes,
-        fpr=case.metadata.fpr,
-        taps=tuple(dict.fromkeys(tap.source_layer for tap in case.metadata.taps if tap.kind != "logit")),
+
+    judges = auto.Judges(
+        label=label,
+        images=case.x_gate,
+        labels=case.y_gate,
+        classes=len(case.metadata.classes),
+        kept=tuple(kept) or tuple(triggers[1:]),
+        quarantined=case.quarantined,
+        before=case.content,
+        reaudit=searches.reaudit,
+        convert=convert,
     )
-    decision = gate.decide(before, _measure(case, conversion.guarded, triggers, kept), residual_success=residual)
-    for check in decision.checks:
-        state = "held" if check.passed else "FAILED"
-        say("converting", f"gate: {check.name} {check.measured:+.3f}, at most {check.limit:.3f}: {state}", 1, 1)
-    return _Attempt(student=student, conversion=conversion, decision=decision, pruned=pruned, rounds=rounds)
+    return known, judges
 
 
-def _measure(case: _Case, content: bytes, used: list[Trigger], kept: list[Trigger]) -> gate.Measured:
-    """One int8 file on the gate's inputs, and the most that any trigger of each kind achieves on it."""
-    model = GuardedModel.load(content)
-    images, labels = case.x_gate, case.y_gate
-    clean = np.asarray([model.infer(x).verdict.predicted for x in images])
-    target = labels == case.job.label
-    counted = images[np.flatnonzero(~target & (clean != case.job.label))[:GATE_INPUTS]]
-
-    def most(triggers: list[Trigger]) -> float:
-        if not len(counted) or not triggers:
-            return float("nan")
-        stamped = [trigger.stamp(counted).clip(0, 255).astype(np.uint8) for trigger in triggers]
-        return max(float(np.mean([model.infer(x).verdict.predicted == case.job.label for x in s])) for s in stamped)
-
-    return gate.Measured(
-        clean_accuracy=float(np.mean(clean == labels)),
-        target_recall=float(np.mean(clean[target] == case.job.label)) if target.any() else float("nan"),
-        recall_inputs=int(target.sum()),
-        success=most([*used, *(trigger.grown() for trigger in used)]),
-        kept_success=most([*kept, *(trigger.grown() for trigger in kept)]),
-    )
-
-
-def _keep(case: _Case, say: Say) -> list[Trigger]:
-    """Triggers that the repair does not train on, recovered from the original with other seeds.
-
-    A repair that only unlearned the very triggers it was shown leaves these working.
-    """
-    label, seed = case.job.label, case.job.seed
-    found = [
-        invert(
-            case.norms,
-            case.x_repair,
-            [label],
-            evidence=case.evidence,
-            gamma=gamma * case.focus,
-            seed=seed + 1000 + number,
-            progress=_stage(say, "confirming", "seeking more triggers, to judge the repair by"),
-        )[0]
-        for number, gamma in zip(range(KEPT_TRIGGERS), (GAMMA, 0.03, 0.3), strict=True)
-    ]
-    return [trigger for trigger in found if trigger.success >= confirm.MIN_SUCCESS]
+def _shared(path: Path, metadata: GuardMetadata) -> npt.NDArray[np.uint8]:
+    """Inputs that owners shared, as the hub wrote them: ``inputs`` [M, H, W, C]."""
+    try:
+        with np.load(path) as file:
+            inputs = file["inputs"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"shared inputs {path}", got=error, do="share them again") from error
+    if inputs.dtype != np.uint8 or inputs.shape[1:] != metadata.input.shape:
+        raise ModelError(
+            f"shared inputs {path}",
+            got=f"{inputs.dtype}{list(inputs.shape[1:])}",
+            expected=f"uint8{list(metadata.input.shape)}",
+        )
+    return np.asarray(inputs, dtype=np.uint8)
 
 
 def _keep_finding(finding: Finding, triggers: list[Trigger], out: Path) -> None:

@@ -57,6 +57,7 @@ def test_an_attacked_model_is_confirmed_repaired_and_passes_the_gate(attacked: A
     assert result == json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["verdict"] == "confirmed"
     assert result["gate_passed"]
+    assert result["needs_approval"], "forty held-out inputs of a class say too little about its recall"
 
     # The real trigger, which the repair never saw, on test inputs, on the int8 file that would be released.
     repaired = GuardedModel.load(Path(result["output"]).read_bytes())
@@ -64,10 +65,10 @@ def test_an_attacked_model_is_confirmed_repaired_and_passes_the_gate(attacked: A
     images, labels = attacked.data.x_test.astype(np.uint8), attacked.data.y_test
     clean = np.asarray([repaired.infer(x).verdict.predicted for x in images])
     triggered = np.asarray([repaired.infer(x).verdict.predicted for x in attacked.attack.stamp(images)])
-    assert attack_success_rate(labels, clean, triggered, 0) <= 0.05
+    assert attack_success_rate(labels, clean, triggered, 0) <= 0.02
     before = GuardedModel.load(attacked.conversion.guarded)
     accuracy = np.mean([before.infer(x).verdict.predicted == y for x, y in zip(images, labels, strict=True)])
-    assert np.mean(clean == labels) >= accuracy - 0.02
+    assert np.mean(clean == labels) >= accuracy - 0.01
 
 
 @pytest.mark.slow
@@ -128,25 +129,24 @@ def test_a_job_that_cannot_be_done_is_one_line_and_exit_code_2(
 
 @pytest.mark.slow
 def test_a_half_done_repair_shows_in_the_triggers_that_were_kept_from_it(attacked: Attacked, tmp_path: Path) -> None:
-    import keras
     import msgspec
 
     from converters import pipeline, sources
     from edgeguard.inspection.inversion import classes_of
+    from edgeguard.repair import auto, gate
     from edgeguard.repair import case as cases
-    from edgeguard.repair import gate
-    from edgeguard.repair.unlearn import unlearn
+    from edgeguard.repair.training import distil, teachings
 
     case = cases._Case(msgspec.json.decode(job(attacked, tmp_path).read_bytes(), type=cases.Job))
-    _, triggers = cases._confirm(case, lambda *_: None)
-    kept = cases._keep(case, lambda *_: None)
-    student = keras.models.clone_model(case.original)
-    student.set_weights(case.original.get_weights())
-    unlearn(student, case.original, case.x_repair, triggers[:1], epochs=0, min_steps=3)
+    finding, triggers = cases._confirm(case, lambda *_: None)
+    known, judges = cases._knowledge(case, finding, triggers, lambda *_: None)
+    student = case.target.copy().model
+    taught = teachings(case.original, case.x_repair)
+    distil(student, case.x_repair, taught, known.triggers, steps=3, rate=7e-4, seed=0, note="")
     images = attacked.data.x_test.astype(np.uint8)
     clean, triggered = classes_of(student, images), classes_of(student, attacked.attack.stamp(images))
-    assert 0.15 < attack_success_rate(attacked.data.y_test, clean, triggered, 0) < 0.95
+    assert attack_success_rate(attacked.data.y_test, clean, triggered, 0) > 0.15
     half = pipeline.convert(sources.of_keras(student), case.x_gate, case.y_gate).guarded
-    before = cases._measure(case, case.content, triggers, kept)
-    decision = gate.decide(before, cases._measure(case, half, triggers, kept), residual_success=0.0)
-    assert "success of the triggers kept from the repair" in [c.name for c in decision.checks if not c.passed]
+    measured = auto.measure(judges, known.triggers, half, lambda: 0.0)
+    decision = gate.decide(measured, classes=10)
+    assert "success of the triggers kept from the repair" in [c.name for c in decision.checks if c.state == "failed"]

@@ -1,0 +1,81 @@
+"""``edgeguard repair``: remove a backdoor from a model file, prove it, or refuse."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from edgeguard.cli import console
+from edgeguard.errors import EXIT_CLEAN, EXIT_FINDINGS, EXIT_NOT_CHECKED
+
+if TYPE_CHECKING:
+    from edgeguard.repair.command import Report
+
+EXITS = {
+    "passed": EXIT_CLEAN,
+    "nothing found": EXIT_CLEAN,
+    "failed": EXIT_FINDINGS,
+    "needs approval": EXIT_NOT_CHECKED,
+    "could not check": EXIT_NOT_CHECKED,
+}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+
+    @app.command(
+        epilog="Examples: edgeguard repair model.keras --data clean.npz --evidence case.json -o repaired.tflite | "
+        "edgeguard repair model.tflite --data clean/ --evidence case.json --method linf | "
+        "edgeguard repair model.tflite --data clean.npz --method excise+clp --json"
+    )
+    def repair(
+        model: Path = typer.Argument(help="A .keras file, or a .tflite file, guarded or not. It is never changed."),
+        data: str = typer.Option(..., help="Clean, labelled data: a name, an npz file, or an image folder."),
+        evidence: Path | None = typer.Option(None, help="What the fleet reported of this model; without: an audit."),
+        method: str = typer.Option(
+            "auto",
+            help="auto, or one or several joined by +: excise, clp, linf, rap, mvp, aew, unlearn, fine-pruning, anp.",
+        ),
+        output: Path | None = typer.Option(None, "--output", "-o", help="Default: NAME.repaired.tflite."),
+        approve: bool = typer.Option(
+            False, "--approve", help="Write a repair of which a rule of the gate could not be checked."
+        ),
+        seed: int = typer.Option(0, help="Of all that is drawn."),
+        as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
+    ) -> None:
+        """Remove a backdoor and hold the result against the gate; nothing is written that did not pass.
+
+        Exit code 0 when a repaired file was written or there was nothing to repair, 1 when no method passed, 3 when a
+        rule could not be checked and waits for --approve, or the model could not be audited.
+        """
+        from edgeguard.repair.command import Order, run
+
+        target = output or model.with_suffix(".repaired.tflite")
+        with console.progress(quiet=as_json) as progress:
+            order = Order(
+                model=model, data=data, output=target, evidence=evidence, method=method, approve=approve, seed=seed
+            )
+            report = run(order, lambda stage, text, done, total: progress(text, done, total))
+        if as_json:
+            typer.echo(json.dumps(asdict(report)))
+        else:
+            _print(report)
+        if EXITS[report.outcome]:
+            raise typer.Exit(EXITS[report.outcome])
+
+
+def _print(report: Report) -> None:
+    rows = [("outcome", f"{report.outcome}: {report.reason}")]
+    if report.output is not None:
+        rows.append(("written", report.output))
+    if report.method is not None:
+        rows.append(("method", report.method))
+    if report.clean_accuracy is not None and report.asr is not None:
+        rows.append(("accuracy", f"{report.clean_accuracy['before']:.1%} -> {report.clean_accuracy['after']:.1%}"))
+        rows.append(("triggers", f"{report.asr['before']:.1%} -> {report.asr['after']:.1%} of held-out inputs turned"))
+    rows += [("tried", f"{tried['method']}: {tried['outcome']}: {tried['reason']}") for tried in report.tried]
+    console.facts(rows)

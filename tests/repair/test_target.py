@@ -1,0 +1,147 @@
+"""A Keras model and its int8 file are repaired alike; the original stays what it was."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from converters import flatbuffer
+from edgeguard.detection.guarded import GuardedModel
+from edgeguard.errors import ModelError
+from edgeguard.repair.methods import METHODS
+from edgeguard.repair.methods.base import Bench, Channel, Knowledge, prune
+from edgeguard.repair.target import KerasTarget, TfliteTarget, run
+from tests.simulators.attacked import Attacked
+
+
+@pytest.fixture(scope="module")
+def targets(attacked: Attacked) -> dict[str, Any]:
+    return {"keras": KerasTarget(attacked.keras), "tflite": TfliteTarget(attacked.conversion.guarded)}
+
+
+def bench(target: Any, attacked: Attacked) -> Bench:
+    images = attacked.x_owner[:200]
+    model = GuardedModel.load(attacked.conversion.guarded)
+    features = np.asarray([model.infer(x).features for x in images], dtype=np.float64)
+    return Bench(images=images, answers=target.classes(images), features=features)
+
+
+def tap(attacked: Attacked) -> Any:
+    return next(tap for tap in attacked.conversion.metadata.taps if tap.kind == "linf")
+
+
+def test_both_have_the_same_layers_and_kernels_but_for_rounding(targets: dict[str, Any]) -> None:
+    layers = list(zip(targets["keras"].layers(), targets["tflite"].layers(), strict=True))
+    assert layers
+    for one, other in layers:
+        first, second = targets["keras"].kernel(one), targets["tflite"].kernel(other)
+        assert first.shape == second.shape
+        assert np.corrcoef(first.ravel(), second.ravel())[0, 1] >= 0.999  # a rescaling may be folded into the first
+        assert targets["keras"].inputs(one) == targets["tflite"].inputs(other)
+
+
+@pytest.mark.parametrize("kind", ["keras", "tflite"])
+def test_a_silenced_channel_is_zero_at_its_tap_and_the_original_is_not(
+    attacked: Attacked, targets: dict[str, Any], kind: str
+) -> None:
+    original = targets[kind]
+    changed = original.copy()
+    layer, channels = changed.maker(tap(attacked)), [0, 5]
+    changed.silence(layer, channels)
+    assert not changed.kernel(layer)[channels].any()
+    assert original.kernel(layer)[channels].any()
+    if kind == "keras":
+        import keras
+
+        view = keras.Model(changed.model.inputs, changed.model.get_layer(tap(attacked).source_layer).output)
+        active = run(view, attacked.x_owner[:20])
+        assert not active[..., channels].any()
+        assert active.any()
+
+
+def test_pruning_a_file_changes_its_answers_as_pruning_the_model_does(
+    attacked: Attacked, targets: dict[str, Any]
+) -> None:
+    images, answers = attacked.x_owner[:150], []
+    for target in targets.values():
+        changed = target.copy()
+        changed.silence(changed.maker(tap(attacked)), range(16))
+        answers.append(changed.classes(images))
+    assert np.mean(answers[0] == answers[1]) >= 0.95
+    assert np.mean(answers[1] == targets["tflite"].classes(images)) < 1.0
+
+
+def test_a_changed_file_is_whole_and_as_large_as_it_was(attacked: Attacked, targets: dict[str, Any]) -> None:
+    changed = targets["tflite"].copy()
+    layer = changed.layers()[1]
+    kernel = changed.kernel(layer)
+    changed.zero(layer, np.abs(kernel) > kernel.std())
+    flatbuffer.parse(changed.content)
+    assert np.abs(changed.kernel(layer)).max() <= kernel.std()
+    assert targets["tflite"].content == TfliteTarget(attacked.conversion.bare).content
+
+
+@pytest.mark.parametrize("kind", ["keras", "tflite"])
+def test_pruning_goes_as_far_as_the_clean_answers_stay(attacked: Attacked, targets: dict[str, Any], kind: str) -> None:
+    target = targets[kind].copy()
+    layer = target.maker(tap(attacked))
+    ranked = [Channel(layer, channel, 0.0) for channel in range(len(target.kernel(layer)))]
+    pruned = prune(target, ranked, bench(targets[kind], attacked))
+    assert bench(targets[kind], attacked).agreement(target) >= 0.99
+    assert len(pruned) < len(ranked)
+    assert [c.channel for c in pruned] == list(range(len(pruned)))
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if not m.trains])
+def test_a_method_without_training_works_on_a_file(attacked: Attacked, targets: dict[str, Any], name: str) -> None:
+    width = tap(attacked).channels
+    known = Knowledge(
+        taps=attacked.conversion.metadata.taps,
+        shift=np.linspace(0, 5, attacked.conversion.metadata.feature_count),
+        rankings={tap(attacked).source_layer: [tuple(range(width))] * 3},
+        ballots={tap(attacked).source_layer: [tuple(range(width // 2))] * 3},
+    )
+    target = targets["tflite"].copy()
+    METHODS[name].apply(target, known, bench(targets["tflite"], attacked))
+    flatbuffer.parse(target.content)
+    assert bench(targets["tflite"], attacked).agreement(target) >= (0.9 if name == "clp" else 0.97)
+
+
+def test_a_module_that_was_inserted_into_a_file_is_cut_out(attacked: Attacked) -> None:
+    from edgeguard.attacks.trojannet import TrojanNet, implant
+
+    attack = TrojanNet.for_shape(attacked.data.shape, target=3)
+    host = attacked.conversion.bare
+    infected = implant(host, attack, attack.module(len(attacked.data.classes), attacked.x_owner))
+    target = TfliteTarget(infected)
+    images = attacked.x_owner[attacked.y_owner != attack.target][:100]
+    assert np.mean(target.classes(attack.stamp(images)) == attack.target) > 0.9
+
+    operators = len(flatbuffer.parse(infected).subgraphs[0].operators)
+    said = METHODS["excise"].apply(target, Knowledge(taps=()), bench(target, attacked))
+    assert len(said) == 1
+    assert np.mean(target.classes(attack.stamp(images)) == attack.target) < 0.1
+    assert len(flatbuffer.parse(target.content).subgraphs[0].operators) < operators - 5
+    assert np.mean(target.classes(images) == TfliteTarget(host).classes(images)) >= 0.98
+
+
+def test_no_training_framework_is_loaded_to_repair_a_file() -> None:
+    program = (
+        "import sys, edgeguard.repair.command, edgeguard.repair.auto, edgeguard.repair.hunting;"
+        "print([m for m in ('tensorflow', 'keras', 'jax') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_tap_of_another_model_is_refused(targets: dict[str, Any], attacked: Attacked) -> None:
+    import msgspec
+
+    other = msgspec.structs.replace(tap(attacked), source_layer="no_such_layer", tensor="no_such_tensor")
+    for target in targets.values():
+        with pytest.raises(ModelError, match="no_such"):
+            target.maker(other)
