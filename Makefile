@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-arm64 lint conversion zoo bench-detection art-strip bench-agent bench-fleet bench-ingest bench-store documents conformance fuzz wheel clean
+.PHONY: help demo test test-all test-arm64 test-mcu lint conversion zoo bench-detection bench-repair bench-inspection art-strip bench-agent bench-update bench-fleet bench-ingest bench-rollout bench-store bench-mcu bench-private documents conformance fuzz wheel clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,6 +48,9 @@ test-all: ## the test suite on every supported interpreter found, each in its ow
 test-arm64: $(STAMP) ## the package on an emulated arm64 Debian 12 (as root; debootstrap, qemu-user-static, mosquitto)
 	bash tests/arm64/run.sh $(BIN)/python
 
+test-mcu: $(STAMP) ## firmware on an emulated Cortex-M3, through gateway and broker to the hub (gcc-arm-none-eabi, libnewlib-arm-none-eabi, qemu-system-arm, mosquitto)
+	$(BIN)/python -m pytest -s tests/mcu/firmware.py $(ARGS)
+
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -63,8 +66,19 @@ bench-detection: $(STAMP) ## our detector beside published ones on the zoo; resu
 	$(BIN)/python -m benchmarks.detection $(ARGS)
 	$(BIN)/python -m benchmarks.detection --report
 
+bench-inspection: $(STAMP) ## audits the zoo: right labels, false accusations, time; resumes; writes benchmarks/results (ARGS="--data digits")
+	$(BIN)/python -m benchmarks.inspection $(ARGS)
+	$(BIN)/python -m benchmarks.inspection --report
+
+bench-repair: $(STAMP) ## backdoors removed, method by method and by auto, on the zoo; resumes; writes docs/repair.md
+	$(BIN)/python -m benchmarks.repair $(ARGS)
+	$(BIN)/python -m benchmarks.repair --report
+
 art-strip: $(STAMP) ## our STRIP and cascade beside the Adversarial Robustness Toolbox's; writes benchmarks/results
 	$(BIN)/python -m benchmarks.art_strip --json benchmarks/results/art_strip.json $(ARGS)
+
+bench-update: $(STAMP) ## an update's memory, in the daemon and in its children, and the delay at the swap; writes benchmarks/results
+	$(BIN)/python -m benchmarks.update --json benchmarks/results/update.json $(ARGS)
 
 bench-agent: $(STAMP) ## what the daemon costs: memory, time per input, hours with a broker that dies; writes benchmarks/results
 	$(BIN)/python -m benchmarks.agent --json benchmarks/results/agent.json $(ARGS)
@@ -75,9 +89,18 @@ bench-fleet: $(STAMP) ## time to a case, false alarms and liars in simulated fle
 bench-ingest: $(STAMP) ## how fast the hub takes reports beside a bare subscriber; writes benchmarks/results (ARGS=--quick)
 	$(BIN)/python -m benchmarks.ingest --json benchmarks/results/ingest.json $(ARGS)
 
+bench-rollout: $(STAMP) ## a staged roll-out to 100 agents of which ten fail, paused, resumed, taken back; writes benchmarks/results
+	$(BIN)/python -m benchmarks.rollout --json benchmarks/results/rollout.json $(ARGS)
+
 bench-store: $(STAMP) ## what a report costs the database, and how large a year of 10,000 devices is; writes benchmarks/results
 	$(BIN)/python -m benchmarks.store_size --json benchmarks/results/store_size.json $(ARGS)
 	$(BIN)/python -m benchmarks.store_apply --json benchmarks/results/store_apply.json $(ARGS)
+
+bench-mcu: $(STAMP) ## the microcontroller library: bytes, a bad line, fuzzing (gcc, clang, gcc-arm-none-eabi); writes benchmarks/results
+	$(BIN)/python -m benchmarks.mcu --json benchmarks/results/mcu.json $(ARGS)
+
+bench-private: $(STAMP) ## what private aggregation costs beside the same in clear; writes benchmarks/results
+	$(BIN)/python -m benchmarks.private --json benchmarks/results/private.json $(ARGS)
 
 documents: $(STAMP) ## docs/openapi.json and docs/asyncapi.json, from the code
 	$(BIN)/edgeguard hub openapi -o docs/openapi.json

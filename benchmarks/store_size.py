@@ -80,7 +80,8 @@ def rows(fleet: Fleet, config: StoreConfig, *, days: int = 365) -> dict[str, int
         "days": devices * min(days, config.rollups_days),
         "streams": devices * boots,
         "label_counts": devices * (epochs + fleet.models),
-        "features": devices * fleet.labels * fleet.models,
+        # The model that runs has two slots beside what is older.
+        "features": devices * fleet.labels * (fleet.models + 2),
         "devices": devices,
     }
 

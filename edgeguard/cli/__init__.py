@@ -14,7 +14,25 @@ from typing import NoReturn
 import typer
 
 from edgeguard import __version__
-from edgeguard.cli import attack, bench, calibrate, config, convert, demo, doctor, hub, inspect, run, score, service
+from edgeguard.cli import (
+    attack,
+    audit,
+    bench,
+    calibrate,
+    config,
+    convert,
+    demo,
+    doctor,
+    export,
+    hub,
+    inspect,
+    private,
+    release,
+    repair,
+    run,
+    score,
+    service,
+)
 from edgeguard.errors import EXIT_INTERNAL, EXIT_USAGE, EdgeGuardError
 
 _EXTRAS = {
@@ -24,6 +42,7 @@ _EXTRAS = {
     **dict.fromkeys(("cryptography", "scipy", "sqlalchemy", "starlette", "uvicorn", "jinja2", "matplotlib"), "hub"),
     **dict.fromkeys(("alembic", "fastapi", "prometheus_client", "psycopg", "pydantic"), "hub"),
     **dict.fromkeys(("amqtt",), "demo"),
+    **dict.fromkeys(("nacl", "spu", "jax"), "private"),
 }
 """Which extra brings a package that a command may miss."""
 
@@ -41,7 +60,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (demo, convert, calibrate, inspect, score, bench, run, doctor, service, config, hub, attack):
+for module in (
+    demo,
+    convert,
+    calibrate,
+    inspect,
+    audit,
+    score,
+    bench,
+    run,
+    doctor,
+    export,
+    service,
+    config,
+    hub,
+    release,
+    repair,
+    attack,
+    private,
+):
     module.register(app)
 
 

@@ -243,12 +243,13 @@ def fit(config: AgentConfig, *, config_file: Path, prefix: Path) -> tuple[system
         python=prefix / "bin/python",
         config=config_file,
         camera=isinstance(device, int) or str(device).startswith("/dev/"),
+        serial=bool(sources.serial),
         network=not is_local,
         password_file=config.broker.password_file,
         key_file=config.broker.key,
         writable=writable,
     )
-    return settings, ("device", "update", *(["camera"] if camera else []))
+    return settings, ("device", "update", *(["camera"] if camera else []), *(["serial"] if sources.serial else []))
 
 
 def want(settings: systemd.Settings, extras: Sequence[str], *, wheel: Path | None, root: Path) -> Wanted:
