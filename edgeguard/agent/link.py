@@ -88,9 +88,9 @@ class Lost:
 
 @dataclass(frozen=True)
 class Hint:
-    """A model waits. ``fresh`` when the hub sent it now, not when the broker repeated the retained one."""
+    """A model waits, or, with None, none any more. ``fresh``: sent now, not the retained one repeated by the broker."""
 
-    desired: Desired
+    desired: Desired | None
     fresh: bool
 
 
@@ -304,21 +304,19 @@ class Link:
             # A LinkError as a rule. Anything else here would end the connection, and a retained payload each one.
             self._ignored.add(str(error))
             return None
-        if event is not None and self._inbox.qsize() >= MAX_WAITING:
+        if self._inbox.qsize() >= MAX_WAITING:
             self._ignored.add(f"more than {MAX_WAITING} messages wait")
             return None
         return event
 
-    def _read(self, topic: str, payload: bytes, *, retained: bool) -> Event | None:
-        """What a message says, None for the empty one that clears a hint. Raises LinkError for what is none of ours."""
+    def _read(self, topic: str, payload: bytes, *, retained: bool) -> Event:
+        """What a message says; an empty hint takes the one before back. Raises LinkError for what is none of ours."""
         device, kind = self._channel.get(topic, (self._device, None))
         event: Heard
         if kind is Ack:
             event = decode(Ack, payload)
         elif kind is Desired:
-            if not payload:
-                return None
-            event = Hint(decode(Desired, payload), fresh=not retained)
+            event = Hint(decode(Desired, payload) if payload else None, fresh=not retained)
         elif kind is None or retained:
             raise LinkError(f"topic {topic[:200]!r}", got="a retained command" if kind else "no command of this agent")
         else:

@@ -91,7 +91,7 @@ class Updater:
         self._failures = 0
 
     def hint(self, hint: Hint, *, running_sequence: int, now_s: float) -> Progress | None:
-        """Take a new hint. The broker's repetition of a known one changes nothing.
+        """Take a new hint, or that the last one was taken back. The broker's repetition of a known one changes nothing.
 
         Returns:
             What can be said at once, None while that is open.
@@ -101,6 +101,9 @@ class Updater:
             return None
         if desired != self._desired:
             self.close()
+        if desired is None:
+            self._desired = None
+            return None
         self._desired, self._failures, self._retry_at = None, 0, max(now_s, self._paced_at - _BURST * _PAUSE_S)
         if desired.sequence == running_sequence:
             return Progress(state="updated", sequence=desired.sequence)

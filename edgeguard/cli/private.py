@@ -14,7 +14,7 @@ from edgeguard.cli import console
 from edgeguard.errors import ConfigError
 
 if TYPE_CHECKING:
-    from edgeguard.contract.private import Round
+    from edgeguard.contract.private import Round, Submission
     from edgeguard.private.rounds import Result
     from edgeguard.settings import BrokerConfig
 
@@ -71,7 +71,7 @@ def _register_setup(group: typer.Typer) -> None:
         fleet: str = typer.Option(..., help="Id of the fleet."),
         model: Path = typer.Option(..., exists=True, dir_okay=False, help="The guarded model that the fleet runs."),
         together: Path = _PARTIES,
-        kind: str = typer.Option("ranks", help="votes (majority) or ranks (median over devices)."),
+        kind: str = typer.Option("ranks", help="votes (most first) or ranks (median over devices)."),
         layer: str | None = typer.Option(None, help="The layer to prune; the deepest tapped one unless given."),
         share: float = typer.Option(0.2, min=0.001, max=0.9, help="Share of its channels to name."),
         min_devices: int = typer.Option(10, min=3, help="With fewer valid submissions nothing is opened."),
@@ -132,11 +132,14 @@ def _register_rounds(group: typer.Typer) -> None:
 
         if (config is None) == (output is None):
             raise ConfigError("submission", do="give either --config, to publish it, or --output")
-        asked = rounds.read(asked_file)
-        activity = ranks.Activations(state / ranks.FILE).activity(asked.model_digest)
-        values = sharing.values_of(asked, ranks.ascending(activity, asked.layer))
-        random = secrets.token_bytes(sharing.random_bytes(asked))
-        made = sharing.submit(asked, device, values, parties.read(together), random)
+        asked, trusted = rounds.read(asked_file), parties.read(together)
+
+        def make() -> Submission:
+            activity = ranks.Activations(state / ranks.FILE).activity(asked.model_digest)
+            values = sharing.values_of(asked, ranks.ascending(activity, asked.layer))
+            return sharing.submit(asked, device, values, trusted, secrets.token_bytes(sharing.random_bytes(asked)))
+
+        made = rounds.once(state / f"private-{asked.digest[:16]}.json", make)
         if output is not None:
             rounds.write_submission(made, output)
         elif config is not None:

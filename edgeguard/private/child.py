@@ -14,7 +14,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import TypeVar
 
-from edgeguard.errors import EdgeGuardError, LinkError
+from edgeguard.errors import ConfigError, EdgeGuardError, LinkError, ModelError
 
 Progress = Callable[[str, int, int], None]
 LEAVE_S = 20.0
@@ -67,4 +67,9 @@ def _child(pipe: Connection, work: Callable[[Progress, Callable[[T], None]], Non
             lambda result: pipe.send(("result", result)),
         )
     except EdgeGuardError as error:
-        pipe.send(("error", LinkError(str(error)) if isinstance(error, LinkError) else type(error)(str(error))))
+        pipe.send(("error", type(error)(str(error))))
+    except ModuleNotFoundError as error:
+        missing = ConfigError(f"package {error.name}", got="not installed", do="pip install 'edgeguard[private]'")
+        pipe.send(("error", missing))
+    except Exception as error:
+        pipe.send(("error", ModelError("joint computation", got=f"{type(error).__name__}: {error}")))

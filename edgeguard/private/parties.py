@@ -92,7 +92,7 @@ def create(folder: Path, *, name: str, host: str, port: int, now: datetime) -> P
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - _EARLY)
         .not_valid_after(now + VALID)
-        # A root of its own that may sign nothing else, so that it proves one party and no more.
+        # A root of its own: the others trust this one certificate, and no authority.
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .sign(key, hashes.SHA256())
     )
@@ -149,7 +149,7 @@ def read_json(path: Path, kind: type[T]) -> T:
             return msgspec.json.decode(file.read(MAX_BYTES), type=kind)
     except OSError as error:
         raise ConfigError(f"file {path}", got=error.strerror, do="check the path") from error
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"file {path}", got=error, expected=f"a {kind.__name__.lower()} in JSON") from error
 
 

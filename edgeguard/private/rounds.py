@@ -55,7 +55,7 @@ class Ballots:
         return len(self._held)
 
     def add(self, device: str, content: bytes) -> bool:
-        """Take a submission. The same again changes nothing; another one of the same device leaves it out.
+        """Take a submission. The same again, or one to another round, changes nothing; another leaves its device out.
 
         Args:
             device: who published it, as the broker's topic or the folder says.
@@ -68,17 +68,22 @@ class Ballots:
             return False
         try:
             found = self._open(device, content)
-        except (TrustError, msgspec.DecodeError, RecursionError) as error:
+        # msgspec raises UnicodeDecodeError where a string in it is not UTF-8.
+        except (TrustError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             self._held.pop(device, None)
             self.refused[device] = str(error)[:300]
             return False
-        self._held[device] = found
-        return True
+        if found is not None:
+            self._held[device] = found
+        return found is not None
 
-    def _open(self, device: str, content: bytes) -> sharing.Opened:
+    def _open(self, device: str, content: bytes) -> sharing.Opened | None:
+        """The share in a submission; None for one to another round, which brokers repeat until there is a newer one."""
         if len(content) > MAX_SUBMISSION_BYTES:
             raise TrustError(f"submission of {device}", got=f"{len(content)} bytes")
         submission = msgspec.json.decode(content, type=Submission)
+        if submission.round != self._asked.digest:
+            return None
         found = sharing.opened(self._asked, submission, device, self._own.index, self._own.sealing)
         if device in self._held and self._held[device].digest != found.digest:
             raise TrustError(f"submission of {device}", got="two different ones to one round")
@@ -167,6 +172,22 @@ def write_submission(submission: Submission, path: Path) -> None:
     _new(path, msgspec.json.encode(submission))
 
 
+def once(path: Path, make: Callable[[], Submission]) -> Submission:
+    """The submission that was made before for the same round, or a new one, kept in a file.
+
+    A device that submits two different things to one round is left out of it. One that cannot know whether the first
+    arrived has to send it again as it was.
+
+    Raises:
+        ConfigError: the file cannot be read or written.
+    """
+    if path.exists():
+        return read_json(path, Submission)
+    made = make()
+    _new(path, msgspec.json.encode(made))
+    return made
+
+
 def collect(folder: Path, ballots: Ballots) -> None:
     """Take the submissions in a folder: ``<device>.json`` each. Raises ConfigError if there is no folder."""
     if not folder.is_dir():
@@ -182,6 +203,8 @@ def _new(path: Path, content: bytes) -> None:
             file.write(content)
     except FileExistsError as error:
         raise ConfigError(f"file {path}", got="there already", do="choose another name") from error
+    except OSError as error:
+        raise ConfigError(f"file {path}", got=error.strerror, do="check the folder") from error
 
 
 def _too_few(asked: Round, got: str) -> ConfigError:

@@ -132,7 +132,7 @@ def opened(asked: Round, submission: Submission, device: str, index: int, key: P
         raise TrustError(what, got="a share that does not match its commitment")
     try:
         share = msgspec.msgpack.decode(plain, type=_Share)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise TrustError(what, got="a share that cannot be read") from error
     if (share.round, share.device, share.party) != (asked.digest, device, index) or len(share.nonce) != NONCE_BYTES:
         raise TrustError(what, got="a share of another round, device or party")

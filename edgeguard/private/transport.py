@@ -35,9 +35,12 @@ def publish(broker: BrokerConfig, fleet: str, submission: Submission) -> None:
     client.loop_start()
     try:
         topic = topics.topic(fleet, submission.device, topics.PRIVATE)
-        client.publish(topic, msgspec.json.encode(submission), qos=1, retain=True).wait_for_publish(ANSWER_S)
+        sent = client.publish(topic, msgspec.json.encode(submission), qos=1, retain=True)
+        sent.wait_for_publish(ANSWER_S)
+        if not sent.is_published():
+            raise _unreached(broker, f"no acknowledgement within {ANSWER_S:g} s")
     except (RuntimeError, ValueError) as error:
-        raise LinkError(f"broker {broker.host}:{broker.port}", got=error, do="try again") from error
+        raise _unreached(broker, error) from error
     finally:
         client.disconnect()
         client.loop_stop()
@@ -83,6 +86,10 @@ def listen(
         client.disconnect()
     if failures:
         raise LinkError(f"broker {broker.host}:{broker.port}", got=failures[0], do="start it, or check this account")
+
+
+def _unreached(broker: BrokerConfig, got: object) -> LinkError:
+    return LinkError(f"broker {broker.host}:{broker.port}", got=got, do="give the same command again")
 
 
 def _connected(broker: BrokerConfig) -> mqtt.Client:

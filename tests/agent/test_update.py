@@ -188,6 +188,16 @@ def test_a_newer_hint_ends_the_fetch_of_the_older(made: Made) -> None:
     assert [request.sequence for request in fetches.requests] == [2, 3]
 
 
+def test_a_hint_that_was_taken_back_ends_its_fetch_and_is_not_tried_again(made: Made) -> None:
+    updater, fetches = made("import time; time.sleep(60)")
+    take(updater, hint(2))
+    step(updater)
+    take(updater, Hint(None, fresh=True))
+    assert fetches.children[0].returncode is not None
+    assert step(updater, 1000.0) is None
+    assert len(fetches.requests) == 1
+
+
 def test_the_brokers_repetition_of_a_hint_does_not_hurry_the_retry_but_the_hubs_does(made: Made) -> None:
     updater, fetches = made(REFUSED)
     take(updater, hint(2))

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from edgeguard.contract.private import Round
-from edgeguard.private import parties, rounds, sharing, transport
+from edgeguard.errors import ConfigError
+from edgeguard.private import child, parties, rounds, sharing, transport
 from edgeguard.private.parties import Own
 from edgeguard.settings import BrokerConfig
 from tests.simulators import needs
@@ -44,6 +45,14 @@ def submit_all(asked: Round, owns: Sequence[Own], folder: Path) -> None:
     for number in range(DEVICES):
         values = sharing.values_of(asked, ascending(number))
         rounds.write_submission(making.submission(asked, owns, f"cam-{number}", values), folder / f"cam-{number}.json")
+
+
+def test_a_package_that_is_missing_is_named_and_nobody_else_is_blamed() -> None:
+    def work(*_: Any) -> None:
+        raise ModuleNotFoundError("No module named 'spu'", name="spu")
+
+    with pytest.raises(ConfigError, match=r"package spu.*edgeguard\[private\]"):
+        child.run_apart(work, lambda *_: None)
 
 
 def command(own: Own, asked: Path, *more: str) -> list[str]:
@@ -106,7 +115,7 @@ def test_a_party_that_stops_ends_the_run_with_one_line_and_no_result(owns: tuple
     asked = making.a_round(owns, channels=CHANNELS)
     rounds.write(asked, tmp_path / "round.json")
     submit_all(asked, owns, tmp_path / "sent")
-    sent = ("--submissions", str(tmp_path / "sent"), "--timeout", "15", "--json")
+    sent = ("--submissions", str(tmp_path / "sent"), "--timeout", "8", "--json")
     running = [start(own, tmp_path / "round.json", *sent) for own in owns[:2]]
     leaves = (
         "import os, sys; from pathlib import Path\n"
@@ -189,7 +198,7 @@ _EXCHANGE = (
     "own = parties.own(Path(sys.argv[1]))\n"
     "addresses = computation.Addresses(hosts=tuple(sys.argv[2].split(',')))\n"
     "try:\n"
-    "    with computation.connect(own, addresses, 'run', connect_s=6, timeout_s=6) as joint:\n"
+    "    with computation.connect(own, addresses, 'run', connect_s=4, timeout_s=6) as joint:\n"
     "        print(json.dumps(joint.exchange('in clear ' * 8 + str(own.index))))\n"
     "except EdgeGuardError as error:\n"
     "    print(type(error).__name__)\n"

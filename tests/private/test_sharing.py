@@ -9,14 +9,14 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edgeguard.contract.private import Round, Submission
 from edgeguard.errors import ConfigError, TrustError
 from edgeguard.private import sharing
 from edgeguard.private.parties import Own
-from edgeguard.private.rounds import Ballots
+from edgeguard.private.rounds import Ballots, once
 from tests.simulators import private as making
 
 CHANNELS = 8
@@ -155,6 +155,20 @@ def test_the_same_submission_again_changes_nothing(owns: tuple[Own, ...]) -> Non
     assert len(ballots) == 1
 
 
+def test_what_a_broker_repeats_of_an_earlier_round_keeps_nobody_out_of_this_one(owns: tuple[Own, ...]) -> None:
+    earlier, now = send(owns, id="round-0000"), send(owns)
+    ballots = Ballots(now.asked, owns[0])
+    taken = [ballots.add("cam-1", msgspec.json.encode(s.submission)) for s in (earlier, now, earlier)]
+    assert taken == [False, True, False]
+    assert list(ballots.digests()) == ["cam-1"]
+    assert not ballots.refused
+
+
+def test_a_submission_is_made_once_and_then_sent_again_as_it_was(owns: tuple[Own, ...], tmp_path: Path) -> None:
+    kept = [once(tmp_path / "kept.json", lambda: send(owns).submission) for _ in range(2)]
+    assert kept[0] == kept[1]
+
+
 def test_a_device_that_submits_two_different_things_is_left_out_for_good(owns: tuple[Own, ...]) -> None:
     one, other = send(owns), send(owns)
     ballots = Ballots(one.asked, owns[0])
@@ -164,7 +178,11 @@ def test_a_device_that_submits_two_different_things_is_left_out_for_good(owns: t
     assert "two different" in ballots.refused["cam-1"]
 
 
+NOT_UTF8 = b'{"v":1,"round":"\xff"}'
+
+
 @given(content=st.binary(max_size=400))
+@example(content=NOT_UTF8)
 def test_bytes_from_outside_cost_their_own_device_alone(owns: tuple[Own, ...], content: bytes) -> None:
     sent = send(owns)
     ballots = Ballots(sent.asked, owns[0])
