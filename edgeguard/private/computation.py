@@ -158,10 +158,9 @@ def connect(
         options.verify.ca_file_path = str(own.folder / PEERS)
         options.verify.verify_depth = 1
     context = Computation._call(link.create_brpc, description, own.index)
-    try:
-        yield Computation(context, own.index)
-    finally:
-        context.stop_link()
+    yield Computation(context, own.index)
+    # In order, with each waiting for the others' last word. Not after an error, where that would never come.
+    context.stop_link()
 
 
 def _named(program: Callable[..., Any]) -> Callable[..., Any]:
