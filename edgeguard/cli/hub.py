@@ -442,7 +442,7 @@ def _add_devices(group: typer.Typer) -> None:
     @asks(_client)
     def proposed(hub: Client, limit: int = Limit, as_json: bool = AsJson) -> None:
         """What waits for a person: steps of cases, and commands that the hub proposes."""
-        cases = [row for row in hub.rows("/v1/cases", limit=limit) if row["awaiting"]]
+        cases = hub.rows("/v1/cases", limit=limit, awaiting="true")
         commands = hub.rows("/v1/commands", limit=limit, state="proposed")
         if as_json:
             typer.echo(json.dumps({"cases": cases, "commands": commands}))

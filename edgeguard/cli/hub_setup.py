@@ -107,6 +107,7 @@ def _add_devices(group: typer.Typer) -> None:
         model: Path | None = typer.Option(None, help="Guarded model to put beside the configuration."),
         renew: bool = typer.Option(False, "--renew", help="Make new credentials for a device that has some."),
         home_assistant: bool = typer.Option(False, "--home-assistant", help="It is no device but a Home Assistant."),
+        party: bool = typer.Option(False, "--party", help="It is no device but a party of private rounds."),
         days: int = Days,
     ) -> None:
         """Make a device's credentials and agent.toml, in one folder to copy to the board.
@@ -117,7 +118,15 @@ def _add_devices(group: typer.Typer) -> None:
         from edgeguard.hub.setup import enrolment
 
         done = enrolment.enroll(
-            folder, device, now=_now(), mcus=gateway_for, model=model, again=renew, watcher=home_assistant, days=days
+            folder,
+            device,
+            now=_now(),
+            mcus=gateway_for,
+            model=model,
+            again=renew,
+            watcher=home_assistant,
+            party=party,
+            days=days,
         )
         entry = done.registry.devices[device]
         if done.did == "extended":

@@ -255,9 +255,10 @@ def _add_reading(app: FastAPI, parts: Parts) -> None:
         cursor: Cursor = None,
         state: State | None = None,
         confirmed: Annotated[bool | None, Query(description="true: cases; false: suspicions; none: both")] = None,
+        awaiting: Annotated[bool | None, Query(description="true: those of which a step waits for a person")] = None,
     ) -> Page[views.Case]:
         """Suspicions and cases, the newest first."""
-        return queries.cases(limit=limit, cursor=cursor, state=state, is_case=confirmed)
+        return queries.cases(limit=limit, cursor=cursor, state=state, is_case=confirmed, awaiting=awaiting)
 
     @app.get("/v1/cases/{case}", tags=["cases"])
     def case(case: views.Id) -> views.CaseDetail:

@@ -307,8 +307,10 @@ def steered(case: Case, how: Steering, *, who: str, why: str, at_ms: int) -> Cas
     if how == "resume":
         return msgspec.structs.replace(case, release=running, updated_ms=at_ms)
     state: State = "aborted" if how == "abort" else "rolling_back"
+    # Ended before, it begins anew: those who are there have all their time to answer.
+    back = msgspec.structs.replace(case.back, at_ms=at_ms) if case.back else None
     said = "ended the roll-out" if how == "abort" else "asked for the model before"
-    return move(case, state, at_ms=at_ms, release=running, note=f"{who} {said}{because}")
+    return move(case, state, at_ms=at_ms, release=running, back=back, note=f"{who} {said}{because}")
 
 
 _STEERED_IN: dict[Steering, tuple[State, ...]] = {

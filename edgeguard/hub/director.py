@@ -233,6 +233,7 @@ class Director:
                 continue
             except (EdgeGuardError, OSError) as error:
                 log.error("case %d waits: %s", case.id, error)  # noqa: TRY400 - the others do not
+        self.shared.reconsider(known)
         self._roll_out_all(known, now_s)
         self._commands.tick()
         self._renew()
@@ -513,10 +514,12 @@ class Director:
                     msgspec.structs.replace(case, release=msgspec.structs.replace(release, updated=updated))
                 )
         else:
-            course.withdrawn |= self._offered(case)
+            # Those that were hinted after the roll-out, or back, were offered nothing by it.
+            either = (release.replaces, release.model_digest)
+            course.withdrawn |= self._offered(case) | {d.device for d in devices if d.model_digest in either}
             if case.state in ("rolling_back", "rolled_back"):
                 case = self._take_back(case, release, devices)
-            if case.back is not None:
+            if case.back is not None and case.state in ("rolling_back", "rolled_back"):
                 course.settled.append((case, case.back))
 
     def _step(self, case: Case, release: Released, devices: Sequence[Device], course: _Course) -> None:
@@ -576,7 +579,7 @@ class Director:
         return rollout.Told(
             before=self._members.counts(release.replaces, before.guard.guard_digest) if before else {},
             since=self._members.counts(release.model_digest, release.guard_digest),
-            promised=min(1.0, SLACK * since.guard.fpr) if since else 1.0,
+            promised=min(1.0, SLACK * since.guard.fpr) if since else None,
         )
 
     def _offered(self, case: Case) -> frozenset[str]:

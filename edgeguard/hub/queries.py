@@ -117,7 +117,13 @@ class Queries:
         return page
 
     def cases(
-        self, *, limit: int, cursor: str | None, state: str | None = None, is_case: bool | None = None
+        self,
+        *,
+        limit: int,
+        cursor: str | None,
+        state: str | None = None,
+        is_case: bool | None = None,
+        awaiting: bool | None = None,
     ) -> Page[views.Case]:
         """Suspicions and cases, the newest first."""
         table = schema.cases
@@ -126,6 +132,9 @@ class Queries:
             chosen = chosen.where(table.c.state == state)
         if is_case is not None:
             chosen = chosen.where(table.c.detail["is_case"].as_boolean() == is_case)
+        if awaiting is not None:
+            step = table.c.detail["awaiting"].as_string()
+            chosen = chosen.where(step.is_not(None) if awaiting else step.is_(None))
         if cursor is not None:
             chosen = chosen.where(table.c.id < _number(cursor))
         return self._page(

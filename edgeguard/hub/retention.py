@@ -208,9 +208,11 @@ class _Sweep:
         return gone
 
     def drop_jobs(self, days: int, folder: Path | None) -> int:
-        """Jobs of cases that have ended, each with its files; inputs shared for them; folders of jobs not there."""
+        """Jobs of cases that have ended, each with its files; inputs shared for them, where none is newer; folders of
+        jobs not there."""
         table, cases = tables.jobs, schema.cases
-        ended = (cases.c.state.not_in(OPEN), cases.c.updated_ms < self._now_ms - days * _DAY_MS)
+        since_ms = self._now_ms - days * _DAY_MS
+        ended = (cases.c.state.not_in(OPEN), cases.c.updated_ms < since_ms)
         gone = 0
         chosen = select(cases.c.id, cases.c.detail).where(cases.c.fleet == self._store.fleet, *ended)
         for number, detail in self._all(chosen):
@@ -218,24 +220,28 @@ class _Sweep:
                 return gone
             case = msgspec.convert(detail, Case)
             kept = case.job if case.release is not None else None
-            self._drop_shared(number, folder)
+            self._drop_shared(number, since_ms, folder)
             theirs = (table.c.fleet == self._store.fleet, table.c.case_id == number)
             over = (table.c.state.in_(("done", "failed")), table.c.id != (kept or 0))
             if self._all(select(table.c.id).where(*theirs, *over).limit(1)):
                 with self._store.write() as db:
                     gone += db.execute(delete(table).where(*theirs, *over)).rowcount
                 self._wait()
+        runs = list(folder.glob("cases/*/job-*")) if folder is not None else []  # first: the job is there before it
         known = {row.id for row in self._all(select(table.c.id).where(table.c.fleet == self._store.fleet))}
-        for run in folder.glob("cases/*/job-*") if folder is not None else ():
+        for run in runs:
             job = run.name.removeprefix("job-")
             if job.isdecimal() and int(job) not in known:
                 shutil.rmtree(run, ignore_errors=True)
         return gone
 
-    def _drop_shared(self, case: int, folder: Path | None) -> None:
+    def _drop_shared(self, case: int, since_ms: int, folder: Path | None) -> None:
         table = tables.shared
         theirs = (table.c.fleet == self._store.fleet, table.c.case_id == case)
-        if self._all(select(table.c.digest).where(*theirs).limit(1)):
+        newest = self._all(select(func.max(table.c.at_ms)).where(*theirs))[0][0]
+        if newest is not None and newest >= since_ms:
+            return
+        if newest is not None:
             with self._store.write() as db:
                 db.execute(delete(table).where(*theirs))
             self._wait()

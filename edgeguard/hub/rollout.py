@@ -11,13 +11,16 @@ Rules enforced here:
 * where more of a group's devices fail than it puts up with, the roll-out is paused. Of canaries none may fail. A device
   fails that keeps refusing, cannot fetch, goes back to the model before, does not answer in time, or fares worse, which
   it then does for good;
-* a canary that does not answer in time is replaced; when nobody is left to replace it, the roll-out is paused and says
-  why. So no device holds it for ever, and none is put at risk to find out why another one failed;
+* a canary that is there and does not answer in time, or never was there, is replaced; when nobody is left to replace
+  it, the roll-out is paused and says why. So no device holds it for ever, and none is put at risk to find out why
+  another one failed;
 * **what devices say can delay a roll-out, never force it**: a lie stops it until a person has looked, or passes for one
   device among those of which a group needs ``success``. Only all canaries and that share of each group, lying together,
   bring a bad release to the next one;
 * devices that are away are offered it too (it is retained), but nothing waits for them; whoever returns later is told
-  where to go once, by the shortest way that is settled: see :func:`way`;
+  where to go once, by the shortest way that is settled: see :func:`way`. A device that was there when it was offered
+  and then is gone for longer than it has to answer has failed: an update may have taken it off the network;
+* where the hub cannot read the released model, it does not know what its guard promises, and the roll-out is paused;
 * a device that runs neither the replaced model nor the release is none of its business;
 * a hint has no authority, so whoever may write to the topic can replace it: it is repeated until its device answers
   for it, and rarely after that.
@@ -64,7 +67,8 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
         unwilling_ms: since when it says that it refuses or cannot fetch it.
         updated_ms: when it was first seen to run the release, and ``since`` how it fared until then.
         looks: so many times its reports were held against those before.
-        state: "away" is not there and never ran it; "dropped" no longer counts: it was replaced, or put up with.
+        state: "away" is not there and never was since it was offered; "dropped" no longer counts: it was replaced, or
+            put up with.
         worse: what got worse, once it did.
     """
 
@@ -91,11 +95,12 @@ class Traits:
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
-    """What devices counted under the replaced model and under the release, by device; and what the latter promises."""
+    """What devices counted under the replaced model and under the release, by device; and what the latter promises,
+    None where the hub cannot read it."""
 
     before: Mapping[str, Counts] = field(default_factory=dict)
     since: Mapping[str, Counts] = field(default_factory=dict)
-    promised: float = 0.0
+    promised: float | None = 0.0
 
 
 NOTHING = Told()
@@ -182,9 +187,13 @@ class _Step:
             self._resume()
         if not self._release.paused:
             self._join()
+        if self._release.group_ms is None and self._members:  # begun by an earlier version
+            self._release = msgspec.structs.replace(self._release, group_ms=self._now_ms)
         sizes = Counter(member.group for member in self._members.values() if member.state != "dropped")
         for name, member in self._members.items():
             self._members[name] = self._seen(member, sizes[member.group])
+        if self._told.promised is None and not self._release.paused:
+            self._pause("the hub cannot read the released model, so nobody can say how devices fare with it")
         done = False if self._release.paused else self._go_on()
         failed = [m for m in self._members.values() if m.state == "failed"]
         hints = () if self._release.paused else self._hints()
@@ -275,16 +284,18 @@ class _Step:
         updated_ms = member.updated_ms if member.updated_ms is not None else self._now_ms
         elapsed_s = (self._now_ms - updated_ms) / 1000
         since = self._since(member, device, elapsed_s)
-        look = vitals.looks(elapsed_s, self._config.soak_s)
-        if look > member.looks and not member.worse:
+        enough = elapsed_s >= self._config.soak_s and device.online and since.inputs >= self._config.min_inputs
+        look = _looks(elapsed_s, self._config, earned=enough or member.state == "healthy")
+        promised = self._told.promised
+        if promised is not None and look > member.looks and not member.worse:
             level = self._config.false_alarm / (self._last + 1) / max(1, size)
-            found = vitals.worse(self._before(member), since, promised=self._told.promised, level=level, look=look)
+            found = vitals.worse(self._before(member), since, promised=promised, level=level, look=look)
             member = msgspec.structs.replace(member, looks=look, worse="; ".join(found))
         if member.worse:
             return msgspec.structs.replace(member, state="failed", reason=member.worse)
         if member.state == "healthy":
             return member
-        if elapsed_s >= self._config.soak_s and device.online and since.inputs >= self._config.min_inputs:
+        if enough and promised is not None:
             return msgspec.structs.replace(member, state="healthy", reason="")
         waited_s = (self._now_ms - max(updated_ms, member.offered_ms)) / 1000
         if waited_s < self._config.soak_s + self._config.timeout_s:
@@ -300,11 +311,11 @@ class _Step:
         if member.unwilling_ms is not None:
             patient = (self._now_ms - member.unwilling_ms) / 1000 < self._config.patience_s
             return "offered" if patient else "failed", f"{device.outcome} ({device.reason})"
-        if not device.online:
-            return "away", device.state
-        if (self._now_ms - member.offered_ms) / 1000 >= self._config.timeout_s and member.state != "away":
-            return "failed", f"no answer in {self._config.timeout_s:g} s"
-        return "offered", ""
+        if member.state == "away":
+            return ("offered", "") if device.online else ("away", device.state)
+        if (self._now_ms - member.offered_ms) / 1000 < self._config.timeout_s:
+            return "offered", "" if device.online else device.state
+        return "failed", f"no answer in {self._config.timeout_s:g} s" if device.online else "gone since it was offered"
 
     def _before(self, member: Member) -> Vitals:
         pulse = member.before
@@ -358,7 +369,8 @@ class _Step:
         """Drop canaries that did not answer in time where others can take their place; those left of the failed."""
         began_ms = self._release.group_ms if self._release.group_ms is not None else self._now_ms
         late = (self._now_ms - began_ms) / 1000 >= self._config.timeout_s
-        silent = [m for m in self._members.values() if m.group == 0 and m.updated_ms is None and _silent(m, late)]
+        mine = [m for m in self._members.values() if m.group == 0 and m.state != "dropped" and m.updated_ms is None]
+        silent = [m for m in mine if (late and m.state == "away") or m.reason.startswith("no answer")]
         free = [n for n, d in self._waiting.items() if d.online and n not in self._members]
         room = self._policy.canaries * (1 + RESERVES) - len(self._members)
         if not silent:
@@ -440,10 +452,6 @@ class _Step:
         return "hinted" if device.online else device.state
 
 
-def _silent(member: Member, late: bool) -> bool:
-    return (late and member.state in ("away", "offered")) or member.reason.startswith("no answer")
-
-
 def _called(group: int) -> str:
     return "the canaries" if group == 0 else f"group {group}"
 
@@ -455,10 +463,19 @@ def has(device: Device, release: Released) -> bool:
     )
 
 
+def _looks(elapsed_s: float, config: RolloutConfig, *, earned: bool) -> int:
+    """The number of the last look that is due: one more than the time asks for once there is enough to call a device
+    healthy, so that nothing is called so unseen."""
+    return vitals.looks(elapsed_s, config.soak_s) + earned
+
+
 def asks(members: Iterable[Member], config: RolloutConfig, now_ms: int) -> bool:
     """Whether the next step will look at what devices counted; reading that takes long in a large fleet."""
     running = [(m, (now_ms - m.updated_ms) / 1000) for m in members if m.updated_ms is not None and not m.worse]
-    return any(m.state == "soaking" or vitals.looks(elapsed_s, config.soak_s) > m.looks for m, elapsed_s in running)
+    return any(
+        m.state == "soaking" or _looks(elapsed_s, config, earned=m.state == "healthy") > m.looks
+        for m, elapsed_s in running
+    )
 
 
 def rank(device: str, release: Released) -> str:
@@ -521,11 +538,12 @@ def taken_back(devices: Sequence[Device], back: Released, *, timeout_s: float, n
         timeout_s: seconds that a device which is there has to answer.
         now_ms: the hub's clock.
     """
-    left = [d for d in devices if d.model_digest == back.replaces and d.online]
+    still = sorted((d for d in devices if d.model_digest == back.replaces), key=lambda d: (not d.online, d.device))
+    left = [d for d in still if d.online]
     answered = [d for d in left if d.outcome in ("refused", "failed") and d.outcome_sequence == back.sequence]
     late = now_ms - back.at_ms >= timeout_s * 1000
     names = {d.device: f"{d.device}: {d.outcome} ({d.reason})" for d in answered}
-    held = tuple(names.get(d.device, f"{d.device}: hinted") for d in sorted(left, key=lambda d: d.device))[:_NAMED]
+    held = tuple(names.get(d.device, f"{d.device}: {'hinted' if d.online else d.state}") for d in still)[:_NAMED]
     # Whoever never took the release runs the earlier model under its old number.
     updated = tuple(sorted(d.device for d in devices if has(d, back) and d.sequence >= back.sequence))
     return msgspec.structs.replace(back, updated=updated, held=held), late or len(answered) == len(left)

@@ -6,22 +6,27 @@ those that are *not* of the suspected class: what a clean model flags by chance 
 Rules enforced here:
 
 * an input confirms only where the hub's own copy of the model flags it and calls it the suspected label;
-* each counts once: not again with the same bytes, nor where it is nearly the same as another one, as frames of a video;
+* each counts once: not again with the same bytes, nor where it is nearly the same as another one, as frames of a video.
+  Where those that count lie at another hub, or were lost, no more are taken until they were shared here again;
 * ``ENOUGH`` that count make a case of a suspicion, also of one that an inspection dismissed or could not check, unless
-  another record of the model is open. The repair inspects by itself all the same;
+  another record of the model is open, or has replaced it. Those shared while it is inspected, or while another record
+  is open, count after that. The repair inspects by itself all the same;
 * an input has the shape and type that the model takes; size and number are bounded before anything is stored;
-* inputs lie in files named by their digest, in this hub's state folder alone; the database has what the replay said;
+* inputs lie in files named by their digest, in this hub's state folder alone; the database has what the replay said.
+  A file is on the disk before its row is written, and one that is not what its name says counts as not there;
 * the replay runs in a short-lived child.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,14 +34,15 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import select
+from sqlalchemy import func, select
 
 from edgeguard.contract.guard import GuardMetadata
 from edgeguard.errors import ConfigError, LinkError
 from edgeguard.hub import bulk, cases
-from edgeguard.hub.casebook import Casebook, Move, StaleError
+from edgeguard.hub.casebook import HUB, Casebook, Move, StaleError
 from edgeguard.hub.cases import OPEN, Case, State
 from edgeguard.hub.replay import Replayed
+from edgeguard.hub.setup import files
 from edgeguard.hub.store import Store
 from edgeguard.hub.tables import shared as table
 
@@ -145,7 +151,8 @@ class Shared:
             The record as it is now, and the inputs in their order.
 
         Raises:
-            ConfigError: there is no such record or copy, it takes none any more, or an input is not one of the model's.
+            ConfigError: there is no such record or copy, it takes none any more, an input is not one of the model's, or
+                those that count are not here.
             LinkError: the replay failed.
         """
         case = self._book.get(case_id)
@@ -160,6 +167,9 @@ class Shared:
         new = {digest: array for digest, array in arrays.items() if digest not in known}
         if len(known) + len(new) > MOST:
             raise ConfigError(f"inputs for case {case_id}", got=f"{len(known) + len(new)}", expected=f"at most {MOST}")
+        for digest in arrays.keys() - new.keys():
+            if self._read(case_id, digest) is None:
+                self._write(case_id, digest, arrays[digest])
         if new:
             self._put(case, copy, new, known, who)
             known = self._known(case_id)
@@ -171,15 +181,45 @@ class Shared:
 
     def bundle(self, case_id: int, folder: Path) -> str | None:
         """Write those that count and lie here to an npz file, ``inputs`` ``[M, ...]``; None where there are none."""
-        paths = [self._path(case_id, one.digest) for one in self._known(case_id).values() if one.counts]
-        arrays = [np.load(path, allow_pickle=False) for path in paths if path.exists()]
+        counted = (self._read(case_id, one.digest) for one in self._known(case_id).values() if one.counts)
+        arrays = [array for array in counted if array is not None]
         if not arrays:
             return None
         folder.mkdir(parents=True, exist_ok=True)
         np.savez(folder / "quarantined.npz", inputs=np.stack(arrays))
         return str(folder / "quarantined.npz")
 
+    def reconsider(self, records: Sequence[Case]) -> None:
+        """Make cases of suspicions for which enough was shared while they could not become one.
+
+        Args:
+            records: all that there are.
+        """
+        waiting = [case for case in records if case.state in CONFIRMED_IN and not case.is_case]
+        waiting = [case for case in waiting if not _taken(case, records)]
+        if not waiting:
+            return
+        counts = (table.c.fleet == self._store.fleet, table.c.counts == 1)
+        with self._store.read() as db:
+            enough = select(table.c.case_id).where(*counts).group_by(table.c.case_id).having(func.count() >= ENOUGH)
+            found = set(db.scalars(enough))
+        for case in waiting:
+            if case.id in found:
+                self._confirm(case, self._known(case.id), None, "")
+
     def _put(self, case: Case, copy: Copy, new: Mapping[str, Array], known: Mapping[str, Input], who: str) -> None:
+        others: list[Array] = []
+        for one in known.values():
+            array = self._read(case.id, one.digest) if one.counts else None
+            if array is not None:
+                others.append(array)
+            elif one.counts:
+                raise ConfigError(
+                    f"inputs for case {case.id}",
+                    got="some that count and are not at this hub",
+                    expected="all of them here, so that none counts twice",
+                    do="share those at this hub again, before the new ones",
+                )
         folder = self._folder / str(case.id)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as held:
@@ -187,12 +227,10 @@ class Shared:
             for path, array in zip(paths, new.values(), strict=True):
                 np.save(path, array, allow_pickle=False)
             said = self._replay(copy.guarded, paths)
-            for path in paths:
-                path.replace(self._path(case.id, path.stem))
+        for digest, array in new.items():
+            self._write(case.id, digest, array)
         low, high = copy.guard.input.range
         near = NEAR * (high - low)
-        counted = [self._path(case.id, one.digest) for one in known.values() if one.counts]
-        others = [np.load(path, allow_pickle=False) for path in counted if path.exists()]
         rows: list[tuple[Any, ...]] = []
         for (digest, array), word in zip(new.items(), said, strict=True):
             counts = word.flagged and word.predicted == case.label and not any(_near(array, o, near) for o in others)
@@ -203,19 +241,18 @@ class Shared:
         with self._store.write() as db:
             bulk.insert(db, table, tuple(column.name for column in table.c), rows, conflict="ignore")
 
-    def _confirm(self, case: Case, known: Mapping[str, Input], who: str, why: str) -> Case:
+    def _confirm(self, case: Case, known: Mapping[str, Input], who: str | None, why: str) -> Case:
         count = sum(one.counts for one in known.values())
         for _ in range(_TRIES):
-            others = (o for o in self._book.all() if o.id != case.id and o.model_digest == case.model_digest)
-            if count < ENOUGH or case.state not in CONFIRMED_IN or any(other.state in OPEN for other in others):
+            if count < ENOUGH or case.state not in CONFIRMED_IN or _taken(case, self._book.all()):
                 return case
             text = (
-                f"{count} inputs that {who} shared as not of this class are flagged by the hub's own copy of the model,"
-                f" which calls them the suspected label" + (f": {why}" if why else "")
+                f"{count} inputs that {who or 'owners'} shared as not of this class are flagged by the hub's own copy"
+                f" of the model, which calls them the suspected label" + (f": {why}" if why else "")
             )
             try:
                 after = cases.confirmed(case, at_ms=self._clock_ms(), note=text, shared=count)
-                return self._book.save(Move(case=after, text=text, who=who))
+                return self._book.save(Move(case=after, text=text, who=who or HUB))
             except StaleError:
                 case = self._book.get(case.id) or case
         return case
@@ -236,6 +273,26 @@ class Shared:
 
     def _path(self, case_id: int, digest: str) -> Path:
         return self._folder / str(case_id) / f"{digest}.npy"
+
+    def _write(self, case_id: int, digest: str, array: Array) -> None:
+        content = io.BytesIO()
+        np.save(content, array, allow_pickle=False)
+        path = self._path(case_id, digest)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        files.write(path, content.getvalue(), mode=files.SECRET)
+
+    def _read(self, case_id: int, digest: str) -> Array | None:
+        """The input; None where its file is not here, or is not what was written."""
+        with suppress(OSError, ValueError, EOFError):
+            array: Array = np.load(self._path(case_id, digest), allow_pickle=False)
+            return array if hashlib.sha256(array.tobytes()).hexdigest() == digest else None
+        return None
+
+
+def _taken(case: Case, records: Iterable[Case]) -> bool:
+    """Whether another record of its model is open, or has replaced it."""
+    others = (other for other in records if other.id != case.id and other.model_digest == case.model_digest)
+    return any(other.state in OPEN or other.state == "closed" for other in others)
 
 
 def _array(content: bytes, dtype: str, shape: Sequence[int], guard: GuardMetadata) -> Array:

@@ -18,6 +18,7 @@ Rules enforced here:
   looks together: each of the four tests gets a quarter of it, and look number k a share of 1 / (k (k + 1)), which add
   up to 1. It holds for inputs and readings that are independent; the tolerances stand for what they are not;
 * looks are taken when the time since the update has doubled, so that a crash is seen at once and a slow harm later;
+  :mod:`edgeguard.hub.rollout` adds one at the inputs that make a device count as healthy;
 * what a device did not tell is not compared, and never taken for good.
 """
 
@@ -73,10 +74,8 @@ class Vitals:
 
 def looks(elapsed_s: float, soak_s: float) -> int:
     """How many looks are due so long after an update: 1 at an eighth of the soak, 4 at its end, one more each time
-    that it has doubled. Without a soak there is one."""
-    if soak_s <= 0:
-        return 1
-    if elapsed_s <= 0:
+    that it has doubled. Without a soak none is."""
+    if soak_s <= 0 or elapsed_s <= 0:
         return 0
     return max(0, math.floor(math.log2(elapsed_s / soak_s)) + FIRST_LOOKS)
 

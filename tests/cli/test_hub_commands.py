@@ -214,8 +214,9 @@ class TestAsk:
     def test_what_waits_for_a_person_is_listed_and_decided(self, edgeguard: Run, hub: Served) -> None:
         hub.take("d1", fleet.status())
         case = hub.add_case(awaiting="inspect")
+        hub.add_case()
         key = hub.commands.issue("d1", "recalibrate", source="sidecar", propose=True)
-        out = edgeguard("hub", "proposed")[1]
+        out = edgeguard("hub", "proposed", "--limit", "1")[1]
         assert f"edgeguard hub approve {case.id} inspect" in out
         assert f"edgeguard hub decide {key} yes" in out
         assert edgeguard("hub", "decide", key, "no", "--why", "not now")[1] == "recalibrate of d1 is refused\n"

@@ -114,6 +114,17 @@ def test_init_makes_an_account_for_home_assistant_and_switches_its_sensors_on(ed
     assert (code, "a Home Assistant of this name" in err) == (2, True)
 
 
+def test_enroll_makes_an_account_for_a_party_of_private_rounds(edgeguard: Run, folder: Path) -> None:
+    init(edgeguard, folder)
+    code, out, _ = edgeguard("hub", "enroll", "north", "--party", "--folder", folder)
+    assert (code, "north: enrolled" in out) == (0, True)
+    assert "topic read edgeguard/v1/gate/+/private" in (folder / "broker" / "acl").read_text().splitlines()
+    code, _, err = edgeguard("hub", "enroll", "north", "--renew", "--folder", folder)
+    assert (code, "a party of private rounds of this name" in err) == (2, True)
+    edgeguard("hub", "revoke", "north", "--folder", folder)
+    assert "+/private" not in (folder / "broker" / "acl").read_text()
+
+
 def test_doctor_names_what_ends_soon_and_what_to_do(edgeguard: Run, folder: Path) -> None:
     init(edgeguard, folder, "--days", "90")
     edgeguard("hub", "enroll", "camera-1", "--days", "10", "--folder", folder)

@@ -16,11 +16,13 @@ import pytest
 
 from edgeguard.contract import topics
 from edgeguard.contract.messages import Desired, Ranking, RankReply, TapRanking
-from edgeguard.hub import config, policy, rollout
+from edgeguard.hub import bulk, config, policy, rollout
 from edgeguard.hub.casebook import Casebook
 from edgeguard.hub.cases import Case
 from edgeguard.hub.service import Hub
+from edgeguard.hub.shared import ENOUGH
 from edgeguard.hub.store import Store
+from edgeguard.hub.tables import shared
 from edgeguard.release.repository import Repository
 from tests.hub.conftest import Setting
 from tests.simulators import fleet
@@ -468,6 +470,20 @@ def test_a_dismissed_suspicion_costs_the_devices_behind_it_trust(
     case = only_case(setting.store(), "dismissed", is_case=False)
     assert set(running.book.trust(fleet.MODEL)) == set(case.devices)
     assert all(known.rejections == 1 for known in running.book.trust(fleet.MODEL).values())
+
+
+def test_inputs_shared_while_a_suspicion_was_inspected_make_a_case_of_it_after_that(
+    setting: Setting, hub: Callable[..., Hub], worker: Callable[[str], tuple[str, str]], devices: list[Publisher]
+) -> None:
+    hub(*worker('finish(verdict="not_confirmed", gate_passed=False, output=None)'))
+    attack(devices)
+    store = setting.store()
+    case = only_case(store, "dismissed", is_case=False)
+    columns = ("fleet", "case_id", "digest", "at_ms", "who", "flagged", "counts")
+    with store.write() as db:
+        given = [("test", case.id, f"{n:064x}", 1, "ada", 1, 1) for n in range(ENOUGH)]
+        bulk.insert(db, shared, columns, given, conflict="ignore")
+    wait_until(lambda: records(store)[0].shared == ENOUGH)
 
 
 def test_a_changed_fleet_is_told_once_a_day_and_opens_no_case(

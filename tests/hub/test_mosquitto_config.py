@@ -142,6 +142,45 @@ class TestHomeAssistant:
         assert b"forged" not in {payload for _, payload in hub.got}
 
 
+class TestPrivateRounds:
+    @pytest.fixture(params=[False, True], ids=["certificates", "passwords"])
+    def private(self, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Fleet]:
+        fleet = Fleet(tmp_path / "set up", passwords=request.param)
+        fleet.enroll("camera-1")
+        fleet.enroll("camera-2")
+        fleet.enroll("home", watcher=True)
+        fleet.enroll("north", party=True)
+        fleet.start()
+        yield fleet
+        fleet.end()
+
+    def test_a_device_submits_under_its_own_name_and_parties_alone_hear_it(self, private: Fleet) -> None:
+        hub, camera, north = private.hub(), private.device("camera-1"), private.device("north", subscribe=("#",))
+        others = [hub, private.device("camera-2", subscribe=("#",))]
+        home = private.folder / "devices" / "home"
+        known = (
+            {"username": "home", "password_file": home / "password"}
+            if private.passwords
+            else {"certificate": home / "certificate.pem", "key": home / "key.pem"}
+        )
+        broker = BrokerConfig(host="127.0.0.1", port=private.port, ca=home / "ca.pem", **known)
+        others.append(private.peer(broker, subscribe=("#", f"{topics.PREFIX}/{FLEET}/+/private")))
+        camera.publish(topic("camera-2", topics.PRIVATE), b"forged")
+        camera.publish(topic("camera-1", topics.REPORT), b"not for parties")
+        north.publish(topic("north", topics.REPORT), b"forged")
+        north.publish(topic("north", topics.PRIVATE), b"forged")
+        camera.publish(topic("camera-1", topics.PRIVATE), b"sealed")
+        north.wait_for(b"sealed")
+        assert north.got == [(topic("camera-1", topics.PRIVATE), b"sealed")]
+        camera.publish(topic("camera-1", topics.REPORT), b"last")
+        hub.wait_for(b"last")
+        hub.publish(topic("camera-2", topics.ACK), b"last")
+        hub.publish(topic("_hub", "sensor/last"), b"last")
+        for one in others[1:]:
+            one.wait_for(b"last")
+        assert not {b"sealed", b"forged"} & {payload for one in others for _, payload in one.got}
+
+
 class TestIdentity:
     @pytest.mark.parametrize("protocol", ["3.1.1", "5"])
     @pytest.mark.parametrize("claimed", ["camera-1", f"edgeguard-{FLEET}-camera-1", "the hub's"])

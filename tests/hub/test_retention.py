@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import Table, func, select
 
 from edgeguard.contract.messages import Ack
-from edgeguard.hub import schema, tables
+from edgeguard.hub import bulk, schema, tables
 from edgeguard.hub.casebook import Casebook, Move
 from edgeguard.hub.cases import Case, Released, Result
 from edgeguard.hub.config import StoreConfig
@@ -77,7 +77,7 @@ def test_totals_and_evidence_do_not_change_when_everything_leaves(store: Store) 
     store.apply([accepted(fleet.report(3))], now_ms=4 * DAY)
     before = store.counts()
     first, second = store.evidence(fleet.MODEL, fleet.GUARD)
-    sweep(store, CONFIG, now_ms=1000 * DAY)
+    sweep(store, msgspec.structs.replace(CONFIG, models_days=2000), now_ms=1000 * DAY)
     assert (rows(store, schema.reports), rows(store, schema.alerts), rows(store, schema.days)) == (0, 0, 0)
     assert store.counts() == before
     after = store.evidence(fleet.MODEL, fleet.GUARD)
@@ -215,6 +215,21 @@ def test_finished_jobs_leave_after_their_case_and_a_released_model_stays(
     assert rows(store, tables.audit) == 1
     assert sweep(store, config, now_ms=70 * DAY).audit == 1
     assert book.get(case.id) is not None
+
+
+@pytest.mark.parametrize(("shared_day", "left"), [(25, 1), (9, 0)])
+def test_inputs_that_are_still_being_shared_for_a_dismissed_suspicion_stay(
+    store: Store, tmp_path: Path, shared_day: int, left: int
+) -> None:
+    case = ended(Casebook(store, clock_ms=lambda: DAY), at_ms=DAY)
+    columns = ("fleet", "case_id", "digest", "at_ms", "who", "flagged", "counts")
+    with store.write() as db:
+        given = [("test", case.id, f"{day:064x}", day * DAY, "ada", 1, 1) for day in (2, shared_day)]
+        bulk.insert(db, tables.shared, columns, given, conflict="ignore")
+    (tmp_path / "shared" / str(case.id)).mkdir(parents=True)
+    sweep(store, msgspec.structs.replace(CONFIG, jobs_days=30), now_ms=40 * DAY, folder=tmp_path)
+    assert rows(store, tables.shared) == 2 * left
+    assert len(list(tmp_path.glob("shared/*"))) == left
 
 
 def test_epochs_that_were_shorter_once_are_merged_too(database: str) -> None:

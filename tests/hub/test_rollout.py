@@ -155,9 +155,12 @@ class TestGroups:
 
     def test_a_roll_out_begun_by_an_earlier_version_goes_on(self) -> None:
         old = msgspec.structs.replace(RELEASE, canaries=("a",), everyone=True)
-        plan = Fleet(release=old).add("a", model=NEW, sequence=5).add("b", "c").step()
+        fleet = Fleet(release=old).add("a", model=NEW, sequence=5).add("b", "c")
+        plan = fleet.step()
         assert plan.hints == ("b", "c")
         assert plan.release.group == plan.release.groups - 1
+        fleet.update("b", "c")
+        assert fleet.step().done
 
 
 class TestCanaries:
@@ -203,24 +206,46 @@ class TestCanaries:
         fleet = many(1).change("d000", outcome="refused", outcome_sequence=4)
         assert fleet.step().release.held == ("d000: hinted",)
 
-    @pytest.mark.parametrize("state", ["online", "offline"])
-    def test_one_that_never_answers_is_replaced(self, state: Any) -> None:
+    def test_one_that_is_there_and_never_answers_is_replaced(self) -> None:
         fleet = many(2)
         name = fleet.canary()
-        fleet.change(name, state=state)
         assert fleet.step(59.9).hints == (name,)
         plan = fleet.step(0.1)
         (other,) = plan.hints
         assert other != name
         assert plan.text == f"{name} did not answer: other canaries take their place"
 
-    @pytest.mark.parametrize("state", ["online", "offline"])
-    def test_where_nobody_is_left_to_replace_it_the_roll_out_pauses_and_says_why(self, state: Any) -> None:
+    def test_one_that_never_was_there_is_replaced(self) -> None:
+        fleet = many(2, release=msgspec.structs.replace(RELEASE, canaries=("z",))).add("z", state="offline")
+        assert fleet.step().hints == ("z",)
+        assert fleet.step(60).text == "z did not answer: other canaries take their place"
+
+    def test_one_that_was_there_and_is_gone_has_failed(self) -> None:
+        fleet = many(9)
+        fleet.change(name := fleet.canary(), state="offline")
+        assert fleet.step(59.9).release.paused == ""
+        plan = fleet.step(0.1)
+        assert plan.release.paused == f"1 of 1 devices of the canaries failed: {name}: gone since it was offered"
+        assert plan.release.held == (f"{name}: gone since it was offered",)
+
+    def test_where_nobody_is_left_to_replace_it_the_roll_out_pauses_and_says_why(self) -> None:
         fleet = many(1)
-        fleet.change(fleet.canary(), state=state)
+        fleet.step()
         plan = fleet.step(60)
-        assert "answer" in plan.release.paused
+        assert "no answer" in plan.release.paused
         assert plan.hints == ()
+
+    @pytest.mark.parametrize("state", ["online", "offline"])
+    def test_one_that_was_replaced_is_told_of_once_and_holds_nothing(self, state: Any) -> None:
+        fleet = many(3)
+        first = fleet.canary()
+        fleet.step(60)
+        fleet.change(first, state=state)
+        texts = [fleet.step(1).text for _ in range(20)]
+        assert texts == [""] * 20
+        fleet.update(*(name for name, member in fleet.members.items() if member.state == "offered"))
+        fleet.step()
+        assert fleet.release.group > 0
 
     def test_no_more_than_some_are_tried(self) -> None:
         fleet = many(50)
@@ -229,6 +254,24 @@ class TestCanaries:
             plan = fleet.step(60)
         assert plan.release.paused
         assert len(fleet.members) == 1 + RESERVES
+
+    def test_one_is_looked_at_once_more_before_it_is_called_healthy(self) -> None:
+        fleet = many(3, config=QUICK | {"soak_s": 1000, "min_inputs": 100, "timeout_s": 10_000})
+        fleet.update(name := fleet.canary())
+        fleet.step()
+        fleet.told = Told(since={name: {0: (20, 0)}}, promised=0.01)
+        assert fleet.step(1000).release.counts == {"soaking": 1}
+        fleet.told = Told(since={name: {0: (100, 80)}}, promised=0.01)
+        assert fleet.step(10).release.paused.endswith(f"{name}: flags 80.0% of 100 inputs, promised 1.0%")
+
+    def test_none_is_called_healthy_by_a_hub_that_cannot_read_the_released_model(self) -> None:
+        fleet = many(3, config=QUICK | {"soak_s": 100})
+        fleet.update(name := fleet.canary())
+        fleet.step()
+        fleet.told = Told(since={name: {0: (100, 80)}}, promised=None)
+        plan = fleet.step(100)
+        assert plan.release.paused.startswith("the hub cannot read the released model")
+        assert plan.release.counts == {"soaking": 1}
 
     def test_one_that_left_is_waited_for_though_the_others_fare_well(self) -> None:
         fleet = many(10, policy={"canaries": 3})
@@ -284,6 +327,15 @@ class TestFailures:
         assert plan.hints == ()
         assert len(plan.failed) == 2
         assert fleet.step(10_000).hints == ()
+
+    @pytest.mark.parametrize(("gone", "stops"), [(1, False), (2, True)])
+    def test_devices_that_are_gone_since_it_was_offered_have_failed(self, gone: int, stops: bool) -> None:
+        fleet = self.begun(0)
+        hints = [name for name, member in fleet.members.items() if member.group == 2]
+        fleet.change(*hints[:gone], model_digest=OLD, sequence=0, outcome=None, state="offline")
+        assert not fleet.step().release.paused
+        plan = fleet.step(60)
+        assert ("gone since it was offered" in plan.release.paused) == stops
 
     def test_resumed_it_goes_on_without_them(self) -> None:
         fleet = self.begun(2)
@@ -404,6 +456,7 @@ class TestTakingBack:
         )
         assert done
         assert back.updated == ("a",)
+        assert back.held == ("b: offline",)
 
     def test_waits_for_who_is_there_until_it_answered_or_for_so_long(self) -> None:
         one = Device(device="a", state="online", model_digest=NEW, sequence=5)

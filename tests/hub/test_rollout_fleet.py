@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from datetime import datetime, timezone
 
@@ -69,3 +70,39 @@ def test_an_ended_roll_out_leaves_every_device_as_it_is_and_no_hint_behind(setti
         returned = three.come_back("d000")
         wait_until(lambda: returned.inputs > 0)
         assert not returned.hints
+
+
+def test_a_roll_back_that_is_ended_stops_there_and_can_begin_again(setting: Setting) -> None:
+    setting.rollout = quick(soak_s=0, min_inputs=0, timeout_s=60)
+    with site(setting, ("none",) * 2) as two:
+        two.wait_for("closed")
+        two.agents["d001"].fault = "silent"
+        two.steer("back")
+        wait_until(lambda: two.running() == {"d000": OLD, "d001": NEW})
+        wait_until(lambda: two.case()["back"]["held"] == ["d001: hinted"])
+        two.steer("abort", "it was the lens")
+        two.wait_for("aborted")
+        time.sleep(1.0)
+        two.agents["d001"].__exit__()
+        two.agents["d001"].fault = "none"
+        returned = two.come_back("d001")
+        wait_until(lambda: returned.inputs > 80)
+        assert (returned.model, returned.hints) == (NEW, [])
+        two.steer("back", "it was not")
+        two.wait_for("rolled_back")
+        assert set(two.running().values()) == {OLD}
+
+
+def test_a_roll_back_leaves_no_hint_behind_for_who_came_after_the_roll_out(setting: Setting) -> None:
+    setting.rollout = quick(soak_s=0, min_inputs=0)
+    with site(setting, ("none",) * 2) as two:
+        two.wait_for("closed")
+        later = two.join("d009", "silent")
+        wait_until(lambda: bool(later.hints))
+        later.leave()
+        two.steer("back")
+        two.wait_for("rolled_back")
+        later.fault = "none"
+        returned = two.come_back("d009")
+        wait_until(lambda: returned.inputs > 80)
+        assert (returned.model, returned.hints) == (OLD, [])

@@ -68,6 +68,10 @@ class TestDecisions:
         with pytest.raises(ValueError, match="nothing to pause"):
             steer(case("rolling_out", None), "pause")
 
+    def test_a_roll_back_that_begins_again_gives_devices_all_their_time(self) -> None:
+        back = msgspec.structs.replace(RELEASE, sequence=3)
+        assert steer(case("aborted", back=back), "back").back == msgspec.structs.replace(back, at_ms=9)
+
     def test_a_pause_says_who_and_why(self) -> None:
         release = steer(case("rolling_out"), "pause").release
         assert release is not None

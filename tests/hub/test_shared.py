@@ -120,6 +120,7 @@ def test_the_same_input_again_or_nearly_the_same_counts_once(store: Store, book:
         ("dismissed", None, "confirmed"),
         ("could_not_check", None, "confirmed"),
         ("dismissed", "suspected", "dismissed"),
+        ("dismissed", "closed", "dismissed"),
         ("inspecting", None, "inspecting"),
         ("confirmed", None, "confirmed"),
     ],
@@ -192,6 +193,72 @@ def test_a_record_that_moves_meanwhile_is_read_again(
     monkeypatch.setattr(book, "save", first_fails)
     after, _ = share(asked, case, inputs(ENOUGH))
     assert after.state == "confirmed"
+
+
+@pytest.mark.parametrize(
+    ("states", "becomes"),
+    [
+        (("inspecting", None), "inspecting"),
+        (("dismissed", None), "confirmed"),
+        (("could_not_check", "dismissed"), "confirmed"),
+        (("dismissed", "repairing"), "dismissed"),
+    ],
+)
+def test_what_was_shared_while_it_could_not_become_a_case_counts_later(
+    store: Store, book: Casebook, tmp_path: Path, states: tuple[Any, Any], becomes: str
+) -> None:
+    case, asked = opened(book, state="inspecting"), over(store, book, tmp_path)
+    share(asked, case, inputs(ENOUGH))
+    book.save(Move(case=msgspec.structs.replace(case, state=states[0]), text="the inspection ended"))
+    if states[1] is not None:
+        opened(book, state=states[1], label=0)
+    asked.reconsider(book.all())
+    after = book.get(case.id)
+    assert after is not None
+    assert (after.state, after.shared) == (becomes, ENOUGH if becomes == "confirmed" else 0)
+
+
+def test_what_confirmed_a_case_that_could_not_be_checked_does_not_confirm_it_again_and_again(
+    store: Store, book: Casebook, tmp_path: Path
+) -> None:
+    case, asked = opened(book), over(store, book, tmp_path)
+    after, _ = share(asked, case, inputs(ENOUGH))
+    book.save(Move(case=cases.move(after, "could_not_check", at_ms=9), text="two inspections disagree"))
+    asked.reconsider(book.all())
+    assert [one.state for one in book.all()] == ["could_not_check"]
+
+
+@pytest.mark.parametrize("left", [b"", b"\x93NUMPY", bytes(200), None])
+def test_a_file_that_a_power_cut_left_broken_is_as_one_that_is_not_there(
+    store: Store, book: Casebook, tmp_path: Path, left: bytes | None
+) -> None:
+    case, asked = opened(book), over(store, book, tmp_path)
+    given = inputs(4)
+    _, said = share(asked, case, given[:3])
+    path = tmp_path / "shared" / str(case.id) / f"{said[0].digest}.npy"
+    path.write_bytes(left if left is not None else path.read_bytes()[:-64] + bytes(64))
+    bundle = asked.bundle(case.id, tmp_path / "run")
+    assert bundle is not None
+    with np.load(bundle) as kept:
+        assert {one.tobytes() for one in kept["inputs"]} == set(given[1:3])
+    with pytest.raises(ConfigError, match="not at this hub"):
+        share(asked, case, given[3:])
+    share(asked, case, given)
+    assert len(asked.of_case(case.id)) == 4
+
+
+def test_an_input_nearly_the_same_as_one_that_lies_at_another_hub_does_not_count_beside_it(
+    store: Store, book: Casebook, tmp_path: Path
+) -> None:
+    case = opened(book)
+    one, other = over(store, book, tmp_path / "one"), over(store, book, tmp_path / "other")
+    (first,) = inputs(1)
+    again = bytes([(first[0] + 1) % 256]) + first[1:]
+    share(one, case, [first])
+    with pytest.raises(ConfigError, match="not at this hub"):
+        share(other, case, [again])
+    _, said = share(other, case, [first, again])
+    assert [found.counts for found in said] == [True, False]
 
 
 def test_triggered_inputs_of_a_real_attack_confirm_and_clean_ones_do_not(

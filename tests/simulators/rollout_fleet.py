@@ -208,6 +208,14 @@ class Site:
         self.agents[name] = self.agents[name].again()
         return self.agents[name]
 
+    def join(self, name: str, fault: Fault) -> Agent:
+        """A device that was not there before arrives, and runs what the others ran at the beginning."""
+        one = next(iter(self.agents.values()))
+        agent = Agent(one._port, name, one._folder, one._url, one._pool, fault)
+        agent.arrive()
+        self.agents[name] = agent
+        return agent
+
     def wait_for(self, *states: str, timeout_s: float = 60.0) -> dict[str, Any]:
         """The first case once it is in one of these states; "paused" is one too."""
         found: dict[str, Any] = {}

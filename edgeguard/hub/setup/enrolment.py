@@ -188,6 +188,7 @@ def enroll(
     model: Path | None = None,
     again: bool = False,
     watcher: bool = False,
+    party: bool = False,
     days: int = pki.DAYS,
 ) -> Change:
     """Make a device's credentials and configuration, and let the broker know it.
@@ -203,6 +204,7 @@ def enroll(
         again: make new credentials although it has some. An earlier certificate stays valid until it expires or the
             device is revoked; an earlier password does not.
         watcher: it is no device but a Home Assistant, which gets credentials alone.
+        party: it is no device but a party of private rounds.
         days: validity of the certificate.
 
     Raises:
@@ -210,14 +212,15 @@ def enroll(
         OSError: the disk cannot be written.
     """
     registry.check_names(device, mcus)
+    if party and (watcher or mcus):
+        raise ConfigError(f"enrolment of {device}", got="a party that is something else too", do="choose one")
     if model is not None and (model.suffix != ".tflite" or not model.is_file()):
         raise ConfigError(f"model {model}", expected="a .tflite file", do="check the path")
     with files.lock(_existing(folder) / ".lock"):
         before, authority = load(folder), _authority(folder)
         known = before.active.get(device)
-        if known is not None and known.watcher != watcher:
-            got = f"{'a Home Assistant' if known.watcher else 'a device'} of this name"
-            raise ConfigError(f"enrolment of {device}", got=got, do="choose another name")
+        if known is not None and (known.watcher, known.party) != (watcher, party):
+            raise ConfigError(f"enrolment of {device}", got=f"{known.kind} of this name", do="choose another name")
         if known is not None and not again:
             after = registry.with_mcus(before, device, mcus)
             changed = _save(folder, before, after, authority, now=now)
@@ -230,13 +233,17 @@ def enroll(
             password = secrets.token_urlsafe(24)
             stored = mosquitto.password_hash(password, secrets.token_bytes(mosquitto.SALT_BYTES))
             contents["password"] = (f"{password}\n".encode(), SECRET)
-            after = registry.with_device(before, device, mcus=mcus, now=now, password=stored, watcher=watcher)
+            after = registry.with_device(
+                before, device, mcus=mcus, now=now, password=stored, watcher=watcher, party=party
+            )
         else:
             made = pki.device(authority, device, now=now, days=days)
             contents["certificate.pem"] = (made.certificate, PUBLIC)
             contents["key.pem"] = (made.key, SECRET)
             issued = Certificate(serial=made.serial, expires=made.expires)
-            after = registry.with_device(before, device, mcus=mcus, now=now, certificate=issued, watcher=watcher)
+            after = registry.with_device(
+                before, device, mcus=mcus, now=now, certificate=issued, watcher=watcher, party=party
+            )
         text = tomls.agent(
             fleet=after.fleet,
             device=device,
@@ -289,8 +296,9 @@ def _write_lists(folder: Path, state: Registry, authority: pki.Credentials, *, n
     broker = folder / "broker"
     gateways = {name: device.mcus for name, device in state.active.items() if device.mcus}
     watchers = [name for name, one in state.active.items() if one.watcher]
+    parties = [name for name, one in state.active.items() if one.party]
     gone = state.devices.keys() - state.active.keys()
-    rules = mosquitto.access_rules(state.fleet, gateways=gateways, revoked=gone, watchers=watchers)
+    rules = mosquitto.access_rules(state.fleet, gateways=gateways, revoked=gone, watchers=watchers, parties=parties)
     changed = _update(broker / "acl", rules.encode())
     if state.passwords:
         hashes = {name: device.password for name, device in state.active.items() if device.password}

@@ -44,7 +44,7 @@ SALT_BYTES = 12
 
 _DEVICE_WRITES = (*topics.DEVICE_CHANNELS, topics.reply("+"))
 _SEALED = topics.PRIVATE
-"""Who may connect may read these: they are sealed for the three parties, who connect as devices do."""
+"""For the parties of private rounds alone, for whom they are sealed."""
 _DEVICE_READS = (topics.command("+"), topics.ACK, topics.MODEL_DESIRED)
 
 
@@ -123,7 +123,12 @@ use_identity_as_username true
 
 
 def access_rules(
-    fleet: str, *, gateways: Mapping[str, Sequence[str]], revoked: Iterable[str], watchers: Iterable[str] = ()
+    fleet: str,
+    *,
+    gateways: Mapping[str, Sequence[str]],
+    revoked: Iterable[str],
+    watchers: Iterable[str] = (),
+    parties: Iterable[str] = (),
 ) -> str:
     """The content of the access file.
 
@@ -132,6 +137,7 @@ def access_rules(
         gateways: device to the microcontrollers behind it, by their own names.
         revoked: devices that shall have no rights.
         watchers: accounts of Home Assistant: they read what the hub shows it, and have no rights of a device.
+        parties: of private rounds: they read what devices submit to those, and have no rights of a device.
     """
     watchers = sorted(watchers)
     prefix = f"{topics.PREFIX}/{fleet}"
@@ -156,11 +162,12 @@ def access_rules(
     for watcher in watchers:
         lines += ["", f"user {watcher}", f"topic deny {prefix}/{watcher}/#"]
         lines += [f"topic read {prefix}/{HUB}/sensor/#", f"topic read {HOME_ASSISTANT}/#"]
+    for party in sorted(parties):
+        lines += ["", f"user {party}", f"topic deny {prefix}/{party}/#", f"topic read {prefix}/+/{_SEALED}"]
     for device in sorted(revoked):
         lines += ["", f"user {device}", "topic deny #"]
     # Patterns hold for every user, wherever they stand; at the end they are not read as a part of the last block.
-    everybody = f"pattern read {prefix}/+/{_SEALED}"
-    return "\n".join([*lines, "", *rules("pattern", "%u"), everybody, ""])
+    return "\n".join([*lines, "", *rules("pattern", "%u"), ""])
 
 
 def password_hash(password: str, salt: bytes) -> str:

@@ -45,6 +45,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
         certificates: all that were ever issued to it, oldest first.
         password: the broker's hash of its password.
         watcher: it is no device but a Home Assistant that reads what the hub shows it.
+        party: it is no device but a party of private rounds, which reads what devices submit to them.
     """
 
     name: str
@@ -54,6 +55,12 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     certificates: tuple[Certificate, ...] = ()
     password: str | None = None
     watcher: bool = False
+    party: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What it is, in words."""
+        return "a Home Assistant" if self.watcher else "a party of private rounds" if self.party else "a device"
 
 
 class Registry(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,6 +139,7 @@ def with_device(
     certificate: Certificate | None = None,
     password: str | None = None,
     watcher: bool = False,
+    party: bool = False,
 ) -> Registry:
     """The registry after a device got new credentials; earlier microcontrollers of an active device are kept.
 
@@ -143,6 +151,7 @@ def with_device(
         certificate: its new certificate, or
         password: the broker's hash of its new password.
         watcher: it is a Home Assistant.
+        party: it is a party of private rounds.
     """
     before = registry.devices.get(name)
     kept = before.mcus if before and before.revoked is None else ()
@@ -154,6 +163,7 @@ def with_device(
         certificates=(*issued, certificate) if certificate else issued,
         password=password,
         watcher=watcher,
+        party=party,
     )
     return _with(registry, device)
 
