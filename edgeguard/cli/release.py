@@ -125,6 +125,7 @@ def _register_add(group: typer.Typer) -> None:
         name: str | None = typer.Option(None, help="What to call it; by default after the file."),
         board: list[str] = typer.Option([], help="Only for boards of this name, * and ? allowed; may be repeated."),
         runtime: list[str] = typer.Option([], help="Only for this runtime, such as litert; may be repeated."),
+        no_sidecar: bool = typer.Option(False, "--no-sidecar", help="Release the model without the sidecar it names."),
         keys: Path | None = _KEYS,
         offline: list[Path] = _OFFLINE,
         as_json: bool = _JSON,
@@ -148,7 +149,7 @@ def _register_add(group: typer.Typer) -> None:
             replaces=_digest(replaces) if replaces is not None else None,
             boards=board,
             runtimes=runtime,
-            sidecar=_sidecar(model, guard.sidecar_digest),
+            sidecar=None if no_sidecar else _sidecar(model, guard.sidecar_digest),
         )
         if as_json:
             import msgspec
@@ -375,13 +376,19 @@ def _digest(replaces: str) -> str:
 
 
 def _sidecar(model: Path, digest: str | None) -> bytes | None:
-    """The sidecar beside a model that has one."""
+    """The sidecar that a model names. Raises ModelError where it does not lie beside it."""
     from edgeguard.detection import sidecar
 
-    path = sidecar.path_beside(model)
-    if digest is None or not path.exists():
+    if digest is None:
         return None
-    content = path.read_bytes()
+    path = sidecar.path_beside(model)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        do = "put it beside the model, or give --no-sidecar"
+        raise ModelError(
+            f"sidecar {path}", got=error.strerror, expected="the file that the model names", do=do
+        ) from error
     if sidecar.digest(content) != digest:
         raise ModelError(f"sidecar {path}", got="another model's", expected=f"SHA-256 {digest}", do="convert anew")
     return content

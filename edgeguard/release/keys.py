@@ -11,7 +11,8 @@ elsewhere as ``....json``. What names a key, on the command line and in a refere
 
 Rules enforced here:
 
-* a file with a private key is its owner's alone (mode 600), appears whole or not at all, and is never overwritten;
+* a file with a private key is its owner's alone (mode 600), appears whole or not at all, and is never overwritten.
+  Where the file system keeps no modes, as FAT, none is written;
 * a passphrase comes from an environment variable, from the file that ``<VARIABLE>_FILE`` names, or from a question,
   never from a command line; one that is too short to hold against a search is refused for new keys;
 * no key and no passphrase is part of a message.
@@ -182,10 +183,20 @@ def _keep(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+            shared = os.fstat(file.fileno()).st_mode & 0o077
         try:
-            os.link(temporary, path)  # unlike a rename, never over what is there
+            if shared:
+                raise ConfigError(
+                    f"key {path}", got="a file system that cannot keep it from other users", do="use one like ext4"
+                )
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))  # never over what is there; FAT has no links
+            try:
+                temporary.replace(path)
+            except OSError:
+                path.unlink()
+                raise
         finally:
-            temporary.unlink()
+            temporary.unlink(missing_ok=True)
     except FileExistsError as error:
         raise ConfigError(f"key {path}", got="one is there already", do="choose another folder") from error
     except OSError as error:

@@ -15,7 +15,8 @@ they allow. Rules enforced here:
 * each file appears whole or not at all: write beside it, fsync, rename, fsync the folder;
 * what is on disk is what counts: it is read and verified against its own root before each change, under a lock on the
   folder, so that nothing unsigned is signed on;
-* a key is never overwritten, and no key signs online and offline.
+* two releases never get one number: a draft that would give one twice is kept, and not published;
+* a key is never overwritten, and none is used in two of these places: offline, at the hub, by a countersigner.
 
 Example:
     >>> repository = Repository.create(folder, keys, offline, clock=now)  # doctest: +SKIP
@@ -32,7 +33,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from hashlib import sha256
@@ -370,7 +371,7 @@ class Repository:
                 keys = {one.key.keyid: one.key for one in obtained}
                 threshold = (thresholds or {}).get(role) or known.threshold(roles.root, role)
                 _sensible(role, len(keys), threshold)
-                self._unshared(roles, role, keys)
+                self._unshared(roles, role, keys.keys())
                 self._remember(obtained)
                 for keyid in root.signed.roles[role].keyids.copy():
                     root.signed.revoke_key(keyid, role)
@@ -415,11 +416,8 @@ class Repository:
                 others = [before.keys[keyid] for keyid in kept] if before else []
             else:
                 others = [one.key for one in countersigners]
-            if hub.key.keyid in {key.keyid for key in others}:
-                raise ConfigError(
-                    f"key {hub.key.keyid[:8]}", got="the hub's and a countersigner's", expected="two keys"
-                )
-            self._unshared(roles, REPAIRS, {key.keyid: key for key in (hub.key, *others)})
+            self._unshared(roles, REPAIRS, {hub.key.keyid})
+            self._unshared(roles, COUNTERSIGN, {key.keyid for key in others})
             self._remember([hub, *(countersigners or ())])
             if hub.signer is None and (others or roles.repaired is None):
                 raise ConfigError(f"key {hub.key.keyid[:8]}", got="its public part", expected="the private key")
@@ -427,7 +425,7 @@ class Repository:
             known.delegate(targets.signed, hub.key, others)
             if withdraw:
                 taken = [release for release in listed if release.sequence in withdraw]
-                known.withdraw(targets, taken, floor=known.last_sequence(targets, known.releases(roles)))
+                known.withdraw(targets, taken, floor=known.last_sequence(roles))
             drafts[TARGETS] = self._signed(targets, TARGETS, roles.root)
             self._some_signature(roles, TARGETS, drafts[TARGETS])
             if hub.signer is not None:
@@ -540,10 +538,13 @@ class Repository:
         listed = known.releases(roles)
         return Status(
             releases=len(listed),
-            sequence=known.last_sequence(roles.targets, listed),
+            sequence=known.last_sequence(roles),
             roles=tuple(shown),
             drafts=waiting,
-            warnings=(*self._warnings(roles), *map(_waits, waiting)),
+            warnings=(
+                *self._warnings(roles),
+                *(_waits(one, known.clashing(roles, {one.role: drafts[one.role]})) for one in waiting),
+            ),
         )
 
     # -- what a change consists of
@@ -564,8 +565,8 @@ class Repository:
             snapshot=Metadata(Snapshot()),
             timestamp=Metadata(Timestamp()),
         )
-        for role in ONLINE:
-            self._unshared(roles, role, {key.keyid: key for key in keys[role]})
+        for role in (*ONLINE, COUNTERSIGN):
+            self._unshared(roles, role, {key.keyid for key in keys[role]})
         files = []
         for role in DRAFTED:
             metadata = roles.of(role)
@@ -607,12 +608,9 @@ class Repository:
         current = roles.of(role)
         assert current is not None
         draft = self._next(current, role)
-        listed = list(known.releases(roles))
         if role in drafts:
             draft.signed.targets = drafts[role].signed.targets
-        for other in (REPAIRS, TARGETS):
-            listed += known.targets_releases(drafts[other]) if other in drafts else ()
-        sequence = known.last_sequence(roles.targets, listed) + 1
+        sequence = known.last_sequence(roles, drafts) + 1
         path = f"{REPAIRED if role == REPAIRS else ''}{name}-{sequence}.tflite"
         target = TargetFile.from_data(path, content, ["sha256"])
         target.unrecognized_fields["custom"] = {
@@ -646,16 +644,17 @@ class Repository:
         """
         names = [role for role in DRAFTED if role in drafts]
         possible = (
-            some for count in range(len(names), -1, -1) for some in combinations(names, count) if some or anyway
+            {name: drafts[name] for name in some}
+            for count in range(len(names), -1, -1)
+            for some in combinations(names, count)
+            if some or anyway
         )
         published: tuple[str, ...] = ()
         files = None
-        for published in possible:
-            files = self._publication(roles, {name: drafts[name] for name in published})
-            if files is not None:
+        for chosen in possible:
+            if not known.clashing(roles, chosen) and (files := self._publication(roles, chosen)) is not None:
+                published = tuple(chosen)
                 break
-        if files is None:
-            published = ()
         for role in names:
             if role not in published:
                 self._keep_draft(role, drafts[role])
@@ -756,12 +755,15 @@ class Repository:
                     do="sign or discard it first: edgeguard release sign",
                 )
 
-    def _unshared(self, roles: Roles, role: str, keys: Mapping[str, Key]) -> None:
-        """Raises ConfigError when a key would sign both online and offline."""
-        side = OFFLINE if role in OFFLINE else ONLINE
-        for other in (*OFFLINE, *ONLINE):
-            if other not in side:
-                for keyid in keys.keys() & set(_keyids(roles, other)):
+    def _unshared(self, roles: Roles, role: str, keys: Set[str]) -> None:
+        """Raises ConfigError when one of these key ids would sign in two places: offline, at the hub, beside it."""
+        repairs = _keyids(roles, REPAIRS)
+        signing = {other: _keyids(roles, other) for other in (*OFFLINE, TIMESTAMP, SNAPSHOT)}
+        signing |= {REPAIRS: repairs[:1], COUNTERSIGN: repairs[1:]}
+        (own,) = (place for place in (OFFLINE, ONLINE, (COUNTERSIGN,)) if role in place)
+        for other, keyids in signing.items():
+            if other not in own:
+                for keyid in keys & set(keyids):
                     raise ConfigError(f"key {keyid[:8]} for {role}", got=f"a key of {other}", expected="another key")
 
     def _remember(self, obtained: Sequence[Obtained]) -> None:
@@ -888,7 +890,13 @@ def _made_before(listed: Sequence[Release], file_digest: str, replaces: str) -> 
     return max(same, key=lambda one: one.sequence, default=None)
 
 
-def _waits(draft: Draft) -> str:
+def _waits(draft: Draft, clashing: Sequence[Release]) -> str:
+    if clashing:
+        (first, *_) = clashing
+        return (
+            f"a draft of {draft.role} is not published: its {first.target} has the number of another release by now; "
+            "discard it and add it anew: edgeguard release sign --discard"
+        )
     what = "signatures" if draft.signatures < draft.threshold else "the hub to publish it: edgeguard release renew"
     return f"a draft of {draft.role} waits for {what}"
 

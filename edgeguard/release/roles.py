@@ -7,13 +7,15 @@ several keys, and a threshold of them that must sign. Rules enforced here:
 * nothing is read that the roles above it did not sign: root by root from the first one, and down from the newest;
 * a draft, the next version of a role that lacks signatures, counts only when one of the role's own keys signed it:
   whoever can write to the folder cannot put words into an offline signer's mouth;
-* the next sequence number is beyond all that a device may have been led to, and never out of its reach: numbers that
-  no device would have taken (see ``MAX_AHEAD``) are passed over.
+* the next sequence number is beyond all that a device may have been led to. Repairs with numbers that no device would
+  have taken (see ``MAX_AHEAD``) are passed over; a release signed offline, which devices take, counts always;
+* no two releases have one number: a draft that was made without knowledge of what was published since is held back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -188,9 +190,13 @@ def verifies(delegator: Metadata[Any], role: str, metadata: Metadata[Any]) -> bo
 def delegate(targets: Targets, hub: Key, countersigners: Sequence[Key]) -> None:
     """Let the hub's key, and where there are countersigners one of them as well, sign all names under ``repaired/``.
 
-    The hub has one key only: with two it could meet the threshold alone.
+    The hub has one key only: with two it could meet the threshold alone. Raises ConfigError where a key comes twice.
     """
     keys = [hub, *countersigners]
+    for keyid, count in Counter(key.keyid for key in keys).items():
+        if count > 1:
+            what = "the hub's and a countersigner's" if keyid == hub.keyid else f"{count} times a countersigner's"
+            raise ConfigError(f"key {keyid[:8]}", got=what, expected="a key for each")
     role = DelegatedRole(
         REPAIRS, [key.keyid for key in keys], 2 if countersigners else 1, terminating=True, paths=[f"{REPAIRED}*"]
     )
@@ -235,13 +241,41 @@ def withdraw(targets: Metadata[Targets], taken: Iterable[Release], *, floor: int
     targets.signed.unrecognized_fields[CUSTOM] = {"withdrawn": names, "floor": floor}
 
 
-def last_sequence(targets: Metadata[Targets], listed: Iterable[Release]) -> int:
-    """The largest sequence that a device may run."""
-    last = int(_own(targets).get("floor", 0))
-    for sequence in sorted(release.sequence for release in listed):
+def last_sequence(roles: Roles, drafts: Mapping[str, Metadata[Any]] | None = None) -> int:
+    """The largest sequence that a device may run, or that a draft has taken already."""
+    waiting = drafts or {}
+    listed = {
+        role: {
+            one.sequence
+            for metadata in (roles.of(role), waiting.get(role))
+            if metadata
+            for one in targets_releases(metadata)
+        }
+        for role in (TARGETS, REPAIRS)
+    }
+    last = max((int(_own(roles.targets).get("floor", 0)), *listed[TARGETS]))
+    # Which role lists a release counts, not its name: a thief of the hub's keys chooses that.
+    for sequence in sorted(listed[REPAIRS]):
         if sequence <= last + MAX_AHEAD:
             last = max(last, sequence)
     return last
+
+
+def clashing(roles: Roles, drafts: Mapping[str, Metadata[Any]]) -> tuple[Release, ...]:
+    """The releases that these drafts add under a number which another release has.
+
+    No withdrawn one can have it: a withdrawal makes a new version of both roles, which no older draft follows on.
+    """
+    published = releases(roles)
+    added = [
+        release
+        for role in (TARGETS, REPAIRS)
+        if role in drafts
+        for release in targets_releases(drafts[role])
+        if release not in published
+    ]
+    count = Counter(release.sequence for release in (*published, *added))
+    return tuple(release for release in added if count[release.sequence] > 1)
 
 
 def _own(targets: Metadata[Targets]) -> dict[str, Any]:

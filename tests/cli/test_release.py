@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from msgspec.structs import replace
 
 from tests.cli.conftest import Run
 from tests.simulators import fleet
@@ -17,8 +21,10 @@ PASSPHRASE = "a passphrase that is long enough"
 
 @pytest.fixture(autouse=True)
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands run in a folder of their own, with the offline keys' passphrase at hand."""
+    """The commands run in a folder of their own, with the offline keys' passphrase and a private key at hand."""
     monkeypatch.chdir(tmp_path)
+    key = Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    monkeypatch.setenv("KEY", key.decode())
     monkeypatch.setenv("EDGEGUARD_OFFLINE_PASSPHRASE", PASSPHRASE)
     (tmp_path / "signs.guarded.tflite").write_bytes(fleet.guarded_file(fleet.guard_metadata()))
 
@@ -104,6 +110,27 @@ def test_a_release_says_what_it_replaces_and_where_it_runs(edgeguard: Run) -> No
         )  # fmt: skip
         assert (release["replaces"], release["boards"]) == (fleet.MODEL, ["raspberry pi 5*"])
         assert release["runtimes"] == ["litert"]
+
+
+def test_a_sidecar_that_the_model_names_is_released_with_it_or_left_out_on_purpose(
+    edgeguard: Run, tmp_path: Path
+) -> None:
+    init(edgeguard)
+    content = b"inputs and what the model says of them"
+    named = replace(fleet.guard_metadata(), sidecar_digest=sha256(content).hexdigest())
+    (tmp_path / "signs.guarded.tflite").write_bytes(fleet.guarded_file(named))
+    arguments = ("release", "signs.guarded.tflite", "--first", *ALL[1:])
+    line = fails(edgeguard, "add", *arguments)
+    assert "signs.guard.npz" in line
+    assert "give --no-sidecar" in line
+    ask(edgeguard, "add", *arguments, "--no-sidecar")
+    assert not list((tmp_path / "release/targets").glob("*.npz"))
+    (tmp_path / "signs.guard.npz").write_bytes(b"another's")
+    assert "another model's" in fails(edgeguard, "add", *arguments)
+    (tmp_path / "signs.guard.npz").write_bytes(content)
+    ask(edgeguard, "add", *arguments)
+    (released,) = (tmp_path / "release/targets").glob("*.npz")
+    assert released.read_bytes() == content
 
 
 @pytest.mark.parametrize(
@@ -200,6 +227,14 @@ def test_a_draft_can_be_discarded(edgeguard: Run) -> None:
         (("init", "new", "--keys", "k", "--offline", "o", "--root-threshold", "2"), "threshold of root; got 2"),
         (("init", "new", "--keys", "k", "--offline", "o", "--root-key", "env:NONE"), "no such environment variable"),
         (("init", "new", "--keys", "k", "--offline", "new/o"), "a folder apart"),
+        (
+            ("init", "new", "--keys", "k", "--offline", "o", "--repair-key", "env:KEY", "--countersigner", "env:KEY"),
+            "the hub's and a countersigner's",
+        ),
+        (
+            ("init", "new", "--keys", "k", "--offline", "o", "--targets-key", "env:KEY", "--countersigner", "env:KEY"),
+            "for countersign; got a key of targets",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_one_clear_line(edgeguard: Run, arguments: tuple[str, ...], reason: str) -> None:

@@ -183,6 +183,27 @@ class TestFastForward:
         with unchanged(world.device):
             refused(world.device.follow("repaired/far-1.tflite", 2**53), "at most 10000")
 
+    def test_numbers_that_a_chain_of_repairs_used_up_are_undone_by_an_offline_release(self, world: World) -> None:
+        """Each within reach of the one before it, and all of them beyond that of the device."""
+        world.updated()
+        thief = world.thief(online=True)
+        far = (10_000, 20_000, 30_000)
+        for sequence in far:
+            thief.list("repaired", f"repaired/far-{sequence}.tflite", sequence=sequence, boards=["nothing"])
+        thief.publish("repaired")
+        keys = stolen(world.keys, world.offline)
+        operator = Repository.open(thief.folder, keys, clock=lambda: datetime.now(timezone.utc))
+        operator.repair_key(world.new_key("repaired"), withdraw=far)
+        details: dict[str, Any] = {"name": "signs", "guard_digest": GUARD}
+        repair = operator.add_repair(EVIL, model_digest=OTHER, replaces=NEW, **details)
+        with unchanged(world.device):
+            refused(world.device.follow(repair.target, repair.sequence), "at most 10001")
+        offline = operator.add(MODEL, model_digest=OLD, replaces=NEW, **details)
+        assert (repair.sequence, offline.sequence) == (30_001, 30_002)
+        assert world.device.follow(offline.target, offline.sequence).state == "fetched"
+        repair = operator.add_repair(REPAIRED, model_digest=NEW, replaces=OLD, **details)
+        assert world.device.follow(repair.target, repair.sequence).state == "fetched"
+
 
 class TestFreeze:
     """An attacker keeps a device on what it has."""
@@ -365,11 +386,12 @@ class TestMaliciousMirror:
             handler.send_header("Location", f"{other.url}{handler.path}")
             handler.end_headers()
 
-        other = Mirror(world.folder)
+        other = Mirror(world.served)
         try:
             world.mirror.instead["metadata/timestamp.json"] = redirect
             with unchanged(world.device):
-                assert world.device.follow(world.first, 1).state in ("refused", "failed")
+                result = world.device.follow(world.first, 1)
+            assert (result.state, "302" in result.reason) == ("failed", True), result
         finally:
             other.close()
 

@@ -142,6 +142,34 @@ def test_a_key_is_never_overwritten(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_system_without_links_is_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert_signs(tmp_path / "keys", get("new", tmp_path / "keys"))
+
+
+def test_where_the_file_system_keeps_no_modes_no_key_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda path, flags, mode=0o777: real(path, flags, mode | 0o755))
+    with pytest.raises(ConfigError, match="cannot keep it from other users; use one like ext4"):
+        get("new", tmp_path / "keys")
+    assert not list((tmp_path / "keys").iterdir())
+
+
+def test_a_key_that_cannot_be_put_in_place_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        patch.setattr(Path, "replace", fail)
+        with pytest.raises(ConfigError, match="Input/output error"):
+            get("new", tmp_path / "keys")
+    assert not list((tmp_path / "keys").iterdir())
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [

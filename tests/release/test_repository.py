@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 from securesystemslib.signer import CryptoSigner
-from tuf.api.metadata import Metadata, MetaFile, TargetFile, Targets
+from tuf.api.metadata import Metadata, MetaFile, Targets
 
 from edgeguard.errors import ConfigError, TrustError
 from edgeguard.release.keys import HUB_PASSPHRASE, Obtained, Secrets, load, obtain
 from edgeguard.release.repository import COUNTERSIGN, EXPIRES, Repository, Wanted
 from edgeguard.release.roles import Release
 from edgeguard.release.roles import load as load_roles
+from tests.simulators.release import Thief, stolen
 
 SOME = CryptoSigner.generate_ed25519()
 OLD, NEW, GUARD = "0" * 64, "1" * 64, "2" * 64
@@ -63,6 +64,12 @@ def of_hub(tmp_path: Path, clock: Clock) -> Repository:
 def key(tmp_path: Path, role: str) -> Path:
     """The file of the one key of a role."""
     (path,) = (*(tmp_path / "keys").glob(f"{role}-*.pem"), *(tmp_path / "offline").glob(f"{role}-*.pem"))
+    return path
+
+
+def key_in(folder: Path) -> Path:
+    """The file of the one key in a folder."""
+    (path,) = folder.iterdir()
     return path
 
 
@@ -469,6 +476,38 @@ def test_what_was_signed_without_the_hubs_keys_is_published_when_the_hub_renews(
     assert [release.sequence for release in hub.releases()] == [1]
 
 
+def test_a_draft_whose_number_another_release_got_meanwhile_is_kept_and_not_published(
+    tmp_path: Path, repository: Repository, clock: Clock
+) -> None:
+    served = tmp_path / "served"
+    copied = shutil.copytree(served, tmp_path / "copied")
+    add(Repository.open(copied, load(tmp_path / "offline"), clock=clock))
+    hub = of_hub(tmp_path, clock)
+    taken = repair(hub)
+    shutil.copytree(copied / "drafts", served / "drafts")
+    shutil.copytree(copied / "targets", served / "targets", dirs_exist_ok=True)
+    assert hub.renew() == ()
+    assert hub.releases() == (taken,)
+    (warning,) = hub.status().warnings
+    assert "its digits-1.tflite has the number of another release by now; discard it and add it anew" in warning
+    repository.discard()
+    assert add(repository).sequence == 2
+    assert hub.status().warnings == ()
+
+
+def test_a_draft_that_waits_for_a_second_person_is_published_though_repairs_were_meanwhile(
+    tmp_path: Path, clock: Clock
+) -> None:
+    create(tmp_path, clock, targets=Wanted(names=("new", "new"), threshold=2))
+    first, second = sorted((tmp_path / "offline").glob("targets-*.pem"))
+    assert add(Repository.open(tmp_path / "served", load(first), clock=clock)).sequence == 1
+    hub = of_hub(tmp_path, clock)
+    assert repair(hub).sequence == 2
+    Repository.open(tmp_path / "served", load(second), clock=clock).sign()
+    assert hub.renew() == ("targets",)
+    assert [release.sequence for release in hub.releases()] == [1, 2]
+
+
 def test_a_repair_that_must_be_countersigned_is_published_by_nobody_alone(tmp_path: Path, clock: Clock) -> None:
     create(tmp_path, clock, **{COUNTERSIGN: Wanted(names=("new", "new"))})
     hub = of_hub(tmp_path, clock)
@@ -579,6 +618,47 @@ def test_no_key_signs_both_online_and_offline(tmp_path: Path, repository: Reposi
         repository.rotate({"timestamp": [own]})
     with pytest.raises(ConfigError, match="a key of targets"):
         repository.repair_key(own)
+    with pytest.raises(ConfigError, match="for countersign; got a key of targets"):
+        repository.repair_key(new_key(tmp_path / "keys", "repaired"), countersigners=[own])
+
+
+@pytest.mark.parametrize("role", ["timestamp", "snapshot", "repaired"])
+def test_the_second_signature_is_by_no_key_that_the_hub_holds(
+    tmp_path: Path, repository: Repository, role: str
+) -> None:
+    (signer,) = load(key(tmp_path, role))
+    hubs = Obtained(key=signer.public_key, signer=signer)
+    with pytest.raises(ConfigError, match=f"for countersign; got a key of {role}"):
+        repository.repair_key(new_key(tmp_path / "keys", "repaired"), countersigners=[hubs])
+    countersigner = new_key(tmp_path / "offline", COUNTERSIGN)
+    repository.repair_key(new_key(tmp_path / "keys", "repaired"), countersigners=[countersigner])
+    with pytest.raises(ConfigError, match="for timestamp; got a key of countersign"):
+        repository.rotate({"timestamp": [countersigner]})
+
+
+@pytest.mark.parametrize(
+    ("roles", "reason"),
+    [
+        (("targets", COUNTERSIGN), "for countersign; got a key of targets"),
+        (("snapshot", COUNTERSIGN), "a key of countersign|for countersign; got a key of snapshot"),
+        (("repaired", COUNTERSIGN), "the hub's and a countersigner's"),
+        (("root", "timestamp"), "a key of root"),
+    ],
+)
+def test_a_new_repository_has_no_key_in_two_places(
+    tmp_path: Path, clock: Clock, roles: tuple[str, str], reason: str
+) -> None:
+    new_key(tmp_path / "mine", "some")
+    mine = Wanted(names=(str(key_in(tmp_path / "mine")),))
+    with pytest.raises(ConfigError, match=reason):
+        create(tmp_path, clock, **dict.fromkeys(roles, mine))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_countersigner_who_comes_twice_is_one_clear_line(tmp_path: Path, repository: Repository) -> None:
+    one = new_key(tmp_path / "offline", COUNTERSIGN)
+    with pytest.raises(ConfigError, match="2 times a countersigner's"):
+        repository.repair_key(new_key(tmp_path / "keys", "repaired"), countersigners=[one, one])
 
 
 def test_the_hubs_stolen_key_is_replaced_and_what_the_thief_signed_is_withdrawn_for_good(
@@ -615,28 +695,31 @@ def test_countersigners_can_be_asked_for_later(tmp_path: Path, repository: Repos
     assert [release.sequence for release in hub.releases()] == [before.sequence, 2]
 
 
-def test_numbers_that_no_device_would_take_are_passed_over(tmp_path: Path, repository: Repository) -> None:
-    """A thief of the hub's keys cannot use up the sequence numbers."""
+@pytest.mark.parametrize("name", ["repaired/far-9.tflite", "far-9.tflite"])
+def test_a_repair_with_a_number_that_no_device_would_take_is_passed_over(
+    tmp_path: Path, repository: Repository, clock: Clock, name: str
+) -> None:
     repair(repository)
-    served = tmp_path / "served" / "metadata"
-    metadata: dict[str, Metadata[Any]] = {
-        role: Metadata.from_bytes((served / name).read_bytes())
-        for role, name in (
-            ("repaired", "2.repaired.json"), ("snapshot", "2.snapshot.json"), ("timestamp", "timestamp.json")
-        )
-    }  # fmt: skip
-    (target,) = metadata["repaired"].signed.targets.values()
-    far = TargetFile.from_data("repaired/far-9.tflite", b"x", ["sha256"])
-    far.unrecognized_fields["custom"] = {"edgeguard": {**target.custom["edgeguard"], "sequence": 2**53}}
-    metadata["repaired"].signed.targets[far.path] = far
-    for role, one in metadata.items():
-        one.sign(load(key(tmp_path, role))[0])
-        if role == "repaired":
-            metadata["snapshot"].signed.meta["repaired.json"] = MetaFile(2)
-            metadata["timestamp"].signed.snapshot_meta = MetaFile(2)
-        name = "timestamp.json" if role == "timestamp" else f"2.{role}.json"
-        (served / name).write_bytes(one.to_bytes())
-    assert repair(repository, b"next").sequence == 2
+    thief = Thief(tmp_path / "served", tmp_path / "stolen", stolen(tmp_path / "keys"))
+    thief.list("repaired", name, sequence=2**53)
+    thief.publish("repaired")
+    operator = Repository.open(thief.folder, load(tmp_path / "keys"), clock=clock)
+    assert repair(operator, b"next").sequence == 2
+
+
+def test_the_number_of_an_offline_release_is_never_given_again_whatever_a_thief_takes_out_of_the_list(
+    tmp_path: Path, repository: Repository, clock: Clock
+) -> None:
+    thief = Thief(tmp_path / "served", tmp_path / "stolen", stolen(tmp_path / "keys"))
+    for sequence in (10_000, 20_000):
+        thief.list("repaired", f"repaired/far-{sequence}.tflite", sequence=sequence)
+    thief.publish("repaired")
+    keys = [*load(tmp_path / "keys"), *load(tmp_path / "offline")]
+    assert add(Repository.open(thief.folder, keys, clock=clock)).sequence == 20_001
+    again = Thief(thief.folder, tmp_path / "again", stolen(tmp_path / "keys"))
+    again.of("repaired").signed.targets.clear()
+    again.publish("repaired")
+    assert add(Repository.open(again.folder, keys, clock=clock), b"next").sequence == 20_002
 
 
 def test_a_repository_of_one_key_a_role_is_refused_and_then_migrated(tmp_path: Path, clock: Clock) -> None:
