@@ -11,9 +11,10 @@ which one runs. Rules enforced here:
   that fails to read is asked twice;
 * a staged model must be newer than the active one, by its sequence number, and no older than the newest that was ever
   confirmed; only one that this device re-calibrated itself has the number of the active one, which it was made of;
+* while a model is on trial, the one before it is not overwritten: there is always a way back to one that proved itself;
 * a model that failed its trial is remembered, and not staged again;
-* a slot's sidecar lies beside it under its own digest. What no record names is removed by ``tidy``: at most two models
-  and their sidecars stay;
+* a slot's sidecar lies beside it under its own digest, and so does the one that repairs of it are held against. What no
+  record names is removed by ``tidy``;
 * nobody signed such a local file. Its record names the released file that it goes back to and is authenticated
   with HMAC-SHA-256 under a key of this device's own, made on first use; without that it is not handed out.
 
@@ -73,24 +74,30 @@ class Local(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Content(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a slot is known to hold; ``local`` where this device made it; ``sidecar``: digest of its sidecar."""
+    """What a slot is known to hold; ``local`` where this device made it; ``sidecar``: digest of its sidecar.
+
+    ``anchor``: digest of the sidecar that a repair of it is held against: that of the release which it goes back to
+    over however many repairs and re-calibrations. None for such a release itself.
+    """
 
     sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
     sequence: Annotated[int, Meta(ge=0, le=2**53)]
     local: Local | None = None
     sidecar: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")] | None = None
+    anchor: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")] | None = None
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """``slots.json``: ``previous``: where ``revert`` goes; ``confirmed``: the active model proved itself.
 
-    ``highest``: sequence of the newest release that was ever confirmed; ``failed``: digests of the files that failed
-    their trial last.
+    ``previous_confirmed``: so had the previous one; ``highest``: sequence of the newest release that was ever
+    confirmed; ``failed``: digests of the files that failed their trial last.
     """
 
     active: Name
     previous: Name | None
     confirmed: bool
+    previous_confirmed: bool = True
     a: Content | None = None
     b: Content | None = None
     highest: Annotated[int, Meta(ge=0, le=2**53)] = 0
@@ -108,13 +115,17 @@ class State(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """One slot whose file was verified against the record. ``parent`` as in :class:`Local`, None for a release."""
+    """One slot whose file was verified against the record.
+
+    ``parent`` as in :class:`Local`, None for a release; ``anchor`` as in :class:`Content`.
+    """
 
     name: Name
     path: Path
     sha256: str
     sequence: int
     parent: str | None = None
+    anchor: str | None = None
 
 
 def emptied(state: State) -> State:
@@ -163,11 +174,13 @@ def activated(state: State, name: Name) -> State:
     if name == state.active:
         return state
     _known(state, name)
-    return msgspec.structs.replace(state, active=name, previous=state.active, confirmed=False)
+    return msgspec.structs.replace(
+        state, active=name, previous=state.active, confirmed=False, previous_confirmed=state.confirmed
+    )
 
 
 def reverted(state: State, *, has_failed: bool) -> State:
-    """The previous slot runs again. There is no way forward to the one left behind but to stage it anew.
+    """The previous slot runs again, proved or not as before. The one left behind must be staged anew.
 
     ``has_failed``: it did not prove itself, so that this way is closed too; one that was damaged here may come again.
     """
@@ -177,7 +190,14 @@ def reverted(state: State, *, has_failed: bool) -> State:
     failed = state.failed
     if has_failed:
         failed = (*failed, _known(state, state.active).sha256)[-FAILED_KEPT:]
-    return msgspec.structs.replace(state, active=state.previous, previous=None, confirmed=True, failed=failed)
+    return msgspec.structs.replace(
+        state,
+        active=state.previous,
+        previous=None,
+        confirmed=state.previous_confirmed,
+        previous_confirmed=True,
+        failed=failed,
+    )
 
 
 def confirmed(state: State) -> State:
@@ -270,6 +290,17 @@ class Slots:
         name = self._state().previous
         return None if name is None else self._verified(name)
 
+    def holding(self, sha256: str) -> Slot:
+        """The slot with this file: the active one, or the one before, as after a rename that the disk did not confirm.
+
+        Raises TrustError if neither holds it.
+        """
+        for find in (self.active, self.previous):
+            slot = find()
+            if slot is not None and slot.sha256 == sha256:
+                return slot
+        raise TrustError(f"model slots {self._folder}", got="no slot with the model that runs", expected=sha256)
+
     def load(self) -> bytes:
         """The verified content of the active slot. Raises TrustError if it is damaged."""
         slot = self.active()
@@ -281,7 +312,9 @@ class Slots:
         _check(f"model slot {slot.path}", hashlib.sha256(content).hexdigest(), slot.sha256)
         return content
 
-    def stage(self, path: Path, *, sha256: str, sequence: int, sidecar: str | None = None) -> Slot:
+    def stage(
+        self, path: Path, *, sha256: str, sequence: int, sidecar: str | None = None, anchor: str | None = None
+    ) -> Slot:
         """Copy a model file into the inactive slot. What runs is not touched.
 
         Args:
@@ -289,13 +322,15 @@ class Slots:
             sha256: hex digest that its signer vouched for.
             sequence: its number, higher than that of the active model.
             sidecar: digest of its sidecar, which :meth:`keep` put here before; None where it has none.
+            anchor: as in :class:`Content`.
 
         Raises:
             TrustError: another digest, not new enough, or one that failed. The slots stay as they were.
-            ConfigError: the file cannot be read or the slot not written, as on a full disk.
+            ConfigError: the file cannot be read or the slot not written, as on a full disk; or the active model is on
+                trial.
         """
         state = self._state()
-        after = staged(state, Content(sha256=sha256, sequence=sequence, sidecar=sidecar))
+        after = staged(state, Content(sha256=sha256, sequence=sequence, sidecar=sidecar, anchor=anchor))
         # In blocks: the daemon has no room for a second copy of a model.
         with _disk_errors(path), path.open("rb") as source:
             digest = hashlib.sha256()
@@ -306,7 +341,15 @@ class Slots:
                 check=lambda: _check(f"model to stage {path}", digest.hexdigest(), sha256),
             )
 
-    def stage_local(self, content: bytes, *, made_of: Slot, guard_digest: str, sidecar: str | None = None) -> Slot:
+    def stage_local(
+        self,
+        content: bytes,
+        *,
+        made_of: Slot,
+        guard_digest: str,
+        sidecar: str | None = None,
+        anchor: str | None = None,
+    ) -> Slot:
         """Put a re-calibrated copy of the active model into the inactive slot, under the same sequence.
 
         Args:
@@ -314,13 +357,15 @@ class Slots:
             made_of: the active slot, as :meth:`active` returned it when the re-calibration began.
             guard_digest: of the new guard, in hex.
             sidecar: digest of its sidecar, as for :meth:`stage`.
+            anchor: as in :class:`Content`.
 
         Raises:
             TrustError: another model runs by now, or the device's key is damaged. The slots stay as they were.
-            ConfigError: the slot or the key cannot be written.
+            ConfigError: the slot or the key cannot be written, or the active model is on trial.
         """
         state = self._state()
-        new = Content(sha256=hashlib.sha256(content).hexdigest(), sequence=made_of.sequence, sidecar=sidecar)
+        digest = hashlib.sha256(content).hexdigest()
+        new = Content(sha256=digest, sequence=made_of.sequence, sidecar=sidecar, anchor=anchor)
         local = Local(parent=made_of.parent or made_of.sha256, guard_digest=guard_digest)
         local = msgspec.structs.replace(local, mac=mac_of(new, local, self._made_key()))
         new = msgspec.structs.replace(new, local=local)
@@ -384,7 +429,7 @@ class Slots:
         stay = {f"{digest}{SIDECAR}" for digest in also}
         for name in NAMES:
             if (content := state.content(name)) is not None:
-                stay |= {_path(self._folder, name).name, f"{content.sidecar}{SIDECAR}"}
+                stay |= {_path(self._folder, name).name, f"{content.sidecar}{SIDECAR}", f"{content.anchor}{SIDECAR}"}
         with _disk_errors(self._folder):
             for path in self._folder.iterdir():
                 is_ours = path.name.endswith((SIDECAR, ".tflite", ".tmp"))
@@ -400,10 +445,24 @@ class Slots:
             check()
             self._write(emptied(state))
 
+        self._check_way_back(state)
         with _disk_errors(self._folder):
             write_whole(_path(self._folder, state.inactive), content, before=empty)
             self._write(after)
         return self._verified(state.inactive)
+
+    def _check_way_back(self, state: State) -> None:
+        """Raise ConfigError where the inactive slot is the way back of a model on trial. A damaged one is no way."""
+        if state.confirmed:
+            return
+        try:
+            before = self.previous()
+        except TrustError:
+            return
+        if before is not None:
+            raise ConfigError(
+                "model to stage", got="another one on trial", do="wait until that one has proved itself, or failed"
+            )
 
     def _made_key(self) -> bytes:
         """The device's own key, made where there is none."""
@@ -442,7 +501,9 @@ class Slots:
         if local is not None:
             _check_mac(f"model slot {path}", known, local, _read_key(self._folder / KEY))
         parent = None if local is None else local.parent
-        return Slot(name=name, path=path, sha256=known.sha256, sequence=known.sequence, parent=parent)
+        return Slot(
+            name=name, path=path, sha256=known.sha256, sequence=known.sequence, parent=parent, anchor=known.anchor
+        )
 
 
 def _path(folder: Path, name: Name) -> Path:

@@ -7,8 +7,9 @@ runtime takes no agent with it, and the daemon needs no memory for a model that 
 * it takes and gives what the running model does: input, outputs, classes;
 * it runs, and passes the self-test of the sidecar that its release brought: known inputs, expected classes, scores in
   range;
-* on the self-test inputs of the *running* model's sidecar, which no release can choose, it says what the running model
-  says for at least ``MIN_AGREEMENT`` of them;
+* on the self-test inputs of the anchor it says what is known there for at least ``MIN_AGREEMENT`` of them. The anchor
+  is the sidecar of the last release that was signed offline, or of the installed model: no repair can choose it, nor
+  walk away from it in small steps;
 * what the hub's online key may have signed, a repair, needs both sidecars: what cannot be checked is refused. A release
   that was signed offline may come without.
 """
@@ -19,7 +20,7 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from edgeguard.detection.sidecar import MIN_AGREEMENT, Sidecar
 from edgeguard.errors import EXIT_CLEAN, EXIT_USAGE, ConfigError, EdgeGuardError, ModelError, TrustError
 
 MIN_INPUTS = 10
-"""Fewer self-test inputs say nothing about a share of 90%."""
+"""Fewer different self-test inputs say nothing about a share of 90%."""
 MAX_ANSWER_BYTES = 16 * 1024
 
 
@@ -58,7 +59,10 @@ class Fetched:
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the child needs to know. Paths as text; ``held``: where the running model's sidecar may lie."""
+    """What the child needs to know. Paths as text.
+
+    ``anchor``: digest of that sidecar, None where the running model's own is it; ``held``: where it may lie.
+    """
 
     fetched: str
     file_digest: Digest
@@ -69,6 +73,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     repair: bool
     running: str
     running_digest: Digest
+    anchor: Digest | None = None
     held: tuple[str, ...]
     runtime: str
     threads: int
@@ -97,12 +102,12 @@ def admit(
         fetched: what its signer said of it, as the fetch verified it.
         running: the model that runs.
         load: opens a model.
-        held: the running model's sidecar, None where it has none on this device.
+        held: the anchor, None where it is not on this device.
         brought: the sidecar that the release brought, None for one without.
 
     Raises:
         TrustError: the file is not the one that was verified, describes itself otherwise than its signer, decides
-            otherwise than the running model, or that cannot be checked though it must be.
+            otherwise than the anchor's model, or that cannot be checked though it must be.
         ModelError: it does not load or run, takes or gives something else than the running model, or fails its
             self-test.
     """
@@ -124,15 +129,18 @@ def admit(
         if new != old:
             raise ModelError(f"fetched model: {what}", got=new, expected=f"{old}, as the running model")
     model.infer(np.zeros(model.metadata.input.shape, model.metadata.input.dtype))
-    _self_test(model, brought, must=fetched.repair)
-    _agreement(model, running, held, must=fetched.repair)
+    _self_test(model, brought, fetched)
+    _agreement(model, held, must=fetched.repair)
     return model
 
 
-def _self_test(model: GuardedModel, brought: bytes | None, *, must: bool) -> None:
+def _self_test(model: GuardedModel, brought: bytes | None, fetched: Fetched) -> None:
+    found = None if brought is None else sidecar.digest(brought)
+    if found != fetched.sidecar_digest:
+        raise TrustError("fetched sidecar", got=f"SHA-256 {found}", expected=fetched.sidecar_digest)
     named = model.metadata.sidecar_digest
     if named is None or brought is None:
-        if must:
+        if fetched.repair:
             raise TrustError("repaired model", got="no sidecar", expected="one, whose self-test it passes")
         return
     held = sidecar.decode(brought, digest=named, metadata=model.metadata, name="fetched sidecar")
@@ -141,23 +149,25 @@ def _self_test(model: GuardedModel, brought: bytes | None, *, must: bool) -> Non
         raise ModelError("fetched model: self-test", got="; ".join(outcome.wrong)[:200] or "not passed")
 
 
-def _agreement(model: GuardedModel, running: GuardedModel, held: Sidecar | None, *, must: bool) -> None:
-    """Compare both models' classes on clean inputs that came with the running one."""
-    count = 0 if held is None else len(held.self_test)
-    if held is None or count < MIN_INPUTS or running.metadata.class_output is None:
+def _agreement(model: GuardedModel, held: Sidecar | None, *, must: bool) -> None:
+    """Compare the model's classes with those that the anchor knows of its clean inputs."""
+    pairs = [] if held is None else zip(held.self_test, held.predicted.tolist(), strict=True)
+    known = {x.tobytes(): (x, label) for x, label in pairs}
+    count = len(known)
+    if count < MIN_INPUTS or model.metadata.class_output is None:
         if must:
             raise TrustError(
                 "repaired model",
-                got=f"{count} self-test inputs of the running model to compare classes on",
+                got=f"{count} different self-test inputs of the last release signed offline to compare classes on",
                 expected=f"at least {MIN_INPUTS}",
-                do="put the running model's sidecar NAME.guard.npz beside it, or sign the release offline",
+                do="put the installed model's sidecar NAME.guard.npz beside it, or sign the release offline",
             )
         return
-    same = sum(model.infer(x).verdict.predicted == running.infer(x).verdict.predicted for x in held.self_test)
+    same = sum(model.infer(x).verdict.predicted == label for x, label in known.values())
     if same < MIN_AGREEMENT * count:
         raise TrustError(
             "fetched model",
-            got=f"the running model's class for {same} of {count} clean inputs",
+            got=f"the known class for {same} of {count} clean inputs",
             expected=f"at least {MIN_AGREEMENT:.0%}",
         )
 
@@ -202,6 +212,7 @@ def answer(question: Question) -> Answer:
         file_digest=question.file_digest,
         model_digest=question.model_digest,
         guard_digest=question.guard_digest,
+        sidecar_digest=question.sidecar_digest,
         repair=question.repair,
     )
 
@@ -219,7 +230,7 @@ def answer(question: Question) -> Answer:
             fetched,
             model,
             load=load,
-            held=_held(question.held, model),
+            held=_held(question, model),
             brought=_read(Path(question.sidecar)) if question.sidecar else None,
         )
     except (TrustError, ModelError) as error:
@@ -231,13 +242,13 @@ def answer(question: Question) -> Answer:
     return Answer(state="admitted")
 
 
-def _held(places: Sequence[str], model: GuardedModel) -> Sidecar | None:
-    """The running model's sidecar from the first place that has it."""
-    digest = model.metadata.sidecar_digest
-    for place in places if digest is not None else ():
-        with suppress(OSError, EdgeGuardError):
+def _held(question: Question, running: GuardedModel) -> Sidecar | None:
+    """The anchor from the first place that has it. Every model since takes and gives what the running one does."""
+    digest = question.anchor or running.metadata.sidecar_digest
+    for place in question.held if digest else ():
+        with suppress(EdgeGuardError):
             content = _read(Path(place))
-            return sidecar.decode(content, digest=str(digest), metadata=model.metadata)
+            return sidecar.decode(content, digest=str(digest), metadata=running.metadata, any_guard=True)
     return None
 
 

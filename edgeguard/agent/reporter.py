@@ -69,6 +69,7 @@ from edgeguard.detection.verdict import p_value
 from edgeguard.errors import ConfigError, EdgeGuardError, ModelError, TrustError
 from firmware_bridge import board as boards
 from firmware_bridge import resources
+from firmware_bridge.slots import Slot
 
 SPOOL_FILE = "spool.sqlite"
 UPDATE_FOLDER = "update"
@@ -222,7 +223,7 @@ class Reporter:
         self._boot = boot
         self._state = state
         self._running = running
-        self._confirmed = state.slots.confirmed
+        self._confirmed = False
         self._let_go = let_go
         self._pulse = pulse
         self._health_at = time.monotonic()
@@ -256,8 +257,11 @@ class Reporter:
             board=self._board(),
             runtime=running.model.runtime.name,
         )
-        self._fared = Fared()
+        self._fared = state.trial.fared(running.model.file_digest)
         """Of the running model, while it is on trial."""
+        self._is_held_back = False
+        """True while a model is on trial and the one before it waits in the other slot: no update takes its place."""
+        self._look_back()
         self._given_up: Progress | None = None
         """What is told once the model before runs again."""
         self._quarantine = _quarantine(config)
@@ -506,8 +510,13 @@ class Reporter:
             slots, metadata = self._state.slots, model.metadata
             kept = None if done.sidecar is None else slots.keep(done.sidecar)
             slot = slots.stage_local(
-                done.content, made_of=done.made_of, guard_digest=metadata.guard_digest, sidecar=kept
+                done.content,
+                made_of=done.made_of,
+                guard_digest=metadata.guard_digest,
+                sidecar=kept,
+                anchor=self._anchor(done.made_of),
             )
+            self._state.trial.first(slot.sha256)
             slots.activate(slot)
         except EdgeGuardError as error:
             self._last_word = Outcome(state="failed", reason=str(error))
@@ -528,19 +537,38 @@ class Reporter:
         metadata = self._running.model.metadata
         if self._confirmed or self._admitted or closed.window.identity != Identity.of(metadata):
             return
-        update = self._config.update
-        self._fared = self._fared.seen(healthy=closed.fared.healthy, sick=closed.fared.sick)
+        update, seen = self._config.update, closed.fared
+        self._fared = self._fared.seen(healthy=seen.healthy, sick=seen.sick)
         found = judge(self._fared, needed=update.trial_inputs if update else NEEDED)
         if found == "revert":
             self._give_up()
         elif found == "confirm":
             try:
                 self._state.slots.confirm()
-                self._confirmed = True
+                self._confirmed, self._is_held_back = True, False
                 self._state.trial.end(self._running.model.file_digest)
             except (ConfigError, TrustError) as error:
                 log.warning("the model cannot be confirmed: %s", error)
             startup.tidy(self._state.slots, metadata)
+        elif seen.healthy or seen.sick:
+            try:
+                self._state.trial.seen(self._running.model.file_digest, self._fared, healthy=not seen.sick)
+            except ConfigError as error:
+                log.warning("how the model on trial fared is not kept: %s", error)
+
+    def _look_back(self) -> None:
+        """Is the model that runs on trial, and is there one to go back to?"""
+        slots = self._state.slots
+        try:
+            self._confirmed = slots.confirmed
+            self._is_held_back = not self._confirmed and startup.has_previous(slots)
+        except EdgeGuardError as error:
+            log.warning("%s", error)
+            self._confirmed, self._is_held_back = False, True
+
+    def _anchor(self, slot: Slot) -> str | None:
+        """Digest of the sidecar that repairs are held against while the model in this slot runs."""
+        return slot.anchor or self._running.model.metadata.sidecar_digest
 
     def _give_up(self) -> None:
         """The model on trial has failed: let the one before it run again."""
@@ -551,9 +579,11 @@ class Reporter:
             model = self._state.load(self._state.slots.read(slot))
         except EdgeGuardError as error:
             log.warning("%s, but there is no model to go back to: %s", reason, error)
+            self._look_back()
             return
         self._admitted = True
-        self._given_up = Progress(state="refused", sequence=failed, reason=reason)
+        if slot.sequence < failed:  # else it was a re-calibration of the release that runs again
+            self._given_up = Progress(state="refused", sequence=failed, reason=reason)
         held = startup.sidecar_of(self._config, model.metadata)
         self._successor = Running(model=model, sidecar=held, sequence=slot.sequence)
 
@@ -574,7 +604,7 @@ class Reporter:
                 # An ack that the disk did not take is no loss: the hub knows what it has, and says so again.
                 self._complain(error)
         now = time.monotonic()
-        if not self._admitted and not self._stopping:
+        if not (self._admitted or self._is_held_back or self._stopping):
             progress = self._updater.step(
                 model_digest=self._running.model.metadata.model_digest,
                 running_sequence=self._running.sequence,
@@ -624,7 +654,9 @@ class Reporter:
 
     def _examine(self, fetched: Fetched) -> subprocess.Popen[bytes]:
         """Start the check of a fetched file in a child. Raises what says that it cannot be."""
-        model, slot = self._running.model, self._state.slots.active()
+        model = self._running.model
+        slot = self._state.slots.holding(model.file_digest)
+        anchor = self._anchor(slot)
         question = admission.Question(
             fetched=str(fetched.path),
             file_digest=fetched.file_digest,
@@ -635,7 +667,8 @@ class Reporter:
             repair=fetched.repair,
             running=str(slot.path),
             running_digest=slot.sha256,
-            held=startup.places_of_sidecar(self._config, model.metadata),
+            anchor=anchor,
+            held=startup.places_of_sidecar(self._config, anchor) if anchor else (),
             runtime=model.runtime.name,
             threads=self._config.runtime.threads,
         )
@@ -648,7 +681,9 @@ class Reporter:
             self._successor = install(
                 fetched,
                 self._state.slots,
+                trial=self._state.trial,
                 load=self._state.load,
+                anchor=self._anchor(self._state.slots.holding(self._running.model.file_digest)),
                 sidecar_of=partial(startup.sidecar_of, self._config),
             )
         except (TrustError, ModelError) as error:
@@ -663,14 +698,14 @@ class Reporter:
         """The inference took the new model."""
         is_release = running.sequence > self._running.sequence
         given_up, self._given_up = self._given_up, None
-        self._running, self._confirmed, self._admitted = running, given_up is not None, False
-        self._fared = Fared()
+        self._running, self._admitted, self._fared = running, False, Fared()
+        self._look_back()
         self._updater.settle(running.sequence)
         if given_up is not None:
             self._tell(given_up)
         elif is_release:
             self._tell(Progress(state="updated", sequence=running.sequence))
-        else:
+        elif self._recalibrating is not None:
             result = Recalibration(guard_digest=running.model.metadata.guard_digest)
             self._last_word = Outcome(state="ok", result=result)
         if self._link.connected:

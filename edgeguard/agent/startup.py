@@ -129,7 +129,7 @@ def sidecar_of(config: AgentConfig, metadata: GuardMetadata) -> sidecar.Sidecar 
     """
     if metadata.sidecar_digest is None:
         return None
-    kept = _kept(config, metadata)
+    kept = _kept(config, metadata.sidecar_digest)
     for path in (kept, sidecar.path_beside(config.model)):
         try:
             with path.open("rb") as file:
@@ -155,13 +155,13 @@ def keep(path: Path, content: bytes) -> None:
         log.warning("the sidecar is not kept: %s", error.strerror)
 
 
-def places_of_sidecar(config: AgentConfig, metadata: GuardMetadata) -> tuple[str, ...]:
-    """Where the sidecar of a model may lie, the best place first."""
-    return (str(_kept(config, metadata)), str(sidecar.path_beside(config.model)))
+def places_of_sidecar(config: AgentConfig, digest: str) -> tuple[str, ...]:
+    """Where the sidecar of this digest may lie, the best place first."""
+    return (str(_kept(config, digest)), str(sidecar.path_beside(config.model)))
 
 
-def _kept(config: AgentConfig, metadata: GuardMetadata) -> Path:
-    return config.state_dir / SLOTS_FOLDER / f"{metadata.sidecar_digest}{sidecar.SUFFIX}"
+def _kept(config: AgentConfig, digest: str) -> Path:
+    return config.state_dir / SLOTS_FOLDER / f"{digest}{sidecar.SUFFIX}"
 
 
 def tidy(slots: Slots, metadata: GuardMetadata) -> None:
@@ -226,7 +226,7 @@ def _on_trial(config: AgentConfig, slots: Slots, load: Callable[[bytes], Guarded
     """
     file_digest, starts = slots.active().sha256, trial(config)
     if starts.failed(file_digest):
-        _leave(slots, ModelError("model on trial", got=f"{STARTS} starts", expected="to be confirmed after one"))
+        _leave(slots, ModelError("model on trial", got=f"{STARTS} starts", expected="healthy inputs before"))
     # On disk before the model is met at all: it may crash the runtime.
     starts.begin(file_digest)
     model = load(slots.load())
@@ -238,12 +238,13 @@ def _on_trial(config: AgentConfig, slots: Slots, load: Callable[[bytes], Guarded
 
 def _leave(slots: Slots, error: ModelError) -> None:
     """Raise ``error`` where there is a model to go back to; where there is none, this one is better than nothing."""
-    if _has_previous(slots):
+    if has_previous(slots):
         raise error
     log.warning("there is no model to go back to: %s", error)
 
 
-def _has_previous(slots: Slots) -> bool:
+def has_previous(slots: Slots) -> bool:
+    """Whether there is a whole model to go back to."""
     try:
         return slots.previous() is not None
     except TrustError as error:
@@ -255,7 +256,7 @@ def _model_before(
     slots: Slots, load: Callable[[bytes], GuardedModel], error: EdgeGuardError, *, has_failed: bool
 ) -> GuardedModel:
     """The model before the active one, where there is one; else ``error`` is raised."""
-    if not _has_previous(slots):
+    if not has_previous(slots):
         raise error
     slots.revert(str(error), has_failed=has_failed)
     return load(slots.load())

@@ -4,9 +4,13 @@ A released model may pass every check and still fail on real inputs, or crash th
 
 * it is confirmed once ``needed`` inferences were healthy: the model ran, and its guard gave scores that are numbers;
   where, of as many, more than a tenth were not, it has failed. Inputs that hold no numbers say nothing about a model;
-* a start is on disk before the model meets its first input, so that a crash cannot take it back;
-* a model that was started ``STARTS`` times and was not confirmed has failed: it is left, and not taken again;
-* an agent that was told to stop takes the count back: only what ended otherwise counts against the model.
+* inferences are counted over the life of processes, so that a board that is switched off each evening gets there too;
+* a start is on disk before the model meets its first input, so that a crash cannot take it back; where a running agent
+  takes the model, that is its first start;
+* a model that was started ``STARTS`` times, and neither confirmed nor healthy for a window, has failed: it is left, and
+  not taken again;
+* a healthy window takes the count back, and so does an agent that was told to stop: only what ended otherwise, and
+  before the model had shown anything, counts against it.
 """
 
 from __future__ import annotations
@@ -25,7 +29,8 @@ from edgeguard.detection.verdict import Verdict
 from edgeguard.errors import ConfigError
 from firmware_bridge.slots import write_whole
 
-STARTS = 2
+STARTS = 3
+"""Two power cuts before a model has shown anything may be chance."""
 NEEDED = 64
 """Healthy inferences that confirm a model where the configuration says nothing."""
 SICK_SHARE = 0.1
@@ -34,7 +39,7 @@ SICK_SHARE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Fared:
-    """How a model fared since it runs: inferences that were healthy, and those that were not."""
+    """How a model fared in its trial: inferences that were healthy, and those that were not."""
 
     healthy: int = 0
     sick: int = 0
@@ -48,7 +53,7 @@ def judge(fared: Fared, *, needed: int) -> Literal["confirm", "revert", "go on"]
     """What becomes of a model on trial.
 
     Args:
-        fared: how the model did since its trial, or this process, began.
+        fared: how the model did since its trial began.
         needed: healthy inferences that confirm it.
     """
     total = fared.healthy + fared.sick
@@ -69,40 +74,63 @@ def count(fared: Fared, inference: Inference | None, verdict: Verdict, x: npt.ND
     return fared.seen(healthy=1, sick=0)
 
 
+_Count = Annotated[int, Meta(ge=0, le=2**53)]
+
+
 class _Record(msgspec.Struct, frozen=True, kw_only=True):
     file_digest: str
-    starts: Annotated[int, Meta(ge=0, le=2**53)]
+    starts: _Count = 0
+    healthy: _Count = 0
+    sick: _Count = 0
 
 
 class Trial:
-    """The boot counter: starts of one model, in a small file that the next model's count replaces.
+    """What is remembered of one model's trial, in a small file that the next one's replaces: starts and inferences.
 
     Args:
         path: the file; there is none until a model is on trial.
+        starts: after so many it has failed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, starts: int = STARTS) -> None:
         self._path = path
+        self._starts = starts
 
     def failed(self, file_digest: str) -> bool:
         """True once the model of this file was started too often without being confirmed."""
-        return self._starts(file_digest) >= STARTS
+        return self._read(file_digest).starts >= self._starts
+
+    def fared(self, file_digest: str) -> Fared:
+        """How it did so far, over all its starts."""
+        record = self._read(file_digest)
+        return Fared(healthy=record.healthy, sick=record.sick)
+
+    def first(self, file_digest: str) -> None:
+        """A running agent is about to take the model: a trial begins anew. Raises ConfigError as :meth:`begin`."""
+        self._write(_Record(file_digest=file_digest, starts=1))
 
     def begin(self, file_digest: str) -> None:
         """Count one more start. Raises ConfigError if that cannot be written."""
-        self._write(_Record(file_digest=file_digest, starts=self._starts(file_digest) + 1))
+        record = self._read(file_digest)
+        self._write(msgspec.structs.replace(record, starts=record.starts + 1))
+
+    def seen(self, file_digest: str, fared: Fared, *, healthy: bool) -> None:
+        """Remember how it did, and that a whole window was ``healthy``. Raises ConfigError as :meth:`begin`."""
+        starts = 0 if healthy else self._read(file_digest).starts
+        self._write(_Record(file_digest=file_digest, starts=starts, healthy=fared.healthy, sick=fared.sick))
 
     def end(self, file_digest: str) -> None:
         """The model is confirmed, or the agent stops as told. Raises ConfigError if that cannot be written."""
-        if self._starts(file_digest):
-            self._write(_Record(file_digest=file_digest, starts=0))
+        record = self._read(file_digest)
+        if record.starts:
+            self._write(msgspec.structs.replace(record, starts=0))
 
-    def _starts(self, file_digest: str) -> int:
+    def _read(self, file_digest: str) -> _Record:
         try:
             record = msgspec.json.decode(self._path.read_bytes(), type=_Record)
         except (OSError, msgspec.DecodeError, RecursionError):
-            return 0
-        return record.starts if record.file_digest == file_digest else 0
+            return _Record(file_digest=file_digest)
+        return record if record.file_digest == file_digest else _Record(file_digest=file_digest)
 
     def _write(self, record: _Record) -> None:
         try:

@@ -7,8 +7,9 @@ Rules enforced here:
 * an attempt that was refused or failed is repeated while the hint stands, ever more rarely: an attack on the
   network may pass, and then the genuine release must get through. One that ran out of time, but brought the download
   further, is repeated soon;
+* what was fetched and checked against one model is put in place of no other;
 * a model is put in place in an order in which the power may fail at any instant: its sidecar, the file, the record of
-  both, and only then, in one rename, that it runs.
+  both, its first start, and only then, in one rename, that it runs.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from edgeguard.agent.admission import Answer, Fetched, read_answer
 from edgeguard.agent.config import UpdateConfig
 from edgeguard.agent.inference import Running
 from edgeguard.agent.link import Hint, backoff
+from edgeguard.agent.trial import Trial
 from edgeguard.contract.guard import GuardMetadata
 from edgeguard.contract.messages import Desired
 from edgeguard.detection.guarded import GuardedModel
 from edgeguard.detection.sidecar import Sidecar
-from edgeguard.errors import ConfigError, EdgeGuardError
+from edgeguard.errors import ConfigError, EdgeGuardError, TrustError
 from edgeguard.release.client import REPAIRED, FetchRequest, FetchResult, read_outcome, spawn_fetch
 from firmware_bridge.slots import Slots
 
@@ -188,7 +190,8 @@ class Updater:
         return Progress(state=state, sequence=sequence, reason=reason[:500])
 
     def settle(self, sequence: int) -> None:
-        """This release runs now; only a newer hint stays open."""
+        """This release runs now; only a newer hint stays open, and what was begun against another model begins anew."""
+        self.close()
         if self._desired is not None and self._desired.sequence <= sequence:
             self._desired = None
 
@@ -239,7 +242,9 @@ def install(
     fetched: Fetched,
     slots: Slots,
     *,
+    trial: Trial,
     load: Callable[[bytes], GuardedModel],
+    anchor: str | None,
     sidecar_of: Callable[[GuardMetadata], Sidecar | None],
 ) -> Running:
     """Put a checked file in place, so that it runs from the next start on, and open it for this one.
@@ -247,20 +252,31 @@ def install(
     Args:
         fetched: what was fetched and admitted.
         slots: where it goes.
+        trial: counts its starts.
         load: opens a model.
+        anchor: digest of the sidecar that it was held against, where it is a repair.
         sidecar_of: finds the sidecar of a model.
 
     Raises:
-        TrustError: the file changed since, is not new enough, or failed here before.
+        TrustError: the file or its sidecar changed since, or it is not new enough, or failed here before.
         ModelError: it does not load.
         ConfigError: the disk refuses.
     """
     slot = slots.active()
     if (slot.sha256, slot.sequence) != (fetched.file_digest, fetched.sequence):
         kept = None if fetched.sidecar is None else slots.keep(_read(fetched.sidecar))
-        slot = slots.stage(fetched.path, sha256=fetched.file_digest, sequence=fetched.sequence, sidecar=kept)
+        if kept != fetched.sidecar_digest:
+            raise TrustError("fetched sidecar", got=f"SHA-256 {kept}", expected=fetched.sidecar_digest)
+        slot = slots.stage(
+            fetched.path,
+            sha256=fetched.file_digest,
+            sequence=fetched.sequence,
+            sidecar=kept,
+            anchor=anchor if fetched.repair else None,
+        )
     # Else an earlier attempt put it in place, and the disk did not say so.
     model = load(slots.read(slot))
+    trial.first(fetched.file_digest)
     slots.activate(slot)
     return Running(model=model, sidecar=sidecar_of(model.metadata), sequence=fetched.sequence)
 

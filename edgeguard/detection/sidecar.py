@@ -116,7 +116,9 @@ def encode(sidecar: Sidecar) -> bytes:
     return content
 
 
-def decode(content: bytes, *, digest: str, metadata: GuardMetadata, name: str = "sidecar") -> Sidecar:
+def decode(
+    content: bytes, *, digest: str, metadata: GuardMetadata, name: str = "sidecar", any_guard: bool = False
+) -> Sidecar:
     """Check and read a sidecar. Its arrays are read-only views of ``content``'s copy.
 
     Args:
@@ -124,6 +126,7 @@ def decode(content: bytes, *, digest: str, metadata: GuardMetadata, name: str = 
         digest: what its SHA-256 must be.
         metadata: of the guarded model that it belongs to.
         name: what errors call it.
+        any_guard: it may be of another guard, with other detectors, over a model of the same input and classes.
 
     Raises:
         TrustError: other content than the digest's.
@@ -146,7 +149,7 @@ def decode(content: bytes, *, digest: str, metadata: GuardMetadata, name: str = 
             overlays=_array(members["overlays.npy"], kind, shape),
             self_test=_array(members["self_test.npy"], kind, shape),
             predicted=_array(members["predicted.npy"], "int64", ()),
-            scores=_array(members["scores.npy"], "float32", (len(metadata.detectors),)),
+            scores=_array(members["scores.npy"], "float32", None if any_guard else (len(metadata.detectors),)),
             stages=msgspec.json.decode(members[_STAGES], type=_Stages),
         )
     except Exception as error:  # hostile bytes make zipfile, NumPy and the JSON parser raise whatever they like
@@ -265,15 +268,16 @@ def _members(content: bytes) -> dict[str, bytes]:
         return {entry.filename: archive.read(entry) for entry in entries}
 
 
-def _array(raw: bytes, kind: str, row: tuple[int, ...]) -> Array:
-    """The array ``[n, *row]`` in a .npy member; n is what the length says. Raises anything on hostile content."""
+def _array(raw: bytes, kind: str, row: tuple[int, ...] | None) -> Array:
+    """The array ``[n, *row]`` in a .npy member, any row where that is None. Raises anything on hostile content."""
     stream = io.BytesIO(raw)
     if _npy.read_magic(stream) != (1, 0):
         raise ValueError("an array file of another version than 1.0")
     shape, fortran, dtype = _npy.read_array_header_1_0(stream)
     expected = np.dtype(kind).newbyteorder("<")
-    if dtype != expected or fortran or shape[1:] != row:
-        raise ValueError(f"an array {dtype}{list(shape)} where {kind}[n{''.join(f', {n}' for n in row)}] belongs")
+    if dtype != expected or fortran or (row is not None and shape[1:] != row):
+        wanted = "".join(f", {n}" for n in row or ())
+        raise ValueError(f"an array {dtype}{list(shape)} where {kind}[n{wanted}] belongs")
     return np.frombuffer(raw, dtype, offset=stream.tell()).reshape(shape)
 
 

@@ -6,8 +6,8 @@ checked by TUF in a short-lived child, ``edgeguard.release.fetch``. Here stand t
 * a hint names a target and a sequence, and has no authority: the signed metadata must say the same sequence;
 * the sequence must be greater than that of the model that runs, so that an old release cannot come back;
 * ``replaces`` must be the model that runs; it is empty only in a first release, for a device that runs none;
-* that sequence is at most 10,000 ahead of the one that runs: a thief of the hub's keys cannot use up all numbers;
-* a release under ``repaired/``, which the hub signs, replaces a model, always;
+* a release under ``repaired/``, which the hub signs, replaces a model, always, and is at most 10,000 ahead of the one
+  that runs: what a thief of the hub's keys has used up is never out of reach of a release signed offline;
 * board and runtime are among those that the release is made for, where it names some;
 * it is not older than the newest release that ever proved itself here, even where an older one runs again;
 * a file that was on trial here and failed is not taken again;
@@ -47,11 +47,13 @@ CUSTOM = "edgeguard"
 REPAIRED = "repaired/"
 """Where a target's name begins with this, the hub's online key may have signed it; it can sign no other name."""
 MAX_AHEAD = 10_000
-"""A release is at most this far ahead of the one that runs, so that no single one uses up all the numbers."""
+"""A release that the hub may have signed is at most this far ahead of the one that runs."""
 FLOOR = "floor.json"
 """Beside the metadata: seconds since 1970 at which it was last found valid."""
 EARLIEST_S = 1_767_225_600.0
 """The first second of 2026: this program is younger."""
+_Seconds = Annotated[int, Meta(ge=0, le=253_402_300_799)]
+"""To the end of the year 9999: beyond it no date can be named."""
 MAX_MODEL_BYTES = 256 * 1024 * 1024
 MAX_SIDECAR_BYTES = 16 * 1024 * 1024
 MAX_RESULT_BYTES = 64 * 1024
@@ -162,8 +164,8 @@ class FetchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class FetchResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What became of a fetch. The fields from ``path`` on are set when, and only when, it is ``fetched``.
 
-    ``received``: bytes of the model and its sidecar that came in this attempt. The last two fields are None for a
-    release without a sidecar.
+    ``received``: bytes of the model and its sidecar that this attempt added to what earlier ones brought. The last two
+    fields are None for a release without a sidecar.
     """
 
     state: Literal["fetched", "refused", "failed"]
@@ -208,7 +210,8 @@ def check_target(
 
     Raises:
         TrustError: the metadata does not describe a release, or one that is not this hint's, not newer than
-            the running model, or too far ahead of it, not made to replace it, or not for this board or runtime.
+            the running model, or a repair too far ahead of it, not made to replace it, or not for this
+            board or runtime.
     """
     what = f"target {hint.target}"
     try:
@@ -223,7 +226,7 @@ def check_target(
     if running is not None and signed.sequence < running.highest:
         raise TrustError(what, got=f"sequence {signed.sequence}", expected=f"{running.highest}, which ran, or newer")
     furthest = (running.sequence if running else 0) + MAX_AHEAD
-    if signed.sequence > furthest:
+    if hint.target.startswith(REPAIRED) and signed.sequence > furthest:
         raise TrustError(what, got=f"sequence {signed.sequence}", expected=f"at most {furthest}")
     if hint.target.startswith(REPAIRED) and signed.replaces is None:
         raise TrustError(what, got="a repair that replaces no model", expected="a first release signed offline")
@@ -243,7 +246,7 @@ def check_target(
 def time_floor(metadata_dir: Path) -> float:
     """What the clock cannot be below, in seconds since 1970: the time at which signed metadata was last found valid."""
     try:
-        return max(EARLIEST_S, float(msgspec.json.decode((metadata_dir / FLOOR).read_bytes(), type=int)))
+        return max(EARLIEST_S, float(msgspec.json.decode((metadata_dir / FLOOR).read_bytes(), type=_Seconds)))
     except (OSError, msgspec.DecodeError, RecursionError):
         return EARLIEST_S  # never fetched, or damaged: then this is all that is known
 

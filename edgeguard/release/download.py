@@ -3,7 +3,8 @@
 Rules enforced here:
 
 * what came of a file stays in a partial file, and the next attempt asks for the rest alone (RFC 9110, range requests).
-  A server that cannot give a part gives the whole;
+  A server that cannot give a part gives the whole, of which the rest is kept: only that counts as progress. Where it
+  cannot give a part of what it packs, the file is asked for unpacked from then on;
 * a partial file vouches for nothing: TUF takes length and digest over the whole. One that does not fit is removed, so
   that the next attempt begins anew;
 * never is more stored than was signed, and unpacking stops one byte behind that;
@@ -49,7 +50,7 @@ class Downloader(FetcherInterface):
         folder: where partial files lie.
         bytes_per_s: bound on what is received, None: none.
         packed: ask for gzip (RFC 9110, content coding).
-        tell: called with the number of bytes of a target that just came.
+        tell: called with the number of bytes of a target that were just added to it.
         clock, sleep: of the bound, in seconds.
     """
 
@@ -114,21 +115,29 @@ class Downloader(FetcherInterface):
             path.unlink()
             return self._received(url, max_length)
         coding = response.headers.get("Content-Encoding", "identity")
-        if coding not in ("identity", "gzip"):
+        if coding not in ("identity", wanted["Accept-Encoding"]):
             response.close()
             raise DownloadError(f"{url}: content coding {coding[:40]}, which was not asked for")
         into = packed if coding == "gzip" else plain
         goes_on = response.status == 206 and into == path
+        if have and path == packed and not goes_on:
+            # Packed anew it may be other bytes: nothing is gained by what lies here.
+            response.close()
+            path.unlink()
+            self._packed = False
+            return self._received(url, max_length)
         if goes_on and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             response.close()
             raise DownloadError(f"{url}: another part than was asked for")
-        if not goes_on:
-            path.unlink(missing_ok=True)
-            have, self.resumed = 0, False
+        if into != path:
+            path.unlink(missing_ok=True)  # it is empty
+        skip = 0 if goes_on else have
         # gzip makes what cannot be packed longer by less than a thousandth.
         room = max_length if into == plain else max_length + max_length // 1000 + 1024
         with into.open("ab") as file:
-            for chunk in self._chunks(response):
+            for received in self._chunks(response):
+                chunk = received[skip:]
+                skip -= len(received) - len(chunk)
                 have += len(chunk)
                 self._tell(len(chunk))
                 if have > room:
@@ -146,13 +155,14 @@ class Downloader(FetcherInterface):
                 headers={**headers, "User-Agent": f"edgeguard python-tuf/{tuf.__version__}"},
                 preload_content=False,
                 decode_content=False,
+                redirect=False,
                 timeout=urllib3.Timeout(SOCKET_TIMEOUT_S),
             )
         except urllib3.exceptions.MaxRetryError as error:
             if isinstance(error.reason, urllib3.exceptions.TimeoutError):
                 raise SlowRetrievalError from error
             raise
-        if response.status >= 400:
+        if response.status >= 300:  # a redirect too: only the configured addresses are asked
             response.close()
             raise DownloadHTTPError(f"HTTP status {response.status}", response.status)
         return response

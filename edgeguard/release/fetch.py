@@ -58,7 +58,7 @@ LOG = logging.getLogger(__name__)
 
 
 class Meter:
-    """How many bytes of a target came; asked by another thread when time is up."""
+    """How many bytes of a target came that were not there; asked by another thread when time is up."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from edgeguard.agent.admission import Fetched, Question, admit, answer, ask, read_answer
@@ -109,59 +110,53 @@ def test_a_model_that_takes_or_gives_something_else_is_refused(
         update.admit(running=running)
 
 
-class Wrong:
-    """A running model that says another class for some of the inputs that it is asked about."""
-
-    def __init__(self, model: GuardedModel, count: int) -> None:
-        self._model, self._left = model, count
-        self.metadata, self.interface = model.metadata, model.interface
-
-    def infer(self, x: Any) -> Any:
-        found = self._model.infer(x)
-        self._left -= 1
-        if self._left < 0:
-            return found
-        verdict = msgspec.structs.replace(found.verdict, predicted=(int(found.verdict.predicted or 0) + 1) % 10)
-        return msgspec.structs.replace(found, verdict=verdict)
+def differing(held: Sidecar, share: float) -> Sidecar:
+    """What an anchor says that knows another class of some of its inputs."""
+    count = round(share * len(held.predicted))
+    return replace(held, predicted=np.concatenate([(held.predicted[:count] + 1) % 10, held.predicted[count:]]))
 
 
 @pytest.mark.parametrize("repair", [True, False])
 @pytest.mark.parametrize(("share", "taken"), [(0.0, True), (0.3, False), (1.0, False)])
-def test_a_release_must_say_what_the_running_model_says(
+def test_a_release_must_say_what_the_last_one_that_was_signed_offline_says(
     update: Update, share: float, taken: bool, repair: bool
 ) -> None:
-    running = Wrong(GuardedModel.load(update.running), round(share * len(update.held.self_test)))
+    held = differing(update.held, share)
     fetched = replace(update.fetched, repair=repair)
     if taken:
-        update.admit(running=running, fetched=fetched)
+        update.admit(held=held, fetched=fetched)
         return
-    with pytest.raises(TrustError, match="running model's class"):
-        update.admit(running=running, fetched=fetched)
+    with pytest.raises(TrustError, match="known class"):
+        update.admit(held=held, fetched=fetched)
 
 
-@pytest.mark.parametrize("missing", [{"held": None}, {"brought": None}], ids=["held", "brought"])
+@pytest.mark.parametrize("missing", ["held", "brought"])
 def test_what_cannot_be_checked_is_refused_in_a_repair_and_taken_from_who_signs_offline(
-    update: Update, missing: dict[str, None]
+    update: Update, missing: str
 ) -> None:
+    fetched = update.fetched if missing == "held" else replace(update.fetched, sidecar=None, sidecar_digest=None)
+    less: dict[str, None] = {missing: None}
     with pytest.raises(TrustError, match="repaired model"):
-        update.admit(**missing)
-    update.admit(**missing, fetched=replace(update.fetched, repair=False))
+        update.admit(**less, fetched=fetched)
+    update.admit(**less, fetched=replace(fetched, repair=False))
 
 
-def test_a_handful_of_self_test_inputs_is_not_enough(update: Update) -> None:
-    few = replace(
-        update.held,
-        self_test=update.held.self_test[:9],
-        predicted=update.held.predicted[:9],
-        scores=update.held.scores[:9],
-    )
-    with pytest.raises(TrustError, match="9 self-test inputs"):
+@pytest.mark.parametrize(("rows", "count"), [(range(9), 9), ([0] * 20, 1), ([*range(9), *range(9)], 9)])
+def test_a_handful_of_different_self_test_inputs_is_not_enough(update: Update, rows: Sequence[int], count: int) -> None:
+    rows, held = list(rows), update.held
+    few = replace(held, self_test=held.self_test[rows], predicted=held.predicted[rows], scores=held.scores[rows])
+    with pytest.raises(TrustError, match=f"{count} different self-test inputs"):
         update.admit(held=few)
 
 
 def test_a_sidecar_of_another_model_is_refused(update: Update) -> None:
-    with pytest.raises(TrustError, match="fetched sidecar"):
+    with pytest.raises(TrustError, match=f"fetched sidecar.*{update.fetched.sidecar_digest}"):
         update.admit(brought=update.held_bytes)
+    with pytest.raises(TrustError, match="as the model's guard metadata says"):
+        update.admit(
+            brought=update.held_bytes,
+            fetched=replace(update.fetched, sidecar_digest=sidecar.digest(update.held_bytes)),
+        )
 
 
 class Off:
@@ -218,8 +213,10 @@ def test_the_child_admits_what_fits(question: Question, tmp_path: Path) -> None:
     ("changes", "state", "named"),
     [
         ({"guard_digest": DIGEST}, "refused", "guard_digest"),
-        ({"held": ()}, "refused", "sidecar"),
-        ({"sidecar": None}, "refused", "no sidecar"),
+        ({"held": ()}, "refused", "0 different self-test inputs"),
+        ({"anchor": DIGEST}, "refused", "0 different self-test inputs"),
+        ({"sidecar": None, "sidecar_digest": None}, "refused", "no sidecar"),
+        ({"sidecar_digest": DIGEST}, "refused", "fetched sidecar; got SHA-256"),
         ({"fetched": "/nowhere"}, "failed", "/nowhere"),
         ({"running_digest": DIGEST}, "failed", "changed"),
     ],
@@ -228,6 +225,19 @@ def test_the_child_says_what_is_wrong(question: Question, changes: dict[str, Any
     found = answer(msgspec.structs.replace(question, **changes))
     assert found.state == state
     assert named in found.reason
+
+
+@pytest.mark.parametrize(("share", "state"), [(0.0, "admitted"), (0.3, "refused")])
+def test_a_repair_of_a_repair_is_held_against_the_sidecar_of_what_was_signed_offline_with_whatever_guard(
+    question: Question, update: Update, tmp_path: Path, share: float, state: str
+) -> None:
+    scores = np.ones((len(update.held.self_test), 7), np.float32)
+    content = sidecar.encode(replace(differing(update.held, share), scores=scores))
+    path = tmp_path / "anchor"
+    path.write_bytes(content)
+    held = (*question.held, str(path))
+    found = answer(msgspec.structs.replace(question, anchor=sidecar.digest(content), held=held))
+    assert found.state == state, found.reason
 
 
 def test_a_question_that_cannot_be_read_is_a_failure(tmp_path: Path) -> None:

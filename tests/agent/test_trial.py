@@ -36,6 +36,44 @@ def test_a_proof_takes_the_count_back(path: Path) -> None:
     assert not trial.failed(MODEL)
 
 
+def test_the_run_in_which_a_running_agent_takes_a_model_is_its_first_start_however_often_it_is_tried(
+    path: Path,
+) -> None:
+    for _ in range(STARTS + 1):
+        Trial(path).first(MODEL)
+    assert not Trial(path).failed(MODEL)
+    for _ in range(STARTS - 1):
+        Trial(path).begin(MODEL)
+    assert Trial(path).failed(MODEL)
+
+
+def test_a_board_that_is_switched_off_each_evening_proves_a_model_over_days(path: Path) -> None:
+    Trial(path).first(MODEL)
+    for _ in range(5):
+        trial = Trial(path)
+        assert not trial.failed(MODEL)
+        trial.begin(MODEL)
+        trial.seen(MODEL, trial.fared(MODEL).seen(healthy=20, sick=0), healthy=True)
+    assert Trial(path).fared(MODEL) == Fared(healthy=100)
+    assert Trial(path).fared(OTHER) == Fared()
+
+
+def test_inputs_that_could_not_be_scored_do_not_take_the_starts_back(path: Path) -> None:
+    for _ in range(STARTS):
+        trial = Trial(path)
+        trial.begin(MODEL)
+        trial.seen(MODEL, trial.fared(MODEL).seen(healthy=5, sick=1), healthy=False)
+    assert Trial(path).failed(MODEL)
+    assert Trial(path).fared(MODEL) == Fared(healthy=5 * STARTS, sick=STARTS)
+
+
+def test_a_trial_that_begins_anew_knows_nothing_of_an_earlier_one(path: Path) -> None:
+    trial = Trial(path)
+    trial.seen(MODEL, Fared(healthy=5, sick=1), healthy=False)
+    trial.first(MODEL)
+    assert trial.fared(MODEL) == Fared()
+
+
 def test_another_model_neither_has_nor_clears_the_count_of_a_failed_one(path: Path) -> None:
     trial = Trial(path)
     for _ in range(STARTS):

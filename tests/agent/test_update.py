@@ -6,18 +6,24 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from edgeguard.agent.admission import Fetched
 from edgeguard.agent.config import UpdateConfig
+from edgeguard.agent.inference import Running
 from edgeguard.agent.link import Hint
-from edgeguard.agent.update import Progress, Updater
+from edgeguard.agent.trial import STARTS, Trial
+from edgeguard.agent.update import Progress, Updater, install
 from edgeguard.contract.messages import Desired
 from edgeguard.errors import ConfigError, TrustError
 from edgeguard.release.client import FetchRequest
+from firmware_bridge.slots import Slots
 from tests.simulators.tiny_hub import wait_until
 
 DIGEST = "a" * 64
@@ -249,6 +255,18 @@ def test_a_settled_release_leaves_only_a_newer_hint_open(made: Made) -> None:
     assert len(fetches.requests) == 1
 
 
+def test_a_check_that_was_begun_against_another_model_is_begun_anew(made: Made) -> None:
+    updater, fetches = made(FETCHED, "import time; time.sleep(60)", FETCHED, ADMITTED)
+    take(updater, hint(2))
+    step(updater)
+    wait_until(lambda: step(updater) is None and len(fetches.children) == 2, "the check")
+    updater.settle(0)
+    assert fetches.children[1].returncode is not None
+    step(updater)
+    assert isinstance(outcome(updater), Fetched)
+    assert len(fetches.requests) == len(fetches.examined) == 2
+
+
 # The check of what was fetched
 
 
@@ -357,3 +375,60 @@ def test_a_damaged_memory_of_what_ran_here_is_a_failure(made: Made) -> None:
     take(updater, hint(2))
     assert step(updater) == Progress(state="failed", sequence=2, reason="model slots; got nonsense")
     assert fetches.requests == []
+
+
+# Putting a checked file in place
+
+
+@pytest.fixture
+def slots(tmp_path: Path) -> Slots:
+    return Slots.install(tmp_path / "slots", b"old", sequence=1)
+
+
+@pytest.fixture
+def fetched(tmp_path: Path) -> Fetched:
+    """A repair with its sidecar, as the fetch child left them."""
+    for name, content in (("model", b"new"), ("sidecar", b"clean inputs")):
+        (tmp_path / name).write_bytes(content)
+    return Fetched(
+        sequence=2,
+        path=tmp_path / "model",
+        file_digest=sha256(b"new").hexdigest(),
+        model_digest=DIGEST,
+        guard_digest=DIGEST,
+        sidecar=tmp_path / "sidecar",
+        sidecar_digest=sha256(b"clean inputs").hexdigest(),
+        repair=True,
+    )
+
+
+def put(fetched: Fetched, slots: Slots, trial: Trial, load: Callable[[bytes], Any]) -> Running:
+    return install(fetched, slots, trial=trial, load=load, anchor="f" * 64, sidecar_of=lambda _: None)
+
+
+@pytest.mark.parametrize(("repair", "anchor"), [(True, "f" * 64), (False, None)])
+def test_a_repair_keeps_what_it_was_held_against_and_a_release_signed_offline_is_that_itself(
+    slots: Slots, fetched: Fetched, tmp_path: Path, repair: bool, anchor: str | None
+) -> None:
+    put(
+        replace(fetched, repair=repair), slots, Trial(tmp_path / "trial.json"), lambda _: SimpleNamespace(metadata=None)
+    )
+    assert (slots.load(), slots.active().anchor) == (b"new", anchor)
+
+
+def test_a_sidecar_that_changed_since_it_was_checked_is_refused_and_leaves_the_slots(
+    slots: Slots, fetched: Fetched, tmp_path: Path
+) -> None:
+    (tmp_path / "sidecar").write_bytes(b"others")
+    with pytest.raises(TrustError, match="fetched sidecar"):
+        put(fetched, slots, Trial(tmp_path / "trial.json"), lambda _: pytest.fail("not loaded"))
+    assert (slots.load(), slots.previous()) == (b"old", None)
+
+
+def test_the_first_start_of_a_model_is_on_disk_before_it_runs(slots: Slots, fetched: Fetched, tmp_path: Path) -> None:
+    trial = Trial(tmp_path / "trial.json")
+    put(fetched, slots, trial, lambda _: SimpleNamespace(metadata=None))
+    for _ in range(STARTS - 1):
+        assert not trial.failed(fetched.file_digest)
+        trial.begin(fetched.file_digest)
+    assert trial.failed(fetched.file_digest)

@@ -47,7 +47,7 @@ from tests.simulators.disk import Fault
 
 SHAPE = (2, 2, 1)
 NEEDED = 4
-RELEASES = (1, 2, 3)
+RELEASES = (1, 2, 3, 4)
 
 
 @functools.cache
@@ -111,8 +111,8 @@ class Device:
 
     folder: Path
     offered: int | None = None
-    sick: bool = False
-    """The release fails on real inputs."""
+    sick: int | None = None
+    """The release that fails on real inputs."""
 
     def config(self) -> configuration.AgentConfig:
         return configuration.parse(
@@ -155,7 +155,12 @@ class Device:
         try:
             fetched = self._fetched(offered)
             successor = install(
-                fetched, state.slots, load=state.load, sidecar_of=lambda found: startup.sidecar_of(config, found)
+                fetched,
+                state.slots,
+                trial=state.trial,
+                load=state.load,
+                anchor=None,
+                sidecar_of=lambda found: startup.sidecar_of(config, found),
             )
         except (TrustError, ModelError):
             return "refused", running
@@ -185,7 +190,7 @@ class Device:
         """The running model meets inputs."""
         if state.slots.confirmed or state.slots.active().sequence != running.sequence:
             return running
-        fared = Fared(sick=NEEDED) if self.sick and running.sequence == self.offered else Fared(healthy=NEEDED)
+        fared = Fared(sick=NEEDED) if running.sequence == self.sick else Fared(healthy=NEEDED)
         try:
             if judge(fared, needed=NEEDED) == "revert":
                 slot = state.slots.revert("it could not be scored", has_failed=True)
@@ -220,7 +225,8 @@ def on_trial(folder: Path) -> Device:
     device = installed(folder)
     slots = device.slots
     fetched = device._fetched(3)
-    install(fetched, slots, load=StandIn, sidecar_of=lambda _: None)  # type: ignore[arg-type]
+    starts = startup.trial(device.config())
+    install(fetched, slots, trial=starts, load=StandIn, anchor=None, sidecar_of=lambda _: None)  # type: ignore[arg-type]
     device.offered = 3
     return device
 
@@ -239,13 +245,33 @@ def an_update(folder: Path) -> Device:
 
 def a_failing_release(folder: Path) -> Device:
     device = an_update(folder)
-    device.sick = True
+    device.sick = 3
     return device
 
 
 def a_failing_trial(folder: Path) -> Device:
     device = on_trial(folder)
-    device.sick = True
+    device.sick = 3
+    return device
+
+
+def an_update_during_a_trial(folder: Path) -> Device:
+    device = on_trial(folder)
+    device.offered = 4
+    return device
+
+
+def an_update_during_a_failing_trial(folder: Path) -> Device:
+    device = an_update_during_a_trial(folder)
+    device.sick = 3
+    return device
+
+
+def an_update_that_fails_after_a_failing_trial(folder: Path) -> Device:
+    """Both new releases are bad: the way back must have stayed open all the time."""
+    device = an_update_during_a_failing_trial(folder)
+    device.sick = 4
+    device.slots.revert("it could not be scored", has_failed=True)
     return device
 
 
@@ -253,7 +279,7 @@ def crashes(folder: Path) -> Device:
     """It crashed as often as it may: each start is counted, and none was followed by a confirmation."""
     device = a_failing_trial(folder)
     starts = startup.trial(device.config())
-    for _ in range(STARTS):
+    for _ in range(STARTS - 1):  # the first was that in which the agent took it
         starts.begin(digest(3))
     return device
 
@@ -270,17 +296,20 @@ class Life:
     may_run: tuple[int, ...]
     """Releases that may run at any time from then on."""
     end: int
-    failed: bool = False
-    """Release 3 has failed for good in the end."""
+    failed: tuple[int, ...] = ()
+    """Releases that have failed for good in the end."""
 
 
 LIVES = {
     "first start": Life(first, (1,), 1),
     "update": Life(an_update, (2, 3), 3),
     "trial": Life(on_trial, (2, 3), 3),
-    "update to a release that fails": Life(a_failing_release, (2, 3), 2, failed=True),
-    "trial of a release that fails": Life(a_failing_trial, (2, 3), 2, failed=True),
-    "start after crashes": Life(crashes, (2, 3), 2, failed=True),
+    "update during a trial": Life(an_update_during_a_trial, (2, 3, 4), 4),
+    "update during a trial that fails": Life(an_update_during_a_failing_trial, (2, 3, 4), 4, failed=(3,)),
+    "update that fails after a failed one": Life(an_update_that_fails_after_a_failing_trial, (2, 4), 2, failed=(3, 4)),
+    "update to a release that fails": Life(a_failing_release, (2, 3), 2, failed=(3,)),
+    "trial of a release that fails": Life(a_failing_trial, (2, 3), 2, failed=(3,)),
+    "start after crashes": Life(crashes, (2, 3), 2, failed=(3,)),
     "start on a damaged slot": Life(a_damaged_trial, (2, 3), 3),
 }
 
@@ -366,12 +395,12 @@ def check_end(victim: Device, life: Life, said: str | None, where: str) -> None:
     for _ in range(STARTS + 2):
         check_told(victim, life, victim.life(), where)
         slots = victim.slots
-        if slots.confirmed and slots.load() == content(life.end) and bool(slots.failed) == life.failed:
+        if slots.confirmed and slots.load() == content(life.end) and len(slots.failed) == len(life.failed):
             break
     check_told(victim, life, victim.life(), where)
     assert slots.load() == content(life.end), where
     assert slots.confirmed, where
-    assert slots.failed == ((digest(3),) if life.failed else ()), where
+    assert slots.failed == tuple(digest(number) for number in life.failed), where
     kept = {path.name for path in (victim.folder / "state" / "slots").iterdir()}
     used = {sidecar.digest(companion(number)) + sidecar.SUFFIX for number in RELEASES}
     assert sidecar.digest(companion(life.end)) + sidecar.SUFFIX in kept, where

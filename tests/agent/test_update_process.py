@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,6 +17,8 @@ import pytest
 from edgeguard.contract.messages import Birth, Reported
 from edgeguard.detection import metadata as metadata_reader
 from edgeguard.detection import sidecar
+from edgeguard.detection.guarded import GuardedModel
+from edgeguard.detection.sidecar import Sidecar
 from edgeguard.release.repository import Repository
 from edgeguard.release.roles import Release
 from firmware_bridge.slots import Slots
@@ -93,6 +96,12 @@ def site(tmp_path: Path) -> Iterator[Site]:
 def state(hub: TinyHub) -> str | None:
     reported = hub.latest(Reported)
     return reported.state if reported else None
+
+
+def told(hub: TinyHub, sequence: int) -> str | None:
+    """What became of one release, as the device says it."""
+    reported = hub.latest(Reported)
+    return reported.state if reported and reported.desired_sequence == sequence else None
 
 
 def digests(models: tuple[Path, Path]) -> tuple[str, str]:
@@ -256,7 +265,7 @@ def test_a_model_that_ends_the_agent_again_and_again_is_left_and_not_taken_again
         assert birth_after_start(hub, camera) == new
     camera.kill()
     assert birth_after_start(hub, camera) == old
-    assert len([line for line in camera.log.splitlines() if "got 2 starts" in line and "WARNING" in line]) == 1
+    assert len([line for line in camera.log.splitlines() if "got 3 starts" in line and "WARNING" in line]) == 1
     wait_until(lambda: state(hub) == "refused", "the hint that still stands is refused")
     reported = hub.latest(Reported)
     assert reported is not None and reported.model_digest == old
@@ -306,6 +315,56 @@ def test_a_repair_brings_its_sidecar(
     assert camera.stop() == 0
 
 
+def with_blank_self_test(model: Path) -> tuple[Path, bytes]:
+    """The same model with a sidecar that a thief would choose, so that the next repair need agree on nothing."""
+    content = model.read_bytes()
+    loaded = GuardedModel.load(content)
+    metadata = loaded.metadata
+    x = np.zeros((20, *metadata.input.shape), metadata.input.dtype)
+    verdict = loaded.infer(x[0]).verdict
+    companion = sidecar.encode(
+        Sidecar(
+            overlays=x,
+            self_test=x,
+            predicted=np.full(20, verdict.predicted, np.int64),
+            scores=np.tile(np.fromiter(verdict.scores.values(), np.float32), (20, 1)),
+            stages={},
+        )
+    )
+    assert metadata.sidecar_digest is not None
+    path = model.parent / "blank.tflite"
+    path.write_bytes(content.replace(metadata.sidecar_digest.encode(), sidecar.digest(companion).encode()))
+    return path, companion
+
+
+def test_a_repair_of_a_repair_waits_for_its_proof_and_is_held_against_the_installed_models_sidecar(
+    hub: TinyHub, device: Make, site: Site, models_with_sidecars: tuple[Path, Path], digits: Digits
+) -> None:
+    old, new = models_with_sidecars
+    blank, companion = with_blank_self_test(old)
+    first = site.repair(blank, old, companion)
+    camera = device(more=site.config)
+    camera.model = old
+    camera.start()
+    hub.hint("camera-1", first.target, first.sequence)
+    wait_until(lambda: state(hub) in ("updated", "refused"), "an outcome", timeout_s=60)
+    assert state(hub) == "updated", hub.latest(Reported)
+    slots = Slots(camera.folder / "state" / "slots")
+    anchor = metadata_reader.read(old.read_bytes()).sidecar_digest
+    assert slots.active().anchor == anchor
+    second = site.repair(new, blank, sidecar.path_beside(new).read_bytes())
+    hub.hint("camera-1", second.target, second.sequence)
+    time.sleep(1.5)
+    assert state(hub) == "updated", "the first is still on trial"
+    camera.feed(digits[:64])
+    wait_until(lambda: told(hub, second.sequence) in ("updated", "refused"), "an outcome", timeout_s=60)
+    reported = hub.latest(Reported)
+    assert reported is not None
+    assert (reported.state, reported.reason, reported.sequence) == ("updated", "", second.sequence)
+    assert (slots.highest, slots.active().anchor) == (first.sequence, anchor)
+    assert camera.stop() == 0
+
+
 def test_a_repair_for_a_device_that_cannot_hold_it_against_its_own_model_is_refused(
     hub: TinyHub, device: Make, site: Site, digit_models: tuple[Path, Path], models_with_sidecars: tuple[Path, Path]
 ) -> None:
@@ -317,6 +376,6 @@ def test_a_repair_for_a_device_that_cannot_hold_it_against_its_own_model_is_refu
     hub.hint("camera-1", release.target, release.sequence)
     wait_until(lambda: state(hub) == "refused", "the refusal", timeout_s=60)
     reported = hub.latest(Reported)
-    assert reported is not None and "self-test inputs of the running model" in reported.reason
+    assert reported is not None and "self-test inputs of the last release signed offline" in reported.reason
     assert reported.model_digest == digests(digit_models)[0]
     assert camera.stop() == 0

@@ -40,7 +40,8 @@ def sha256(content: bytes) -> str:
 
 
 def stage(slots: Slots, content: bytes, sequence: int) -> Slot:
-    """Stage ``content`` from a file beside the slots, as a fetched model lies there."""
+    """Stage ``content`` from a file beside the slots, as a fetched model lies there, once what runs proved itself."""
+    slots.confirm()
     path = slots._folder.parent / "fetched.tflite"
     path.write_bytes(content)
     return slots.stage(path, sha256=sha256(content), sequence=sequence)
@@ -54,7 +55,8 @@ def update(slots: Slots, content: bytes, sequence: int) -> Slot:
 
 
 def recalibrate(slots: Slots, content: bytes) -> Slot:
-    """Stage and activate ``content`` as a re-calibrated copy of what runs."""
+    """Stage and activate ``content`` as a re-calibrated copy of what runs, once that proved itself."""
+    slots.confirm()
     slot = slots.stage_local(content, made_of=slots.active(), guard_digest=sha256(b"guard" + content))
     slots.activate(slot)
     return slot
@@ -111,6 +113,41 @@ def test_a_confirmed_model_can_still_be_reverted_until_the_next_is_staged(slots:
     assert slots.previous() is None
 
 
+def test_while_a_model_is_on_trial_nothing_takes_the_place_of_the_one_before_it(slots: Slots, tmp_path: Path) -> None:
+    update(slots, TWO, 2)
+    newer = tmp_path / "newer"
+    newer.write_bytes(THREE)
+    with pytest.raises(ConfigError, match="another one on trial"):
+        slots.stage(newer, sha256=sha256(THREE), sequence=3)
+    with pytest.raises(ConfigError, match="another one on trial"):
+        slots.stage_local(THREE, made_of=slots.active(), guard_digest=sha256(b"guard"))
+    assert slots.load() == TWO
+    assert slots.revert("failed", has_failed=True).sequence == 1
+    slots.stage(newer, sha256=sha256(THREE), sequence=3)
+
+
+def test_a_model_on_trial_without_a_whole_one_before_it_is_replaced_and_comes_back_on_trial(
+    slots: Slots, tmp_path: Path
+) -> None:
+    update(slots, TWO, 2)
+    (tmp_path / "slots" / "slot-a.tflite").write_bytes(b"damaged")
+    newer = tmp_path / "newer"
+    newer.write_bytes(THREE)
+    slots.activate(slots.stage(newer, sha256=sha256(THREE), sequence=3))
+    assert slots.revert("failed", has_failed=True).sequence == 2
+    assert not slots.confirmed
+    slots.confirm()
+    assert slots.highest == 2
+
+
+def test_the_slot_of_a_model_is_found_though_another_one_is_active(slots: Slots) -> None:
+    update(slots, TWO, 2)
+    assert slots.holding(sha256(ONE)) == slots.previous()
+    assert slots.holding(sha256(TWO)) == slots.active()
+    with pytest.raises(TrustError, match="no slot"):
+        slots.holding(sha256(THREE))
+
+
 def test_updates_take_turns_between_the_two_slots(slots: Slots, tmp_path: Path) -> None:
     update(slots, TWO, 2)
     update(slots, THREE, 3)
@@ -134,6 +171,7 @@ def test_a_model_that_is_not_newer_is_not_staged(slots: Slots, sequence: int) ->
 
 def test_a_file_with_another_digest_is_not_staged_and_the_way_back_stays(slots: Slots, tmp_path: Path) -> None:
     update(slots, TWO, 2)
+    slots.confirm()
     tampered = tmp_path / "tampered"
     tampered.write_bytes(THREE[:-1] + b"x")
     with pytest.raises(TrustError, match="SHA-256"):
@@ -289,11 +327,28 @@ def test_the_sidecars_of_both_slots_stay_and_those_of_earlier_models_go(slots: S
         path = slots._folder.parent / "fetched.tflite"
         path.write_bytes(content)
         kept = slots.keep(bytes([number]))
+        slots.confirm()
         slots.activate(slots.stage(path, sha256=sha256(content), sequence=number, sidecar=kept))
     assert len([name for name in names(slots) if name.endswith(SIDECAR)]) == 3
     slots.tidy()
     stay = {f"{sha256(bytes([number]))}{SIDECAR}" for number in (3, 4)}
     assert names(slots) == {"slot-a.tflite", "slot-b.tflite", RECORD} | stay
+
+
+def test_what_repairs_are_held_against_stays_however_many_follow_each_other(slots: Slots) -> None:
+    anchor = slots.keep(b"anchor")
+    for number, content in ((2, TWO), (3, THREE), (4, TWO)):
+        path = slots._folder.parent / "fetched.tflite"
+        path.write_bytes(content)
+        slots.confirm()
+        slot = slots.stage(path, sha256=sha256(content), sequence=number, sidecar=slots.keep(content), anchor=anchor)
+        slots.activate(slot)
+        slots.tidy()
+    assert slots.active().anchor == anchor
+    assert slots.sidecar(anchor).read_bytes() == b"anchor"
+    slots.confirm()
+    local = slots.stage_local(ONE, made_of=slots.active(), guard_digest=sha256(b"guard"), anchor=anchor)
+    assert local.anchor == anchor
 
 
 def test_what_a_killed_process_left_is_removed_and_what_is_not_ours_stays(slots: Slots, tmp_path: Path) -> None:
@@ -312,6 +367,7 @@ def test_staging_needs_no_second_copy_of_a_model_in_memory(slots: Slots, tmp_pat
     before = tracemalloc.get_traced_memory()[0]
     tracemalloc.reset_peak()
     slots.activate(slot)
+    slots.confirm()
     slots.stage(path, sha256=slot.sha256, sequence=3)
     peak = tracemalloc.get_traced_memory()[1] - before
     tracemalloc.stop()
@@ -352,6 +408,7 @@ def test_a_release_replaces_a_recalibrated_model(slots: Slots) -> None:
 def test_a_recalibration_that_an_update_overtook_is_not_staged(slots: Slots) -> None:
     before = slots.active()
     update(slots, TWO, 2)
+    slots.confirm()
     with pytest.raises(TrustError, match="another model than runs now"):
         slots.stage_local(THREE, made_of=before, guard_digest=sha256(b"guard"))
     assert slots.load() == TWO

@@ -58,12 +58,28 @@ def test_a_download_that_broke_off_goes_on_where_it_did(world: World, packs: boo
     assert partials(world) == []
 
 
-def test_a_server_that_gives_no_parts_gives_the_whole(world: World) -> None:
+def test_of_a_server_that_gives_no_parts_only_what_was_not_there_counts(world: World) -> None:
     world.site.gives_parts, world.site.breaks_after = False, 4000
-    assert world.fetch().state == "failed"
+    received = [world.fetch().received for _ in range(3)]
+    world.site.breaks_after = 5000
+    received.append(world.fetch().received)
     world.site.breaks_after = None
     result = world.fetch()
-    assert (result.state, result.received) == ("fetched", len(MODEL))
+    assert (result.state, received, result.received) == ("fetched", [4000, 0, 0, 1000], len(MODEL) - 5000)
+    assert world.staged.read_bytes() == MODEL
+
+
+def test_where_a_server_gives_no_parts_of_what_it_packs_it_is_asked_for_the_plain_file(world: World) -> None:
+    content = random.Random(1).randbytes(200_000)
+    world.repository.add(content, name="noise", model_digest=NEWER, guard_digest=GUARD, replaces=OLD)
+    request = world.request(target="noise-2.tflite", sequence=2, compress=True)
+    world.site.packs, world.site.gives_packed_parts, world.site.breaks_after = True, False, 60_000
+    received = []
+    for _ in range(5):
+        result = world.fetch(request)
+        received.append(result.received)
+    assert (result.state, received) == ("fetched", [60_000, 60_000, 60_000, 60_000, 20_000])
+    assert world.staged.read_bytes() == content
 
 
 @pytest.mark.parametrize("packs", [False, True])
@@ -306,7 +322,7 @@ def test_a_child_whose_clock_fell_meanwhile_asks_nobody(world: World, monkeypatc
     assert len(world.site.asked) == asked
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"-5", b'"x"', b"1e400"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"-5", b'"x"', b"1e400", b"253402300800", b"9" * 400])
 def test_a_damaged_floor_is_that_of_this_program(tmp_path: Path, content: bytes) -> None:
     (tmp_path / FLOOR).write_bytes(content)
     assert time_floor(tmp_path) == EARLIEST_S

@@ -44,13 +44,14 @@ def now() -> datetime:
 class Site:
     """A real HTTP server on loopback that serves a folder, and lies about the paths in ``instead``.
 
-    It gives parts of files where ``gives_parts``, packs where ``packs``, and breaks off within a target after so many
-    bytes.
+    It gives parts of files where ``gives_parts``, of packed ones where ``gives_packed_parts``, packs where ``packs``,
+    and breaks off within a target after so many bytes.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.gives_parts, self.packs = True, False
+        self.gives_packed_parts = True
         self.breaks_after: int | None = None
         self.instead: dict[str, bytes | Answer] = {}
         self.asked: list[str] = []
@@ -91,7 +92,8 @@ class Site:
         packed = self.packs and "gzip" in handler.headers.get("Accept-Encoding", "")
         if packed:
             content = gzip.compress(content, mtime=0)
-        start = int(handler.headers.get("Range", "bytes=0-")[len("bytes=") : -1]) if self.gives_parts else 0
+        gives_parts = self.gives_packed_parts if packed else self.gives_parts
+        start = int(handler.headers.get("Range", "bytes=0-")[len("bytes=") : -1]) if gives_parts else 0
         if start >= len(content) > 0:
             handler.send_error(416)
             return
