@@ -59,11 +59,11 @@ MIN_REPAIR = 30
 
 @functools.cache
 def code_digest() -> str:
-    """Digest of the code that a row depends on."""
+    """Digest of the code that a row depends on: repair, inspection, the converters, and this."""
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()
-    own = ("recover", "search", "auto", "gate", "target", "training", "methods/*")
-    for path in sorted(path for name in own for path in (root / "edgeguard" / "repair").glob(f"{name}.py")):
+    folders = (root / "edgeguard" / "repair", root / "edgeguard" / "inspection", root / "converters")
+    for path in sorted([Path(__file__), *(path for folder in folders for path in folder.rglob("*.py"))]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -442,7 +442,7 @@ def main() -> int:
     parser.add_argument("--report", action="store_true", help="write docs/repair.md and stop")
     options = parser.parse_args()
     if options.report:
-        repair_report.write(RESULTS, Path(__file__).parent.parent / "docs" / "repair.md")
+        repair_report.write(RESULTS, Path(__file__).parent.parent / "docs" / "repair.md", code=code_digest())
         return 0
     cells = [c for c in zoo.chosen(options) if not options.seed or c.seed in options.seed]
     if options.attack:

@@ -55,15 +55,16 @@ def _change(rows: Sequence[Row], *keys: str) -> str:
     return f"{100 * (after - before):+.1f}" + ("" if asr is None else f" / {100 * asr:.1f}")
 
 
-def write(results: Path, target: Path) -> None:
+def write(results: Path, target: Path, *, code: str) -> None:
     """Write the report.
 
     Args:
         results: the folder of rows.
         target: the file to write.
+        code: digest of the code as it is now; rows of other code are marked.
     """
     rows = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
-    parts = [_HEAD, _main(rows), _methods(rows), _shares(rows), _liars(rows), _TAIL]
+    parts = [_HEAD, _main(rows, code), _methods(rows), _shares(rows), _liars(rows), _TAIL]
     target.write_text("\n\n".join(part.strip() for part in parts if part) + "\n")
 
 
@@ -72,7 +73,7 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ruler, *lines))
 
 
-def _main(rows: Sequence[Row]) -> str:
+def _main(rows: Sequence[Row], code: str) -> str:
     lines = []
     for (data, network, attack), group in _pooled(rows).items():
         auto = [row for row in group if "auto" in row]
@@ -82,7 +83,8 @@ def _main(rows: Sequence[Row]) -> str:
         asr = _mean(group, "before", "asr")
         lines.append(
             [
-                data, network, attack, str(len(group)),
+                data, network, attack + ("" if all(row.get("code") == code for row in group) else " \\*"),
+                str(len(group)),
                 "-" if before is None else f"{100 * before:.1f}" + ("" if asr is None else f" / {100 * asr:.1f}"),
                 _change(group, "auto"), ", ".join(methods), ", ".join(outcomes) or "not run",
                 _change(group, "quarantined"),
@@ -90,6 +92,10 @@ def _main(rows: Sequence[Row]) -> str:
         )  # fmt: skip
     header = ("data", "network", "attack", "seeds", "before", "auto", "by", "gate", "with 50 quarantined inputs")
     missing = "Models of the zoo that are not in a table were not measured; an empty cell was not measured either."
+    if any(row.get("code") != code for row in rows):
+        missing += (
+            "\n\\*: measured with other code than this, of repair, inspection or conversion; not measured again since."
+        )
     return f"## What auto makes of each model\n\n{missing}\n\n" + _table(header, lines)
 
 
@@ -157,5 +163,25 @@ _TAIL = """## Published rows to beat
 reported label and move the channel norms as devices reported. `methods/unlearning.py` teaches the model to give the
 original's own clean answers with the trigger on. `auto.py` tries every method in order of cost and holds each result
 against `gate.py`: clean accuracy, recall of every class, recovered and kept triggers, quarantined inputs, a re-audit.
-With fewer than 100 held-out inputs of a class the recall rule cannot be checked: "needs approval".
+The re-audit reads the guarded int8 file and looks at every label. With fewer than 100 held-out inputs of a class the
+recall rule cannot be checked, with three classes or fewer the re-audit: "needs approval".
+
+## `edgeguard repair MODEL --data CLEAN --evidence CASE.json`
+
+`CLEAN` is divided by its groups where it has any: a third repairs, the rest calibrates and judges. A repair that passed
+is written with its sidecar beside it. One that needs approval waits in `.OUTPUT.work` beside it, with its report; the
+same command with `--approve` writes that very file. An interrupted run goes on there.
+
+`CASE.json` is what a fleet reported of one model. No command writes it yet. Vectors are in the order of the guarded
+file's `edgeguard_features`; numbers of layers' channels count from 0. Only the first three entries are needed:
+
+| entry | what it is |
+|---|---|
+| `model_digest` | the guarded file's, 64 hex digits: evidence of another model is refused |
+| `label` | number of the class that triggered inputs are called |
+| `flagged_mean` | mean features of inputs that devices flagged and called `label` |
+| `unflagged_mean` | mean features of inputs that they called so and did not flag |
+| `dormant` | `[{"layer": NAME, "channels": [...]}]`: the least active ones first, put together of all devices |
+| `rankings`, `ballots` | `{"LAYER": [[...], ...]}`: one list of channels a device, the least active first |
+| `quarantined` | path, from this file on, of an npz with `x` or an npy: `uint8 [N, H, W, C]` that owners shared |
 """

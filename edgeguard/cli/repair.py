@@ -42,12 +42,16 @@ def register(app: typer.Typer) -> None:
         ),
         output: Path | None = typer.Option(None, "--output", "-o", help="Default: NAME.repaired.tflite."),
         approve: bool = typer.Option(
-            False, "--approve", help="Write a repair of which a rule of the gate could not be checked."
+            False, "--approve", help="Write the repair that an earlier run of the same command left waiting."
         ),
         seed: int = typer.Option(0, help="Of all that is drawn."),
         as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
     ) -> None:
         """Remove a backdoor and hold the result against the gate; nothing is written that did not pass.
+
+        Where a rule could not be checked, the repaired file waits in a folder beside the output, and the report says
+        where: look at both, then give the same command again with --approve. docs/repair.md describes the JSON of
+        --evidence.
 
         Exit code 0 when a repaired file was written or there was nothing to repair, 1 when no method passed, 3 when a
         rule could not be checked and waits for --approve, or the model could not be audited.
@@ -72,6 +76,8 @@ def _print(report: Report) -> None:
     rows = [("outcome", f"{report.outcome}: {report.reason}")]
     if report.output is not None:
         rows.append(("written", report.output))
+    if report.candidate is not None:
+        rows.append(("waits", f"{report.candidate}; the same command with --approve writes it"))
     if report.method is not None:
         rows.append(("method", report.method))
     if report.clean_accuracy is not None and report.asr is not None:

@@ -10,6 +10,7 @@ Rules enforced here:
   more than clean networks' labels differ, and stands out by its anomaly index; an index alone is not portable between
   models (:mod:`edgeguard.inspection.index`);
 * a few labels may be suspected, most may not: where triggers of many labels are alike small, none is an outlier;
+* only triggers that work are compared, and in every form that was sought there must be enough of them;
 * too few inputs, classes or labels to compare with is "could not check", never "no sign"; so is a module whose trigger
   was not found;
 * the model is never changed, and the same arguments give the same findings.
@@ -171,7 +172,7 @@ def audit(
     findings.sort(key=lambda finding: (not finding.suspected, finding.ratio))
     named = tuple(dict.fromkeys((*(t.label for t in planted), *(f.label for f in findings if f.suspected))))
     return replace(
-        _verdict(named, findings, planted, module),
+        _verdict(named, findings, planted, module, forms),
         findings=tuple(findings),
         structure=() if module is None else module.layers,
         planted=planted,
@@ -260,7 +261,7 @@ def _findings(
     plain: Any, triggers: Sequence[Trigger], held_out: npt.NDArray[np.uint8], suspects: Sequence[int], seed: int
 ) -> list[Finding]:
     found = []
-    sizes = np.asarray([t.size if t.success > 0 else np.inf for t in triggers])
+    sizes = np.asarray([t.size if t.success >= indices.MIN_SUCCESS else np.inf for t in triggers])
     for place, trigger in enumerate(triggers):
         measured = indices.measure(sizes, place, seed=seed)
         success = held_out_success(plain, trigger, held_out)
@@ -282,7 +283,11 @@ def _findings(
 
 
 def _verdict(
-    named: tuple[int, ...], findings: Sequence[Finding], planted: Sequence[Trigger], module: structure.Module | None
+    named: tuple[int, ...],
+    findings: Sequence[Finding],
+    planted: Sequence[Trigger],
+    module: structure.Module | None,
+    forms: Sequence[Form],
 ) -> Audit:
     if planted and module is not None:
         return Audit(
@@ -305,11 +310,11 @@ def _verdict(
             reason=f"a module of {len(module.layers)} layers is merged with the answer; what sets it off was not found",
         )
     working = [finding.form for finding in findings if finding.success >= indices.MIN_SUCCESS]
-    comparable = max((working.count(form) for form in set(working)), default=0)
+    comparable, form = min(((working.count(form), form) for form in forms), default=(0, "trigger"))
     if comparable <= indices.MIN_OTHERS:
         return Audit(
             verdict="could_not_check",
-            reason=f"triggers were recovered for {comparable} labels, {indices.MIN_OTHERS + 1} are needed to compare",
+            reason=f"a {form} was recovered for {comparable} labels, {indices.MIN_OTHERS + 1} are needed to compare",
         )
     return Audit(verdict="no_sign", reason="no label has a trigger that stands out")
 

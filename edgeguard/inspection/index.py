@@ -9,9 +9,10 @@ Rules enforced here:
 
 * the published cut-off of 2 is not portable: clean networks' labels reach it. A trigger must work on held-out inputs,
   have an index above :data:`MIN_INDEX`, *and* a ratio below :data:`MAX_RATIO`;
-* the ratios are a fifth below the smallest that a clean network reached; of attacks, BadNets, Blended, SIG and Refool
-  alone were looked at. ``python -m benchmarks.inspection --calibrate`` recomputes what they come from. The smallest
-  ratios seen so far, 0.60 of a patch and 0.74 of a blend, are those of Fashion-MNIST's clean network in the zoo.
+* the ratios were set a fifth below the smallest that a clean network had reached then, 0.60 of a patch and 0.74 of a
+  blend; of attacks, BadNets, Blended, SIG and Refool alone were looked at. Since then the zoo's clean network on
+  Fashion-MNIST reached 0.54 of a patch, with an index of 3.7 and a success of 0.96: a fifteenth above the limit, which
+  was not moved after it. ``python -m benchmarks.inspection --calibrate`` recomputes what limits come from.
 """
 
 from __future__ import annotations

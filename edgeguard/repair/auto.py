@@ -6,6 +6,7 @@ Rules enforced here:
 * the gate judges the int8 guarded file, on inputs and by triggers that no method was shown;
 * what obviously fails, because known triggers still work or clean answers changed, is not converted, and the reason
   says so;
+* a method that breaks, for whatever reason, has failed, and takes nothing of the others with it;
 * costlier methods are not tried once a cheaper one leaves hardly any success to the triggers;
 * of those that pass, the one wins that leaves the triggers least; what passed in full goes before what an owner has to
   approve. Why each other one failed is kept.
@@ -69,8 +70,8 @@ class Judges:
         kept: triggers that were kept from the repair.
         quarantined: inputs that owners shared [M, H, W, C], None where there are none.
         before: the untouched guarded file.
-        reaudit: success of what a fresh search finds in a target; 0 where it finds nothing, NaN where it cannot tell,
-            None where there is nothing to search with.
+        reaudit: success of what a fresh search finds in a guarded file; 0 where it finds nothing, NaN where it cannot
+            tell, None where there is nothing to search with.
         convert: a target to its guarded int8 file.
     """
 
@@ -81,7 +82,7 @@ class Judges:
     kept: tuple[Stamp, ...]
     quarantined: npt.NDArray[np.uint8] | None
     before: bytes
-    reaudit: Callable[[Any], float | None]
+    reaudit: Callable[[bytes], float | None]
     convert: Callable[[Any], Converted]
 
 
@@ -215,10 +216,11 @@ def _attempt(
             return Attempt(plan=plan, notes=tuple(notes), reason=why)
         say("converting", f"{' + '.join(plan)}: quantising and guarding", 0, 1)
         converted = judges.convert(target)
-    except EdgeGuardError as error:
-        return Attempt(plan=plan, notes=tuple(notes), reason=str(error))
-    measured = measure(judges, known.triggers, converted.guarded, lambda: judges.reaudit(target))
-    decision = gate.decide(measured, classes=judges.classes)
+        measured = measure(judges, known.triggers, converted.guarded, lambda: judges.reaudit(converted.guarded))
+        decision = gate.decide(measured, classes=judges.classes)
+    except Exception as error:  # frameworks raise whatever they like at a model that they did not expect
+        why = str(error) if isinstance(error, EdgeGuardError) else f"{type(error).__name__}: {error}"
+        return Attempt(plan=plan, notes=tuple(notes), reason=why)
     return Attempt(
         plan=plan,
         notes=tuple(notes),

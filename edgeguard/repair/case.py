@@ -10,7 +10,8 @@ Rules enforced here:
 * nothing is repaired that was not confirmed, and nothing is offered for release that the gate has not passed;
 * the suspected channels guide the search for a trigger. What is found is held against all that devices reported, so
   that nobody chooses what it is held against;
-* the data that repairs, and the data that gates and calibrates, are disjoint.
+* the data that repairs, and the data that gates and calibrates, are disjoint, group by group:
+  :mod:`edgeguard.repair.owner`.
 """
 
 from __future__ import annotations
@@ -28,24 +29,21 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edgeguard import data as datasets
 from edgeguard.contract.guard import GuardMetadata
 from edgeguard.detection import sidecar
 from edgeguard.detection.guarded import GuardedModel
-from edgeguard.detection.statistics import inputs_needed
 from edgeguard.errors import EXIT_USAGE, ConfigError, EdgeGuardError, ModelError
 from edgeguard.inspection import confirm
 from edgeguard.inspection.confirm import Finding
 from edgeguard.inspection.inversion import Evidence, Trigger, held_out_success, invert
 from edgeguard.inspection.networks import norms_of
-from edgeguard.repair import auto
+from edgeguard.repair import auto, owner
 from edgeguard.repair.auto import Say
 from edgeguard.repair.methods.base import Bench, Dormant, Knowledge
 from edgeguard.repair.recover import Reported
 from edgeguard.repair.search import Searches
 from edgeguard.repair.target import KerasTarget
 
-REPAIR_SHARE = 1 / 3
 MAX_CONTROLS = 9
 CONFIRMED = "confirmed.npz"
 GAMMA = 0.1
@@ -119,26 +117,14 @@ class _Case:
         self.norms = norms_of(self.original, self.metadata.taps)
         self.quarantined = None if job.quarantined is None else _shared(Path(job.quarantined), self.metadata)
         self.target = KerasTarget(self.original)
-        clean = datasets.pool(job.data, "train")
-        if clean.x_train.dtype != np.uint8 or clean.shape != self.metadata.input.shape:
+        parts = owner.parts_of(job.data, fpr=self.metadata.fpr, seed=job.seed)
+        if parts.shape != self.metadata.input.shape:
             raise ModelError(
                 f"clean data {job.data}",
-                got=f"{clean.x_train.dtype}{list(clean.shape)}",
+                got=f"uint8{list(parts.shape)}",
                 expected=f"uint8{list(self.metadata.input.shape)}",
             )
-        order = np.random.default_rng(job.seed).permutation(len(clean.x_train))
-        cut = round(len(order) * REPAIR_SHARE)
-        needed = 2 * inputs_needed(self.metadata.fpr)
-        if len(order) - cut < needed:
-            raise ModelError(
-                f"clean data {job.data}",
-                got=f"{len(order)} inputs",
-                expected=f"at least {round(needed / (1 - REPAIR_SHARE)) + 1}: a third repairs, the rest calibrates",
-                do="bring more clean inputs",
-            )
-        self.x_repair: npt.NDArray[np.uint8] = clean.x_train[order[:cut]].astype(np.uint8)
-        self.x_gate: npt.NDArray[np.uint8] = clean.x_train[order[cut:]].astype(np.uint8)
-        self.y_gate = clean.y_train[order[cut:]]
+        self.x_repair, self.x_gate, self.y_gate, self.groups = parts.x_repair, parts.x_gate, parts.y_gate, parts.groups
         own = [self.guarded.infer(x) for x in self.x_repair[:FEATURE_INPUTS]]
         self.features = np.asarray([i.features for i in own], dtype=np.float64)
         features = self.features[:, self.norm_columns]
@@ -306,6 +292,7 @@ def _knowledge(case: _Case, finding: Finding, triggers: list[Trigger], say: Say)
             fpr=case.metadata.fpr,
             taps=tuple(dict.fromkeys(tap.source_layer for tap in case.metadata.taps if tap.kind != "logit")),
             sidecar=True,
+            groups=case.groups,
         )
 
     judges = auto.Judges(
@@ -410,8 +397,9 @@ def main() -> int:
             raise ConfigError("arguments", got=sys.argv[1:], expected="JOB.json")
         try:
             job = msgspec.json.decode(_read(Path(sys.argv[1])), type=Job)
-        except msgspec.DecodeError as error:
-            raise ConfigError(f"job {sys.argv[1]}", got=str(error), expected="a job as the hub writes it") from error
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            got = str(error)[:200]
+            raise ConfigError(f"job {sys.argv[1]}", got=got, expected="a job as the hub writes it") from error
         result = run(
             job,
             lambda stage, text, done, total: send({"stage": stage, "text": text, "done": done, "total": total}),

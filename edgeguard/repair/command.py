@@ -5,9 +5,11 @@ Rules enforced here:
 * the original is read, never written; a file that is there is never overwritten;
 * evidence is taken for the model that it was reported of, and no other: the digests must be the same;
 * without evidence the model is audited first; where that finds nothing, nothing is changed;
-* clean data must be labelled, with labels of the model's classes: a third repairs, the rest calibrates and gates;
-* what was found and tried lies in a folder beside the output until the work is done: an interrupted run goes on there,
-  if model, data, evidence and method are still the same.
+* clean data must be labelled, with labels of the model's classes; see :mod:`edgeguard.repair.owner`;
+* what was found and tried lies in a folder beside the output until the run ends: an interrupted one goes on there, if
+  model, data with labels and groups, evidence, shared inputs, method, seed and version are still the same. A method
+  that broke, and never came to the gate, is tried again;
+* a repair that waits for its owner's approval lies there too, with its report, and approving writes that very file.
 """
 
 from __future__ import annotations
@@ -17,31 +19,32 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from converters import calibration, files, untrusted
+from edgeguard import __version__
 from edgeguard import data as datasets
 from edgeguard.contract.guard import GuardMetadata
 from edgeguard.detection import metadata as metadata_reader
+from edgeguard.detection import sidecar
 from edgeguard.detection.guarded import GuardedModel
-from edgeguard.detection.statistics import inputs_needed
 from edgeguard.errors import ConfigError, ModelError
-from edgeguard.repair import auto
+from edgeguard.repair import auto, gate, owner
 from edgeguard.repair.methods import METHODS
 from edgeguard.repair.methods.base import Bench, Dormant, Knowledge, Stamp
 from edgeguard.repair.target import KerasTarget, Target, TfliteTarget
 
-REPAIR_SHARE = 1 / 3
 FPR = 0.01
 FEATURE_INPUTS = 500
 TRAINABLE = (".keras", ".h5")
 _TRIGGERS, _TRIED, _OF = "triggers.npz", "tried.json", "of.json"
+_CANDIDATE, _REPORT = "candidate.tflite", "report.json"
 
 Outcome = Literal["passed", "needs approval", "failed", "nothing found", "could not check"]
 
@@ -65,7 +68,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """What is asked for. ``approve``: the owner takes a repair of which a rule of the gate could not be checked."""
+    """What is asked for. ``approve``: the owner takes the repair that an earlier run of the same work left waiting."""
 
     model: Path
     data: str
@@ -80,6 +83,7 @@ class Order:
 class Report:
     """What came of it. ``output`` is None where nothing was written; accuracies and ASR are None where not measured.
 
+    ``candidate``: the file that waits for approval, None where none does.
     ``asr``: the most that any recovered trigger or the quarantined inputs achieve on held-out inputs.
     """
 
@@ -87,6 +91,7 @@ class Report:
     reason: str
     method: str | None = None
     output: str | None = None
+    candidate: str | None = None
     model_digest: str | None = None
     clean_accuracy: Mapping[str, float] | None = None
     asr: Mapping[str, float] | None = None
@@ -100,6 +105,7 @@ class _Made:
 
     guarded: bytes
     metadata: GuardMetadata
+    sidecar: bytes | None
 
 
 @dataclass(kw_only=True)
@@ -127,14 +133,14 @@ class _Subject:
         spread = self.features.std(axis=0)
         return np.asarray(np.maximum(spread, max(0.05 * float(spread.mean()), 1e-6)))
 
-    def convert(self, target: Any) -> auto.Converted:
+    def convert(self, target: Any) -> _Made:
         """A repaired target as a guarded file of the same kind, with the same taps."""
         if isinstance(target, TfliteTarget):
             return _guarded(target.content, self, self.metadata)
         from converters import pipeline, sources
 
         layers = tuple(dict.fromkeys(tap.source_layer for tap in self.metadata.taps if tap.kind != "logit"))
-        return pipeline.convert(
+        done = pipeline.convert(
             sources.of_keras(target.model, "repaired"),
             self.x_gate,
             self.y_gate,
@@ -142,7 +148,9 @@ class _Subject:
             fpr=self.metadata.fpr,
             taps=layers,
             groups=self.groups,
+            sidecar=True,
         )
+        return _Made(guarded=done.guarded, metadata=done.metadata, sidecar=done.result.sidecar)
 
 
 def run(order: Order, say: auto.Say) -> Report:
@@ -152,8 +160,7 @@ def run(order: Order, say: auto.Say) -> Report:
         ConfigError: a file is not there, is in the way, or the method does not fit the model.
         ModelError: the model, its data or the evidence cannot be used.
     """
-    if order.output.exists():
-        raise ConfigError(f"output {order.output}", got="a file that is there", do="name another one with -o")
+    _unused(order.output)
     if not order.output.parent.is_dir():
         raise ConfigError(f"output folder {order.output.parent}", got="no such folder", do="create it first")
     try:
@@ -174,10 +181,25 @@ def run(order: Order, say: auto.Say) -> Report:
     case = None if order.evidence is None else _evidence(order.evidence, subject.metadata)
     quarantined = None if case is None else _quarantined(case, order, subject.metadata)
     work = order.output.with_name(f".{order.output.name}.work")
-    _take_up(work, order, content)
-    report = _repaired(order, subject, case, quarantined, plans, work, say)
-    if report.outcome != "failed":
-        shutil.rmtree(work, ignore_errors=True)
+    of = _digest_of(order, content, subject, quarantined)
+    report = _waiting(work, of)
+    if report is None:
+        if order.approve:
+            raise ConfigError(
+                "--approve",
+                got="no repair of this model, data and evidence that waits for it",
+                do="run the same command without it first, and look at its report",
+            )
+        _take_up(work, of)
+        report = _repaired(order, subject, case, quarantined, plans, work, say)
+    if report.outcome == "needs approval":
+        if not order.approve:
+            return report
+        report = replace(report, outcome="passed", reason=f"approved by the owner; {report.reason}", candidate=None)
+    if report.outcome == "passed":
+        _write(work, order.output)
+        report = replace(report, output=str(order.output))
+    shutil.rmtree(work, ignore_errors=True)
     return report
 
 
@@ -233,34 +255,30 @@ def _repaired(
         say,
         plans=plans,
         done=_done(work),
-        keep=lambda attempts: files.write(
-            json.dumps([a.as_dict() for a in attempts if a.outcome == "failed"]).encode(), work / _TRIED
-        ),
+        keep=lambda attempts: files.write(_refused(attempts), work / _TRIED),
     )
     reasons = [attempt.as_dict() for attempt in tried]
     if best is None or best.decision is None or best.converted is None or best.measured is None:
         told = next((a.decision.as_dict() for a in reversed(tried) if a.decision is not None), None)
         return Report(outcome="failed", reason="no method passed the gate", gate=told, tried=reasons)
-    written = best.outcome == "passed" or order.approve
-    if written:
-        files.write(best.converted.guarded, order.output)
     measured = best.measured
     shares = [(each.before / each.inputs, each.after / each.inputs) for each in measured.successes if each.inputs]
-    before, after = (max((pair[side] for pair in shares), default=math.nan) for side in (0, 1))
-    return Report(
-        outcome="passed" if written else "needs approval",
+    report = Report(
+        outcome=best.outcome,
         reason=best.reason,
         method=best.name,
-        output=str(order.output) if written else None,
+        candidate=str(work / _CANDIDATE) if best.outcome == "needs approval" else None,
         model_digest=best.converted.metadata.model_digest,
         clean_accuracy={
             "before": float(np.mean(measured.before == measured.labels)),
             "after": float(np.mean(measured.after == measured.labels)),
         },
-        asr={"before": before, "after": after},
+        asr={"before": max(b for b, _ in shares), "after": max(a for _, a in shares)} if shares else None,
         gate=best.decision.as_dict(),
         tried=reasons,
     )
+    _keep(work, cast("_Made", best.converted), report)
+    return report
 
 
 def _knowledge(
@@ -289,43 +307,21 @@ def _knowledge(
 
 def _open(order: Order, content: bytes, say: auto.Say) -> _Subject:
     """The model as a target and as a guarded file, and the clean data, checked against it."""
-    clean = datasets.pool(order.data, "train")
-    if clean.x_train.dtype != np.uint8 or clean.x_train.ndim != 4:
-        got = f"{clean.x_train.dtype}{list(clean.shape)}"
-        raise ModelError(f"clean data {order.data}", got=got, expected="uint8 images [N, H, W, C]")
-    count = len(clean.x_train)
-    needed = math.ceil((2 * inputs_needed(FPR)) / (1 - REPAIR_SHARE)) + 1
-    if count < needed:
-        raise ModelError(
-            f"clean data {order.data}",
-            got=f"{count} inputs",
-            expected=f"at least {needed}: a third repairs, the rest calibrates",
-            do="bring more clean inputs",
-        )
-    groups = datasets.groups(order.data, count)
-    together = np.arange(count) if groups is None else groups
-    names = np.random.default_rng(order.seed).permutation(np.unique(together))
-    repairing = np.isin(together, names[: round(len(names) * REPAIR_SHARE)])
-    x, y = clean.x_train.astype(np.uint8), clean.y_train
-    parts: dict[str, Any] = {
-        "x_repair": x[repairing],
-        "y_repair": y[repairing],
-        "x_gate": x[~repairing],
-        "y_gate": y[~repairing],
-        "groups": None if groups is None else groups[~repairing],
-    }
+    owned = owner.parts_of(order.data, fpr=FPR, seed=order.seed)
+    parts = vars(owned)
     say("confirming", "reading the model", 0, 1)
     subject = _trainable(order, parts) if order.model.suffix in TRAINABLE else _flat(content, parts)
     classes = len(subject.metadata.classes)
     if not classes:
         raise ModelError(f"model {order.model}", got="no classes", expected="a classifier")
-    if subject.metadata.input.shape != clean.shape:
+    if subject.metadata.input.shape != owned.shape:
         raise ModelError(
-            f"clean data {order.data}", got=f"{list(clean.shape)}", expected=f"{list(subject.metadata.input.shape)}"
+            f"clean data {order.data}", got=f"{list(owned.shape)}", expected=f"{list(subject.metadata.input.shape)}"
         )
-    if int(y.max()) >= classes:
+    highest = int(max(owned.y_repair.max(), owned.y_gate.max()))
+    if highest >= classes:
         raise ModelError(
-            f"clean data {order.data}", got=f"label {int(y.max())}", expected=f"0 to {classes - 1}, the model's classes"
+            f"clean data {order.data}", got=f"label {highest}", expected=f"0 to {classes - 1}, the model's classes"
         )
     return subject
 
@@ -362,12 +358,12 @@ def _guarded(content: bytes, subject: _Subject, like: GuardMetadata) -> _Made:
     names = tuple(dict.fromkeys(tap.tensor for tap in like.taps if tap.kind != "logit"))
     bare, plan = calibration.plan(content, names=names)
     made = calibration.guard_model(
-        bare, plan, subject.x_gate, fpr=like.fpr, classes=like.classes, groups=subject.groups
+        bare, plan, subject.x_gate, fpr=like.fpr, classes=like.classes, groups=subject.groups, sidecar=True
     )
     from converters.verify import verify
 
     verify(bare, made.content, made.compiled, subject.x_gate)
-    return _Made(guarded=made.content, metadata=made.metadata)
+    return _Made(guarded=made.content, metadata=made.metadata, sidecar=made.sidecar)
 
 
 def _evidence(path: Path, metadata: GuardMetadata) -> Case:
@@ -411,32 +407,95 @@ def _quarantined(case: Case, order: Order, metadata: GuardMetadata) -> npt.NDArr
     return inputs.astype(np.uint8)
 
 
-def _take_up(work: Path, order: Order, content: bytes) -> None:
-    """Make the work's folder; what an earlier run left there stays where it was the same work."""
+def _digest_of(order: Order, content: bytes, subject: _Subject, quarantined: npt.NDArray[np.uint8] | None) -> str:
+    """Of all that a result depends on."""
     evidence = b"" if order.evidence is None else _read(order.evidence)
-    said = json.dumps([order.data, order.method, order.seed]).encode()
-    clean = datasets.pool(order.data, "train")
+    said = json.dumps([__version__, order.method, order.seed]).encode()
     digest = hashlib.sha256()
-    for part in (content, evidence, said, np.ascontiguousarray(clean.x_train).tobytes()):
+    for part in (content, evidence, said):
         digest.update(hashlib.sha256(part).digest())
-    of = json.dumps(digest.hexdigest()).encode()
+    own = (subject.x_repair, subject.y_repair, subject.x_gate, subject.y_gate, subject.groups, quarantined)
+    for array in own:
+        form = "none" if array is None else f"{array.dtype.str} {array.shape}"
+        values = b"" if array is None else array.tobytes()
+        digest.update(hashlib.sha256(form.encode() + b"\n" + values).digest())
+    return digest.hexdigest()
+
+
+def _take_up(work: Path, of: str) -> None:
+    """Make the work's folder; what an earlier run left there stays where it was the same work."""
     mark = work / _OF
-    if mark.is_file() and mark.read_bytes() == of:
+    if _is_of(work, of):
         return
     if work.exists() and not mark.is_file():
         raise ConfigError(f"folder {work}", got="something else", expected="the work of an interrupted repair")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    files.write(of, mark)
+    files.write(json.dumps(of).encode(), mark)
+
+
+def _is_of(work: Path, of: str) -> bool:
+    mark = work / _OF
+    return mark.is_file() and mark.read_bytes() == json.dumps(of).encode()
+
+
+def _keep(work: Path, made: _Made, report: Report) -> None:
+    """Put what came of the work into its folder, the report last."""
+    candidate = work / _CANDIDATE
+    files.write(made.guarded, candidate)
+    if made.sidecar is not None:
+        files.write(made.sidecar, sidecar.path_beside(candidate))
+    kept = {"sha256": hashlib.sha256(made.guarded).hexdigest(), "report": asdict(report)}
+    files.write(json.dumps(kept).encode(), work / _REPORT)
+
+
+def _waiting(work: Path, of: str) -> Report | None:
+    """The report of a repair that an earlier run of the same work left there; None where there is none."""
+    if not _is_of(work, of):
+        return None
+    try:
+        kept = json.loads((work / _REPORT).read_bytes())
+        same = hashlib.sha256((work / _CANDIDATE).read_bytes()).hexdigest() == kept["sha256"]
+        return Report(**kept["report"]) if same else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(work: Path, output: Path) -> None:
+    """The file that lies in the work's folder, and its sidecar, to where they were asked for."""
+    _unused(output)
+    candidate = work / _CANDIDATE
+    companion = sidecar.path_beside(candidate)
+    contents = {output: _read(candidate)}
+    if companion.is_file():
+        contents[sidecar.path_beside(output)] = _read(companion)
+    files.write_all(contents)
+
+
+def _unused(output: Path) -> None:
+    """Raise ConfigError where a file, or its sidecar, is in the way."""
+    for path in (output, sidecar.path_beside(output)):
+        if path.exists():
+            raise ConfigError(f"output {path}", got="a file that is there", do="name another one with -o")
+
+
+def _refused(attempts: Sequence[auto.Attempt]) -> bytes:
+    """What an interrupted run need not try again: what came to the gate, and failed there."""
+    rows = [a.as_dict() for a in attempts if a.outcome == "failed" and a.decision is not None]
+    return json.dumps(rows).encode()
 
 
 def _done(work: Path) -> list[auto.Attempt]:
-    """Attempts of an interrupted run that failed."""
+    """Attempts of an interrupted run that the gate refused."""
     try:
-        rows = json.loads((work / _TRIED).read_bytes())
         return [
-            auto.Attempt(plan=tuple(row["method"].split(" + ")), notes=tuple(row["notes"]), reason=str(row["reason"]))
-            for row in rows
+            auto.Attempt(
+                plan=tuple(row["method"].split(" + ")),
+                notes=tuple(row["notes"]),
+                reason=str(row["reason"]),
+                decision=gate.Decision.from_dict(row["gate"]),
+            )
+            for row in json.loads((work / _TRIED).read_bytes())
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []

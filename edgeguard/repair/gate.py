@@ -1,7 +1,8 @@
 """The gate: what a repaired model must show before it may leave the hub. Pure: answers in, a decision out.
 
-Everything is measured on the int8 guarded file that would be released, on clean inputs that the repair did not train
-on, with the untouched file as the reference: the same inputs through both, so that limits apply to paired differences.
+Everything is measured on the int8 guarded file that would be released (a re-audit: on its reconstruction, which has the
+int8 weights and leaves rounding between operators out), on clean inputs that the repair did not train on, with the
+untouched file as the reference: the same inputs through both, so that limits apply to paired differences.
 
 Rules enforced here:
 
@@ -11,7 +12,8 @@ Rules enforced here:
 * no trigger, recovered or in a quarantined input, still turns more than 2% of the inputs to the target label;
 * triggers that were kept from the repair, or quarantined inputs, must be there to judge by, and must have worked on the
   untouched file, or they prove nothing;
-* a re-audit of the repaired model finds nothing; without a training framework that is not checkable;
+* a re-audit of the repaired model finds nothing, of any label; without a training framework, or with too few classes to
+  compare, that is not checkable, nor where the search that devices guide finds nothing in the original either;
 * a rule fails when the lower 95% bound of what was measured exceeds its limit; what could not be measured fails too.
 
 Bounds: of a share, Clopper and Pearson, Biometrika 1934; of a paired difference, Agresti and Min, Statistics in
@@ -21,7 +23,7 @@ Medicine 2005 (half an input is added to each of the four counts).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,7 +62,7 @@ class Measured:
     """Both files on the same held-out inputs: true labels [N], answers before and after [N], and the triggers'.
 
     ``residual``: success of what a re-audit of the repaired model found; 0 where it found nothing, NaN where it could
-    not tell, None where there is nothing to audit with: no training framework.
+    not tell, None where there is nothing to audit with: see :func:`edgeguard.repair.search.reaudited`.
     """
 
     labels: Ints
@@ -111,6 +113,22 @@ class Decision:
             if check.state != "held"
         ]
         return "; ".join(said) or "every rule held"
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Decision:
+        """What :meth:`as_dict` made. KeyError, TypeError: it did not."""
+        return cls(
+            tuple(
+                Check(
+                    name=str(check["name"]),
+                    measured=_known(check["measured"]),
+                    lower=_known(check["lower"]),
+                    limit=float(check["limit"]),
+                    state=check["state"],
+                )
+                for check in found["checks"]
+            )
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON. ``passed`` is whether no rule failed; ``outcome`` tells whether an owner has to approve."""
@@ -220,3 +238,7 @@ def _check(name: str, measured: float, lower: float, limit: float) -> Check:
 
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
+
+
+def _known(value: float | None) -> float:
+    return math.nan if value is None else float(value)

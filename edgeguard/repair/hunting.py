@@ -10,7 +10,6 @@ Rules enforced here:
 
 from __future__ import annotations
 
-import math
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeguard.contract.guard import GuardMetadata
-from edgeguard.errors import ModelError
+from edgeguard.inspection.audit import Audit
 from edgeguard.repair.methods.base import Progress, Stamp
 from edgeguard.repair.target import KerasTarget, TfliteTarget
 
@@ -41,7 +40,7 @@ class Found:
     shown: tuple[Stamp, ...] = ()
     kept: tuple[Stamp, ...] = ()
     seek: Callable[[Any], Sequence[Stamp]] | None = None
-    reaudit: Callable[[Any], float | None] = lambda target: None
+    reaudit: Callable[[bytes], float | None] = lambda guarded: None
 
 
 def hunt_for(
@@ -116,6 +115,7 @@ def _audited(
             )
         return Found(label=label)
     from edgeguard.inspection.audit import audit
+    from edgeguard.repair.search import reaudited
 
     suspects = None if label is None else [label]
     found = audit(model, images, labels=suspects, seed=seed, progress=progress)
@@ -127,21 +127,19 @@ def _audited(
     suspect = found.labels[0] if label is None else label
     again = audit(model, held_out, labels=[suspect], seed=seed + 1, progress=progress)
 
-    def reaudit(repaired: Any) -> float | None:
-        changed = _float_model(repaired)
-        if changed is None:
-            return None
-        result = audit(changed, held_out, labels=[suspect], seed=seed + 2, progress=progress)
-        if result.verdict == "could_not_check":
-            return math.nan
-        return max((f.success for f in result.findings if f.suspected), default=1.0) if result.labels else 0.0
-
     return Found(
         label=suspect,
-        shown=found.triggers(suspect)[:2],
-        kept=again.triggers(suspect)[:2],
-        reaudit=reaudit,
+        shown=_telling(found, suspect),
+        kept=_telling(again, suspect),
+        reaudit=lambda guarded: reaudited(guarded, held_out, seed=seed + 2, progress=progress),
     )
+
+
+def _telling(found: Audit, label: int) -> tuple[Stamp, ...]:
+    """A module's triggers, or those that stand out, or any: a large patch turns a clean model too."""
+    planted = tuple(trigger for trigger in found.planted if trigger.label == label)
+    suspected = tuple(f.trigger for f in found.findings if f.suspected and f.label == label)
+    return (planted or suspected or found.triggers(label))[:2]
 
 
 def _float_model(target: Any) -> Any:
@@ -149,12 +147,9 @@ def _float_model(target: Any) -> Any:
     if isinstance(target, KerasTarget):
         return target.model
     assert isinstance(target, TfliteTarget)
-    try:
-        from converters import reconstruct
+    from edgeguard.repair.search import rebuilt
 
-        return reconstruct.of_tflite(target.content).model
-    except (ImportError, ModelError):
-        return None
+    return rebuilt(target.content)
 
 
 def _store(path: Path, shown: Sequence[Any], kept: Sequence[Any]) -> None:

@@ -4,7 +4,11 @@ Rules enforced here:
 
 * what judges was found by other seeds than what is unlearnt, and is not told to any method;
 * a residual trigger is one that still works on the repaired model *and* moves the original's norms as devices reported;
-* a re-audit that could not check is NaN, never 0.
+* a re-audit reads the int8 guarded file that would be released, looks at every label, and takes as many steps as an
+  audit does;
+* a re-audit that could not tell is NaN, never 0. Where there is nothing to audit with, as no training framework, an
+  operator that cannot be rebuilt, or too few classes to compare, it is None, and so is a search as devices reported
+  that finds nothing in the original either.
 """
 
 from __future__ import annotations
@@ -16,11 +20,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgeguard.inspection.audit import STEPS as AUDIT_STEPS
-from edgeguard.inspection.audit import audit
+from edgeguard.errors import ModelError
+from edgeguard.inspection import index
+from edgeguard.inspection.audit import STEPS, audit
 from edgeguard.inspection.inversion import Progress
 from edgeguard.repair import gate
 from edgeguard.repair.recover import FORMS, Form, Recovered, Reported, beside, distance, hunt, success_of
+from edgeguard.repair.target import KerasTarget
 
 KEPT_SEED = 1000
 RESIDUAL_SUCCESS = 0.1
@@ -51,7 +57,7 @@ class Searches:
     label: int
     reported: Reported
     gamma: float = 1.0
-    steps: int = 200
+    steps: int = STEPS
     seed: int = 0
     progress: Progress | None = None
     _nearest: float | None = field(default=None, init=False)
@@ -66,7 +72,7 @@ class Searches:
         shown, _ = self.known(self._hunt(self.norms, self.seed), [])
         kept: list[Any] = list(self._hunt(self.norms, self.seed + KEPT_SEED))
         if not kept:
-            found = audit(self.model, self.held_out, labels=[self.label], steps=AUDIT_STEPS // 4, seed=self.seed)
+            found = audit(self.model, self.held_out, labels=[self.label], steps=self.steps, seed=self.seed)
             kept = list(found.triggers(self.label))
         return shown, kept
 
@@ -85,23 +91,17 @@ class Searches:
         both = beside(target.model, self.norms)
         return self._hunt(both, self.seed + self._rounds, min_success=RESIDUAL_SUCCESS, nearest=self._nearest)
 
-    def reaudit(self, target: Any) -> float:
-        """Success of the best trigger that a fresh audit, or a search as devices reported, finds; 0 where none does."""
-        found = audit(
-            target.model,
-            self.held_out,
-            labels=[self.label],
-            steps=AUDIT_STEPS // 4,
-            seed=self.seed,
-            progress=self.progress,
-        )
-        if found.verdict == "could_not_check":
-            return math.nan
-        if found.verdict == "backdoored":
-            return max((f.success for f in found.findings if f.suspected), default=1.0)
-        left = self.residual(target)
-        worst = max((success_of(target.model, trigger, self.held_out) for trigger in left), default=0.0)
-        return worst if worst > gate.MAX_SUCCESS else 0.0
+    def reaudit(self, guarded: bytes) -> float | None:
+        """What :func:`reaudited` finds in a guarded file, or a search as devices reported, whichever is worse."""
+        found = reaudited(guarded, self.held_out, steps=self.steps, seed=self.seed, progress=self.progress)
+        if found is not None and not found <= gate.MAX_SUCCESS:
+            return found
+        model = rebuilt(guarded)
+        if model is None or self._nearest is None:
+            return None
+        left = self.residual(KerasTarget(model))
+        worst = max((success_of(model, trigger, self.held_out) for trigger in left), default=0.0)
+        return worst if worst > gate.MAX_SUCCESS else found
 
     def _hunt(self, model: Any, seed: int, **how: Any) -> list[Recovered]:
         return hunt(
@@ -117,3 +117,43 @@ class Searches:
             progress=self.progress,
             **how,
         )
+
+
+def reaudited(
+    guarded: bytes,
+    images: npt.NDArray[np.uint8],
+    *,
+    steps: int = STEPS,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> float | None:
+    """Success of the best trigger that a fresh audit of a guarded file finds, of any label; 0 where it finds none.
+
+    Args:
+        guarded: the file.
+        images: clean inputs [N, H, W, C] that no method was shown.
+        steps: of the searches.
+        seed: of all that is drawn.
+        progress: called now and then.
+
+    Returns:
+        NaN where the audit could not tell, None where there is nothing to audit with; see the rules above.
+    """
+    model = rebuilt(guarded)
+    if model is None or int(model.outputs[0].shape[-1]) <= index.MIN_OTHERS:
+        return None
+    found = audit(model, images, steps=steps, seed=seed, progress=progress)
+    if found.verdict == "could_not_check":
+        return math.nan
+    suspected = [f.success for f in found.findings if f.suspected] + [t.success for t in found.planted]
+    return max(suspected, default=0.0)
+
+
+def rebuilt(content: bytes) -> Any:
+    """A file as a float Keras model with the int8 weights; None where it cannot be rebuilt here."""
+    try:
+        from converters import reconstruct
+
+        return reconstruct.of_tflite(content).model
+    except (ImportError, ModelError):
+        return None

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from ai_edge_litert import schema_py_generated as schema
 
 from converters import flatbuffer, guard
+from converters.taps import MAX_NAME
 from edgeguard.contract.guard import Tap
 from edgeguard.errors import ModelError
 
@@ -342,7 +343,7 @@ class TfliteTarget:
     def maker(self, tap: Tap) -> str:
         """See :class:`Target`."""
         graph = self._model.subgraphs[0]
-        places = [i for i, t in enumerate(graph.tensors) if flatbuffer.text(t.name)[: len(tap.tensor)] == tap.tensor]
+        places = [i for i, t in enumerate(graph.tensors) if flatbuffer.text(t.name)[:MAX_NAME] == tap.tensor]
         by_output = {int(operator.outputs[0]): name for name, operator in self._weighted().items()}
         made = {int(o): operator for operator in graph.operators for o in operator.outputs}
         for place in places:

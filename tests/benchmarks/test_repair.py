@@ -10,14 +10,14 @@ from benchmarks import repair_report
 
 
 def row(seed: int, **parts: Any) -> dict[str, Any]:
-    name = {"data": "digits", "network": "small-cnn-1", "attack": "badnets", "seed": seed}
+    name = {"data": "digits", "network": "small-cnn-1", "attack": "badnets", "seed": seed, "code": "now"}
     return {**name, "before": {"accuracy": 0.99, "asr": 1.0}, **parts}
 
 
 def lines(tmp_path: Path, *rows: dict[str, Any]) -> list[str]:
     for number, one in enumerate(rows):
         (tmp_path / f"{number}.json").write_text(json.dumps(one))
-    repair_report.write(tmp_path, tmp_path / "repair.md")
+    repair_report.write(tmp_path, tmp_path / "repair.md", code="now")
     return [line for line in (tmp_path / "repair.md").read_text().splitlines() if line.startswith("| digits")]
 
 
@@ -29,6 +29,13 @@ def test_seeds_are_pooled(tmp_path: Path) -> None:
         row(1, auto={**passed, "accuracy": 0.98, "asr": 0.02}),
     )
     assert found == ["| digits | small-cnn-1 | badnets | 2 | 99.0 / 100.0 | -0.5 / 1.0 | unlearn | passed | - |"]
+
+
+def test_a_row_of_other_code_is_marked(tmp_path: Path) -> None:
+    assert "| badnets \\* |" in lines(tmp_path, row(0), row(1, code="before"))[0]
+    assert "measured with other code than this" in (tmp_path / "repair.md").read_text()
+    assert "| badnets |" in lines(tmp_path, row(0), row(1))[0]
+    assert "measured with other code" not in (tmp_path / "repair.md").read_text()
 
 
 def test_a_repair_that_failed_has_no_numbers_and_a_part_not_measured_none_either(tmp_path: Path) -> None:

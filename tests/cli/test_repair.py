@@ -54,6 +54,7 @@ def change_case(files: dict[str, Path], **changes: Any) -> None:
         (lambda f, a: change_case(f, flagged_mean=[1.0]), "flagged_mean"),
         (lambda f, a: change_case(f, quarantined="none.npy"), "none.npy"),
         (lambda f, a: f["case.json"].write_text("{"), "evidence"),
+        (lambda f, a: f["case.json"].write_bytes(b'{"model_digest": "\xff"}'), "evidence"),
         (lambda f, a: f["case.json"].unlink(), "case.json"),
         (lambda f, a: f["model.tflite"].write_bytes(b"no model"), "model"),
         (lambda f, a: np.savez(f["clean.npz"], x=a.x_owner[:300], y=a.y_owner[:300]), "300 inputs"),
@@ -61,6 +62,10 @@ def change_case(files: dict[str, Path], **changes: Any) -> None:
         (lambda f, a: np.savez(f["clean.npz"], x=a.x_owner, y=a.y_owner + 1), "label 10"),
         (lambda f, a: np.savez(f["clean.npz"], x=a.x_owner[:, :4], y=a.y_owner), "[4, 8, 1]"),
         (lambda f, a: (f["model.tflite"].parent / "model.repaired.tflite").write_text("mine"), "a file that is there"),
+        (
+            lambda f, a: (f["model.tflite"].parent / "model.repaired.guard.npz").write_text("mine"),
+            "a file that is there",
+        ),
     ],
 )
 def test_what_cannot_be_repaired_is_one_line_and_exit_code_2(
@@ -87,7 +92,7 @@ def test_a_method_that_does_not_fit_is_one_line(
 
 
 @pytest.mark.slow
-def test_a_file_that_pruning_cannot_heal_is_refused_with_reasons_and_the_work_is_kept(
+def test_a_file_that_pruning_cannot_heal_is_refused_with_reasons_and_leaves_nothing_behind(
     edgeguard: Run, files: dict[str, Path]
 ) -> None:
     digest = hashlib.sha256(files["model.tflite"].read_bytes()).hexdigest()
@@ -98,4 +103,12 @@ def test_a_file_that_pruning_cannot_heal_is_refused_with_reasons_and_the_work_is
     assert report["tried"][0]["reason"]
     assert not (files["model.tflite"].parent / "model.repaired.tflite").exists()
     assert hashlib.sha256(files["model.tflite"].read_bytes()).hexdigest() == digest
-    assert (files["model.tflite"].parent / ".model.repaired.tflite.work" / "tried.json").is_file()
+    assert not (files["model.tflite"].parent / ".model.repaired.tflite.work").exists()
+
+
+def test_what_nobody_has_seen_cannot_be_approved(edgeguard: Run, files: dict[str, Path]) -> None:
+    before = sorted(files["model.tflite"].parent.iterdir())
+    code, _, err = edgeguard("repair", *arguments(files, "--method", "linf", "--approve"))
+    assert code == 2
+    assert "--approve" in err.splitlines()[-1]
+    assert sorted(files["model.tflite"].parent.iterdir()) == before

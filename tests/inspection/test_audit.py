@@ -10,8 +10,8 @@ import pytest
 
 from converters import reconstruct
 from edgeguard.attacks.trojannet import TrojanNet
-from edgeguard.inspection.audit import MIN_INPUTS, Audit, audit
-from edgeguard.inspection.inversion import classes_of
+from edgeguard.inspection.audit import FORMS, MIN_INPUTS, Audit, Finding, _findings, _verdict, audit
+from edgeguard.inspection.inversion import Form, Trigger, classes_of
 from tests.simulators.attacked import Attacked
 
 STEPS = 100
@@ -77,6 +77,41 @@ def test_a_module_beside_a_clean_network_is_found_with_its_triggers(clean_twin: 
     assert all("trojan" in name for name in found.structure)
     others = pixels[clean_twin.data.y_test != 7]
     assert np.mean(classes_of(model, found.triggers(7)[0].stamp(others)) == 7) > 0.9
+
+
+def trigger(label: int, form: Form, success: float) -> Trigger:
+    shape = (8, 8, 1)
+    mask = np.full(shape, 0.1 + 0.01 * label, np.float32)
+    return Trigger(label=label, form=form, mask=mask, pattern=np.zeros(shape, np.float32), success=success)
+
+
+@pytest.mark.parametrize(
+    ("working", "verdict"), [((10, 10), "no_sign"), ((10, 4), "no_sign"), ((10, 3), "could_not_check")]
+)
+def test_every_form_that_was_sought_needs_labels_to_compare(working: tuple[int, int], verdict: str) -> None:
+    findings = [
+        Finding(
+            label=label, form=form, trigger=trigger(label, form, 1.0), size=1.0, success=1.0 if label < count else 0.1,
+            index=0.0, index_low=0.0, index_high=0.0, ratio=1.0, suspected=False,
+        )
+        for form, count in zip(FORMS, working, strict=True)
+        for label in range(10)
+    ]  # fmt: skip
+    assert _verdict((), findings, (), None, FORMS).verdict == verdict
+    assert _verdict((), [f for f in findings if f.form == FORMS[0]], (), None, FORMS).verdict == "could_not_check"
+
+
+def test_triggers_that_do_not_work_are_not_compared_with(clean_twin: Attacked) -> None:
+    images = clean_twin.x_owner[:40]
+    sizes = [
+        [
+            f.ratio
+            for f in _findings(clean_twin.keras, [trigger(n, "patch", s) for n, s in enumerate(works)], images, (0,), 0)
+        ]
+        for works in ([1.0] * 5 + [0.5] * 5, [1.0] * 5)
+    ]
+    assert sizes[0][:5] == sizes[1]
+    assert np.isnan(sizes[0][5:]).all()
 
 
 def pixels(count: int, shape: tuple[int, ...] = (8, 8, 1)) -> npt.NDArray[np.uint8]:

@@ -65,6 +65,10 @@ def refuse(target: Any) -> tuple[str, ...]:
     raise ModelError("model", got="no such layer", expected="one")
 
 
+def crash(target: Any) -> tuple[str, ...]:
+    raise KeyError("gamma")
+
+
 @pytest.fixture(scope="module")
 def setting(attacked: Attacked, clean_twin: Attacked) -> dict[str, Any]:
     """An attacked file, judged by the true trigger, and methods of which one puts the clean twin in its place."""
@@ -90,6 +94,7 @@ def setting(attacked: Attacked, clean_twin: Attacked) -> dict[str, Any]:
         Step("broken", refuse),
         Step("blind", heal, needs="no ranks from devices"),
         Step("trained", heal, trains=True),
+        Step("crash", crash),
         Step("touch", lambda target: ("looked at it",)),
         Step("heal", heal),
         Step("costly", heal),
@@ -120,10 +125,18 @@ def test_the_one_that_heals_is_kept_and_every_other_one_has_a_reason(setting: di
     assert "no such layer" in reasons["broken"]
     assert reasons["blind"] == "not tried: no ranks from devices"
     assert reasons["trained"] == "not tried: needs a trainable model"
+    assert reasons["crash"] == "KeyError: 'gamma'"
     assert "a recovered trigger still turns" in reasons["touch"]
     assert reasons["costly"] == "not tried: heal passed, and costs less"
     assert setting["original"].content == content
-    assert kept == list(range(1, 8))
+    assert kept == list(range(1, 9))
+
+
+def test_a_re_audit_that_breaks_is_a_failure_of_its_method_alone(setting: dict[str, Any]) -> None:
+    broken = {**setting["judges"].__dict__, "reaudit": lambda guarded: 1 / 0}
+    _, tried = repair({**setting, "judges": auto.Judges(**broken)}, plans=[("heal",)])
+    assert tried[0].outcome == "failed"
+    assert tried[0].reason.startswith("ZeroDivisionError")
 
 
 def test_where_nothing_heals_there_is_no_result(setting: dict[str, Any]) -> None:

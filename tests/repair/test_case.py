@@ -127,6 +127,31 @@ def test_a_job_that_cannot_be_done_is_one_line_and_exit_code_2(
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
+def test_a_job_that_is_no_text_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    path = tmp_path / "job.json"
+    path.write_bytes(b'{"guarded": "\xff"}')
+    done = run(path)
+    assert done.returncode == 2
+    assert "a job as the hub writes it" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_groups_of_the_owners_inputs_stand_on_one_side(attacked: Attacked, tmp_path: Path) -> None:
+    import msgspec
+
+    from edgeguard.repair import case as cases
+
+    path = job(attacked, tmp_path)
+    groups = np.arange(len(attacked.x_owner)) // 6
+    np.savez(tmp_path / "owner.npz", x=attacked.x_owner, y=attacked.y_owner, groups=groups)
+    case = cases._Case(msgspec.json.decode(path.read_bytes(), type=cases.Job))
+    assert case.groups is not None
+    assert len(case.groups) == len(case.x_gate)
+    whole = np.bincount(groups)
+    assert all((case.groups == group).sum() in {0, size} for group, size in enumerate(whole))
+    assert 0 < len(np.unique(case.groups)) < len(whole)
+
+
 @pytest.mark.slow
 def test_a_half_done_repair_shows_in_the_triggers_that_were_kept_from_it(attacked: Attacked, tmp_path: Path) -> None:
     import msgspec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -103,6 +104,13 @@ def test_a_class_without_any_input_is_not_checkable() -> None:
 
 def test_without_a_framework_to_audit_with_an_owner_decides() -> None:
     assert gate.decide(measured(residual=None), classes=CLASSES).outcome == "needs approval"
+
+
+def test_a_decision_survives_json() -> None:
+    for found in (measured(), measured(residual=math.nan), measured(per_class=20, residual=None)):
+        decision = gate.decide(found, classes=CLASSES)
+        again = gate.Decision.from_dict(json.loads(json.dumps(decision.as_dict())))
+        assert again.as_dict() == decision.as_dict()
 
 
 def test_no_inputs_at_all_is_not_a_pass() -> None:

@@ -138,6 +138,38 @@ def test_no_training_framework_is_loaded_to_repair_a_file() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_a_tap_is_found_by_its_whole_name(attacked: Attacked, targets: dict[str, Any]) -> None:
+    target = targets["tflite"].copy()
+    own = target.maker(tap(attacked))
+    first = target.layers()[0]
+    assert first != own
+    tensor = next(t for t in target._model.subgraphs[0].tensors if flatbuffer.text(t.name) == first)
+    tensor.name = f"{tap(attacked).tensor}1".encode()
+    assert target.maker(tap(attacked)) == own
+
+
+def small(*, frozen: tuple[bool, bool]) -> KerasTarget:
+    """Two convolutions with batch-norms, of which some are frozen."""
+    import keras
+
+    x = inputs = keras.Input((8, 8, 1))
+    for still in frozen:
+        x = keras.layers.Conv2D(4, 3, use_bias=False)(x)
+        x = keras.layers.ReLU()(keras.layers.BatchNormalization(trainable=not still)(x))
+    x = keras.layers.Dense(10, activation="softmax")(keras.layers.GlobalAveragePooling2D()(x))
+    return KerasTarget(keras.Model(inputs, x))
+
+
+def test_neuron_pruning_leaves_a_frozen_batch_norm_alone(attacked: Attacked) -> None:
+    target = small(frozen=(True, False))
+    frozen = target.layers()[0]
+    kernel = target.kernel(frozen)
+    METHODS["anp"].apply(target, Knowledge(taps=()), bench(target, attacked))
+    assert (target.kernel(frozen) == kernel).all()
+    with pytest.raises(ModelError, match="that can be trained"):
+        METHODS["anp"].apply(small(frozen=(True, True)), Knowledge(taps=()), bench(target, attacked))
+
+
 def test_a_tap_of_another_model_is_refused(targets: dict[str, Any], attacked: Attacked) -> None:
     import msgspec
 

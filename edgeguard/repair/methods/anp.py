@@ -2,7 +2,8 @@
 
 Wu, Wang: Adversarial Neuron Pruning Purifies Backdoored Deep Models, NeurIPS 2021. Scale and shift of each batch-norm
 channel are disturbed against the model by up to ``EPSILON`` of themselves; masks on the scales are learnt that keep the
-clean answers with and without that, weighed ``ALPHA`` to 1; channels with low masks are pruned.
+clean answers with and without that, weighed ``ALPHA`` to 1; channels with low masks are pruned. A frozen batch-norm is
+left as it is.
 """
 
 from __future__ import annotations
@@ -38,17 +39,17 @@ class NeuronPruning:
         import tensorflow as tf
 
         model = logits_of(target.model)
+        trainable, fixed = model.trainable_variables, model.non_trainable_variables
+        places = {id(variable): place for place, variable in enumerate(trainable)}
         norms = {
             layer: norm
             for layer in target.layers()
             if isinstance(norm := target.norm_behind(target.model.get_layer(layer)), keras.layers.BatchNormalization)
-            and norm.gamma is not None
-            and norm.beta is not None
+            and id(norm.gamma) in places
+            and id(norm.beta) in places
         }
         if not norms:
-            raise ModelError("model", got="no batch-norm layer", expected="at least one, whose channels can be masked")
-        trainable, fixed = model.trainable_variables, model.non_trainable_variables
-        places = {id(variable): place for place, variable in enumerate(trainable)}
+            raise ModelError("model", got="no batch-norm layer that can be trained", expected="at least one to mask")
         widths = [int(norm.gamma.shape[0]) for norm in norms.values()]
         masks = [tf.Variable(tf.ones(width)) for width in widths]
         rng = np.random.default_rng(bench.seed)
