@@ -4,8 +4,9 @@ Rules enforced here:
 
 * the file's digests are compared with its content first, and it is run in a child process before it is run in this one;
 * what a microcontroller cannot tell is refused: a class output that is neither int8, uint8 nor float32, more
-  detectors or classes than a message holds;
-* golden inputs are those whose verdict hangs on no rounding: their joint score is off the threshold by a third.
+  detectors, longer names of theirs or more classes than a message holds;
+* golden inputs are those where nothing hangs on rounding: their joint score is off the threshold by a third, and the
+  output of the predicted class is more than ``APART`` steps of 8 bits above any other.
 
 How far a feature x is from what the guard expects of class c is counted in steps of 1/256 of the deviation that alone
 would bring a score to its threshold: steps = x * 256 sqrt(w) - mean - expected_c, with w the largest weight that a
@@ -36,10 +37,13 @@ Floats = npt.NDArray[np.float64]
 UNIT = 256
 MOST_DETECTORS = 6
 MOST_CLASSES = 4096
+MOST_NAMES = 40
+"""Characters of the detectors' names with their commas: what a hello holds."""
 GOLDEN = 4
 _LARGEST_MEAN = 1 << 29
 _LARGEST_EXPECTED = 32767
 _TRIES = 32
+APART = 2
 _OFF = 1.34
 """Golden joint scores are this factor below or above the threshold: kernels of two runtimes differ by less."""
 
@@ -107,6 +111,9 @@ def describe(content: bytes, sidecar_content: bytes | None = None) -> Described:
             got=f"{len(described.detectors)} detectors and {len(described.classes)} classes",
             expected=f"at most {MOST_DETECTORS} and {MOST_CLASSES} on a microcontroller",
         )
+    names = ",".join(detector.name for detector in described.detectors)
+    if len(names) > MOST_NAMES:
+        raise ModelError("guard", got=f"detectors {names}", expected=f"at most {MOST_NAMES} characters of names")
     runner = TfliteModel(content)
     layout = layout_of(runner.outputs, described)
     scales, expected = _tables(model, described)
@@ -119,7 +126,7 @@ def describe(content: bytes, sidecar_content: bytes | None = None) -> Described:
         scales=scales,
         expected=expected,
         largest=int(bound.view(np.uint32)),
-        golden=_golden(content, described, runner, sidecar_content),
+        golden=_golden(content, described, runner, layout.classes, sidecar_content),
     )
 
 
@@ -181,9 +188,16 @@ def _constant(model: Model, name: str, dtype: npt.DTypeLike = np.float32) -> Flo
 
 
 def _golden(
-    content: bytes, described: GuardMetadata, runner: TfliteModel, sidecar_content: bytes | None
+    content: bytes,
+    described: GuardMetadata,
+    runner: TfliteModel,
+    classes: int | None,
+    sidecar_content: bytes | None,
 ) -> tuple[Golden, ...]:
-    """Some inputs of the sidecar, and made-up ones up to ``GOLDEN``; none that lies near the threshold."""
+    """Some inputs of the sidecar, and made-up ones up to ``GOLDEN``; none that lies near the threshold or two classes.
+
+    ``classes``: index of the class output, None for a model without.
+    """
     guarded = GuardedModel.load(content)
     clean: list[Array] = []
     if sidecar_content is not None and described.sidecar_digest is not None:
@@ -195,6 +209,8 @@ def _golden(
         found = guarded.infer(x)
         score = found.verdict.score
         if 1.0 / _OFF < score < _OFF:
+            continue
+        if classes is not None and not _apart(runner.invoke(runner.quantise(x))[classes]):
             continue
         chosen.append(
             Golden(
@@ -208,6 +224,13 @@ def _golden(
         if len(chosen) == GOLDEN:
             break
     return tuple(chosen)
+
+
+def _apart(outputs: Array) -> bool:
+    """Whether the largest of a class output, as the model gives it, is one that another runtime finds too."""
+    values = np.sort(outputs.ravel().astype(np.float64))
+    step = 1.0 if np.issubdtype(outputs.dtype, np.integer) else np.ptp(values) / 255
+    return values.size < 2 or bool(values[-1] - values[-2] > APART * step)
 
 
 def _made_up(described: GuardMetadata, random: np.random.Generator) -> Array:

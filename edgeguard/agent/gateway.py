@@ -11,7 +11,9 @@ Rules enforced here:
   microcontroller may forget it. Commands that it does not know are refused here;
 * a release is fetched and verified as this device's own are, and its file is the one that was signed; only then is it
   offered. It counts as updated when the microcontroller says that its self-test passed, and one that failed its trial
-  too often is not offered again.
+  too often is not offered again;
+* a release with other features, detectors or kind of calibration is refused: the firmware's tables would misread it;
+* a hint holds until the next one: an offer that is not staged yet is withdrawn where the hub wants another or none.
 
 What a microcontroller says is hostile: numbers are bounded, and what does not fit is dropped and counted.
 """
@@ -45,8 +47,9 @@ from edgeguard.agent.trial import Trial
 from edgeguard.agent.update import Progress, Updater, clear
 from edgeguard.agent.window import AlertLimit
 from edgeguard.contract import messages, topics
+from edgeguard.contract.guard import GuardMetadata
 from edgeguard.contract.messages import Ack, Alert, Birth, Command, Health, Report, Reported, Status
-from edgeguard.detection import runtime, sidecar
+from edgeguard.detection import metadata, runtime, sidecar
 from edgeguard.errors import ConfigError, ModelError, TrustError
 from firmware_bridge.link import messages as wire
 from firmware_bridge.slots import write_whole
@@ -56,6 +59,8 @@ RUNTIME = "microcontroller"
 REPORTS_PER_MINUTE = 120
 WAITING = 64
 """While so much of one microcontroller waits for the disk, or for its turn, its line is not read any further."""
+TRIALS = 2
+"""A model that failed so many trials there is not offered again."""
 TRIAL_S = 180.0
 """So long a model that was handed over may be on trial before its microcontroller says what became of it."""
 _OFFERED, _RUNNING = "offered.tflite", "running.tflite"
@@ -142,8 +147,10 @@ class _Microcontroller:
         self._updater: Updater | None = None
         self._failed: tuple[str, ...] = ()
         """Of the file that failed its trials: it need not be fetched again."""
-        self._trial = Trial(folder / "trial.json")
+        self._trial = Trial(folder / "trial.json", starts=TRIALS)
         self._hint: Hint | None = None
+        """The last one; ``_hinted``: the updater has it."""
+        self._hinted = False
         self._offered: Fetched | None = None
         self._staged_s: float | None = None
         self._told: Progress | None = None
@@ -182,7 +189,7 @@ class _Microcontroller:
             if answer is not None:
                 self._link.publish(answer.channel, answer.payload, device=self._device)
         elif isinstance(event, Hint):
-            self._hint = event
+            self._hint, self._hinted = event, False
 
     def step(self, now_s: float) -> None:
         """See what the line brought, keep it, and look after the release."""
@@ -202,7 +209,7 @@ class _Microcontroller:
         if isinstance(event, mcu.Came):
             self._came(event.hello, now_s)
         elif isinstance(event, mcu.Gone):
-            log.warning("%s: nothing heard for %g s", self._device, mcu.SILENCE_S)
+            log.warning("%s: gone, silent for %g s or with foreign firmware", self._device, mcu.SILENCE_S)
             self._present = False
             self._say(topics.STATUS, self._status("offline"), retain=True)
         elif isinstance(event, mcu.Foreign):
@@ -233,6 +240,7 @@ class _Microcontroller:
                 board=hello.board,
                 runtime=RUNTIME,
             )
+            self._hinted = False
         self._hello, self._present = hello, True
         self._waiting.append((None, self._announced))
         offered = self._offered
@@ -320,13 +328,19 @@ class _Microcontroller:
         hello, updater = self._hello, self._updater
         if self._offered is not None and self._staged_s is not None and now_s - self._staged_s > TRIAL_S:
             self._defer(self._offered, "failed", "it was not heard of since the hand-over", now_s)
+        if self._offered is not None and self._staged_s is None and self._hint is not None:
+            desired = self._hint.desired
+            if desired is None or desired.sequence != self._offered.sequence:
+                log.info("%s: release %d is withdrawn", self._device, self._offered.sequence)
+                self._port.withdraw()
+                self._offered = None
         if updater is None or hello is None or not self._present or self._offered is not None:
             return
         if hello.standing is wire.Standing.TRIAL:
             return
-        if self._hint is not None:
+        if self._hint is not None and not self._hinted:
+            self._hinted = True
             self._tell(updater.hint(self._hint, running_sequence=hello.sequence, now_s=now_s))
-            self._hint = None
         progress = updater.step(model_digest=hello.model_digest.hex(), running_sequence=hello.sequence, now_s=now_s)
         if isinstance(progress, Fetched):
             self._offer(progress, hello, now_s)
@@ -359,14 +373,7 @@ class _Microcontroller:
         """Start the check of a fetched file against what runs there. Raises ConfigError where that is not here."""
         assert self._hello is not None
         digest = self._hello.file_digest.hex()
-        running = next((path for path in self._copies() if _digest(path) == digest), None)
-        if running is None:
-            raise ConfigError(
-                f"check of a release for {self._device}",
-                got="no copy of the model that runs there",
-                expected=f"a file of SHA-256 {digest}",
-                do="name it as model in its [[sources.serial]]",
-            )
+        running = self._running(digest)
         question = Question(
             fetched=str(fetched.path),
             file_digest=fetched.file_digest,
@@ -383,9 +390,17 @@ class _Microcontroller:
         )
         return ask(question, self._folder / "question.json")
 
-    def _copies(self) -> list[Path]:
-        """Where the model that runs there may lie: what was handed over last, or what the operator named."""
-        return [self._folder / _RUNNING, self._folder / _OFFERED, *([self._model] if self._model else [])]
+    def _running(self, digest: str) -> Path:
+        """A copy of the model that runs there: what was handed over last, or what the operator named."""
+        for path in (self._folder / _RUNNING, self._folder / _OFFERED, self._model):
+            if path is not None and _digest(path) == digest:
+                return path
+        raise ConfigError(
+            f"check of a release for {self._device}",
+            got="no copy of the model that runs there",
+            expected=f"a file of SHA-256 {digest}",
+            do="name it as model in its [[sources.serial]]",
+        )
 
     def _checked(self, fetched: Fetched, hello: wire.Hello) -> bytes:
         """The fetched file. Raises TrustError or ModelError where it is not what was signed, or of no use there."""
@@ -400,10 +415,14 @@ class _Microcontroller:
             raise ModelError("release", got=f"{len(content)} bytes", expected=f"at most {hello.slot_bytes} there")
         if fetched.sequence > _MAX_SEQUENCE:
             raise ModelError("release", got=f"sequence {fetched.sequence}", expected=f"at most {_MAX_SEQUENCE}")
-        # The next release is checked against this one, once it runs.
+        running = self._running(hello.file_digest.hex()).read_bytes()
+        check_firmware(metadata.read(content), metadata.read(running))
+        # The next release is checked against this one, once it runs. An earlier one's sidecar is none of its own.
+        beside = sidecar.path_beside(self._folder / _OFFERED)
+        beside.unlink(missing_ok=True)
         write_whole(self._folder / _OFFERED, content)
         if fetched.sidecar is not None:
-            write_whole(sidecar.path_beside(self._folder / _OFFERED), fetched.sidecar.read_bytes())
+            write_whole(beside, fetched.sidecar.read_bytes())
         return content
 
     def _transferred(self, ended: mcu.Ended, now_s: float) -> None:
@@ -441,9 +460,12 @@ class _Microcontroller:
         """The model that was handed over runs there now."""
         offered, running = self._folder / _OFFERED, self._folder / _RUNNING
         if _digest(offered) == file_digest:
-            with suppress(FileNotFoundError):
-                sidecar.path_beside(offered).replace(sidecar.path_beside(running))
-            offered.replace(running)
+            try:
+                with suppress(FileNotFoundError):
+                    sidecar.path_beside(offered).replace(sidecar.path_beside(running))
+                offered.replace(running)
+            except OSError as error:
+                raise ConfigError(f"folder {self._folder}", got=error.strerror, expected="one to write in") from error
 
     def _defer(self, fetched: Fetched, state: Literal["refused", "failed"], reason: str, now_s: float) -> None:
         self._offered = self._staged_s = None
@@ -486,6 +508,26 @@ def _digest(path: Path) -> str | None:
     with suppress(OSError):
         return hashlib.sha256(path.read_bytes()).hexdigest()
     return None
+
+
+def check_firmware(new: GuardMetadata, running: GuardMetadata) -> None:
+    """Refuse a release whose scores the firmware would misread: it was built for the features and detectors that run.
+
+    Raises:
+        ModelError: it has others, or only one of the two is calibrated on made-up inputs.
+    """
+    for what, brought, there in (
+        ("features", new.feature_count, running.feature_count),
+        ("detectors", [one.name for one in new.detectors], [one.name for one in running.detectors]),
+        ("made-up calibration", new.calibration.synthetic, running.calibration.synthetic),
+    ):
+        if brought != there:
+            raise ModelError(
+                f"release: {what}",
+                got=brought,
+                expected=f"{there}, as the firmware was built for",
+                do="build and flash firmware with the new model",
+            )
 
 
 def boot_of(hello: wire.Hello) -> str:

@@ -10,7 +10,7 @@ Bytes and the time are passed in; bytes to send and events come out. Rules enfor
   microcontroller starts anew it ends as interrupted, and is never sent to the new start;
 * a transfer goes on where the microcontroller says that it stopped, after a lost line or power as well. What it may
   ask for again is bounded;
-* silence for ``SILENCE_S`` means that it is gone.
+* silence for ``SILENCE_S`` means that it is gone, and so do other message definitions.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Foreign:
 
 @dataclass(frozen=True)
 class Gone:
-    """Nothing was heard of it for too long."""
+    """Nothing was heard of it for too long, or it came back with other message definitions."""
 
 
 @dataclass(frozen=True)
@@ -262,12 +262,18 @@ class Peer:
             if self._foreign != hello.schema:
                 self._foreign = hello.schema
                 self._events.append(Foreign(hello.schema))
+            if self.present:
+                self._events.append(Gone())
+            if self._hello is not None:
+                self._interrupt()
             self._hello, self.present = None, False
             return
         before, self._hello, self._foreign = self._hello, hello, None
         self._heard_s = self._clock_s = now_s
         if before is not None and before.boot != hello.boot:
             self._interrupt()
+        if self._transfer is not None and hello.file_digest == self._transfer.digest:
+            self._end_transfer("staged", "")  # it runs there: that all of it had arrived was said, and not heard
         if not self.present or before != hello:
             self.present, self._came_s = True, now_s
             self._events.append(Came(hello))

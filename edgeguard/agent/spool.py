@@ -8,9 +8,9 @@ Rules enforced here:
 * an entry leaves on the hub's ack alone, whichever boot it is of, and on an ack for its own device;
 * messages of microcontrollers lie beside this device's own, under their device, with the boot and seq that they came
   with: one that comes again while it waits is not kept twice;
-* the size is bounded: beyond it the oldest report is dropped, and an alert only when there is no other report; of
-  several devices, of the one that has most waiting, so that none pushes out the others. The message that was put last
-  stays. What is dropped is counted, never silent;
+* the size is bounded: beyond it, of the device that has most waiting, so that none pushes out the others, the oldest
+  report is dropped, and an alert only when it has no other report. The message that was put last stays. What is
+  dropped is counted, never silent;
 * an ack can name ``MAX_GAPS`` gaps, so what waits for one spans no more numbers of a boot than that, however many were
   dropped in between: :meth:`Spool.pending` ends there;
 * a commit is on disk when it returns. SQLite appends its pages to a log, each with a checksum that goes on from the one
@@ -264,25 +264,33 @@ class Spool:
             log.warning("spool full: %d messages dropped, the hub will never see them", dropped)
 
     def _make_room(self, sizes: Counter[tuple[str, str]], newest: int | None) -> int:
-        """Drop until ``sizes`` fit, which become smaller: reports, then alerts, oldest first, never ``newest``."""
+        """Drop until ``sizes`` fit, which become smaller, and never ``newest``.
+
+        Of the device that has most: reports, then alerts, oldest first. So none pushes out what another one said.
+        """
         dropped = 0
-        for kind in ("report", "alert"):
-            devices = {device for device, what in sizes if what == kind}
-            while devices and sizes.total() > self._max_bytes:
-                most = max(devices, key=lambda device: (sizes[device, kind], device))
-                row = self._db.execute(
-                    "SELECT position, LENGTH(payload) FROM outbox WHERE device = ? AND kind = ? AND position < ?"
-                    " ORDER BY position LIMIT 1",
-                    (most, kind, newest),
-                ).fetchone()
-                if row is None:
-                    devices.remove(most)
-                    continue
-                self._db.execute("DELETE FROM outbox WHERE position = ?", row[:1])
-                self._db.execute(f"UPDATE counters SET {kind}s_dropped = {kind}s_dropped + 1")
-                sizes[most, kind] -= row[1]
-                dropped += 1
+        devices = {device for device, _ in sizes}
+        while devices and sizes.total() > self._max_bytes:
+            most = max(devices, key=lambda device: (sizes[device, "report"] + sizes[device, "alert"], device))
+            row = self._oldest(most, "report", newest) or self._oldest(most, "alert", newest)
+            if row is None:
+                devices.remove(most)
+                continue
+            position, kind, size = row
+            self._db.execute("DELETE FROM outbox WHERE position = ?", (position,))
+            self._db.execute(f"UPDATE counters SET {kind}s_dropped = {kind}s_dropped + 1")
+            sizes[most, kind] -= size
+            dropped += 1
         return dropped
+
+    def _oldest(self, device: str, kind: Kind, before: int | None) -> tuple[int, Kind, int] | None:
+        """Position, kind and size of a device's first message of a kind, if it lies before a position."""
+        row: tuple[int, Kind, int] | None = self._db.execute(
+            "SELECT position, kind, LENGTH(payload) FROM outbox WHERE device = ? AND kind = ? AND position < ?"
+            " ORDER BY position LIMIT 1",
+            (device, kind, before),
+        ).fetchone()
+        return row
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

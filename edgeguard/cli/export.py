@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from firmware_bridge.c99 import Firmware
 
 COMPILER = "arm-none-eabi-gcc"
+EXAMPLE = "main.c"
 CORES = ("cortex-m0plus", "cortex-m4")
 
 
@@ -53,7 +54,8 @@ def register(app: typer.Typer) -> None:
             progress("writing", 1, 2)
             output.mkdir(parents=True, exist_ok=True)
             for name, text in c99.files(firmware).items():
-                (output / name).write_text(text)
+                if name != EXAMPLE or not (output / name).exists():  # which is there to be edited
+                    (output / name).write_text(text)
             sizes = sizes_of(output, firmware)
             (output / "sizes.json").write_text(json.dumps(sizes, indent=2) + "\n")
         if as_json:
@@ -129,6 +131,14 @@ def library_size(folder: Path, core: str) -> dict[str, int] | None:
     """
     if shutil.which(COMPILER) is None:
         return None
+    try:
+        return _measured(folder, core)
+    except subprocess.CalledProcessError:
+        return None
+
+
+def _measured(folder: Path, core: str) -> dict[str, int]:
+    """As :func:`library_size`. Raises CalledProcessError where the compiler has no C library."""
     from firmware_bridge.c99 import SOURCES
 
     options = [COMPILER, f"-mcpu={core}", "-mthumb", "-std=c99", "-Os", "-ffunction-sections", "-fdata-sections"]
@@ -151,5 +161,5 @@ def library_size(folder: Path, core: str) -> dict[str, int] | None:
 
 def _sentence(size: dict[str, int] | None) -> str:
     if size is None:
-        return f"library not measured: {COMPILER} is not installed"
+        return f"library not measured: {COMPILER} is not installed, or has no C library"
     return f"library: text {size['text']:,}, data {size['data']:,}, bss {size['bss']:,} bytes"

@@ -104,8 +104,9 @@ typedef struct {
 } edgeguard_t;
 
 /* At each start. `boot`: a number that no other start of this device has, from a random source or a counter in flash.
- * `name`: of this device behind its gateway: a-z, 0-9, '.', '_' and '-', 24 characters at most.
- * False where something is missing or out of bounds; nothing else may be called then. */
+ * `name` and `board`: what a hello says, which cuts them at 24 characters; the gateway goes by the port that it is on.
+ * False where the sizes of slots and pages, or the number of detectors, are out of bounds; nothing else may be called
+ * then. */
 bool edgeguard_init(edgeguard_t *self, const edgeguard_hal_t *hal, const edgeguard_guard_t *guard, const char *name,
                     const char *board, uint64_t boot);
 

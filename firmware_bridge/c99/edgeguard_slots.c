@@ -114,11 +114,13 @@ void edgeguard_slots_record(const edgeguard_slots_t *slots, edgeguard_record_t *
     }
 }
 
+/* What stands in `record` afterwards is what was read back, and anything where that is not what was written. */
 static bool write_record(edgeguard_slots_t *slots, edgeguard_record_t *record)
 {
     const edgeguard_hal_t *const hal = slots->hal;
     const uint8_t area = (slots->area == EDGEGUARD_RECORD_A) ? EDGEGUARD_RECORD_B : EDGEGUARD_RECORD_A;
 
+    (void)memcpy(record->built_in, slots->built_in->file_digest, sizeof record->built_in);
     record->counter = slots->counter + 1U;
     record->crc = edgeguard_crc32((const uint8_t *)record, (uint32_t)offsetof(edgeguard_record_t, crc));
     if (!hal->flash_erase(hal->context, area, 0U) ||
@@ -172,28 +174,29 @@ void edgeguard_slots_open(edgeguard_slots_t *slots, const edgeguard_hal_t *hal, 
         }
     }
     edgeguard_slots_record(slots, &record);
+    if (memcmp(record.built_in, built_in->file_digest, sizeof record.built_in) != 0) {
+        slots->area = EDGEGUARD_NO_RECORD; /* the next one that is written counts on, and replaces it */
+        return;
+    }
+    slots->active = record.active;
+    slots->standing = record.standing;
     if (record.standing == EDGEGUARD_STANDING_TRIAL) {
+        const uint8_t previous = record.previous;
         record.standing = TRIAL_BEGUN;
         if (!write_record(slots, &record)) { /* no trial that could not be noticed to have failed */
-            slots->active = record.previous;
+            slots->active = previous;
             slots->standing = EDGEGUARD_STANDING_REVERTED;
-            return;
         }
     } else if (record.standing == TRIAL_BEGUN) {
-        slots->active = record.active;
         (void)edgeguard_slots_confirm(slots, false);
-        return;
     } else {
         /* nothing is on trial */
     }
-    slots->active = record.active;
-    slots->standing = outer(record.standing);
 }
 
 bool edgeguard_slots_confirm(edgeguard_slots_t *slots, bool passed)
 {
     edgeguard_record_t record;
-    bool written;
 
     edgeguard_slots_record(slots, &record);
     if (record.standing != TRIAL_BEGUN) {
@@ -205,10 +208,9 @@ bool edgeguard_slots_confirm(edgeguard_slots_t *slots, bool passed)
         record.standing = EDGEGUARD_STANDING_REVERTED;
         record.active = record.previous;
     }
-    written = write_record(slots, &record);
     slots->active = record.active;
     slots->standing = record.standing;
-    return written;
+    return write_record(slots, &record);
 }
 
 static void refuse(edgeguard_slots_t *slots, uint8_t cause)

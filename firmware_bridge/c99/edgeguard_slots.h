@@ -5,7 +5,8 @@
  * - nothing is staged that was not read back and has the SHA-256 that was announced;
  * - a staged model runs on trial once: unless it is confirmed, the next start runs the former one;
  * - the record lies twice: the older copy is replaced, and counts only when its checksum fits;
- * - before the first hand-over the model that is built into the firmware runs, until another one passed its trial.
+ * - before the first hand-over the model that is built into the firmware runs, until another one passed its trial;
+ * - firmware with another model of its own begins with that: what the slots hold was handed to the former one.
  */
 #ifndef EDGEGUARD_SLOTS_H
 #define EDGEGUARD_SLOTS_H
@@ -51,7 +52,7 @@ typedef struct {
     uint8_t standing;
     uint8_t receiving; /* a transfer into the slot that is neither is under way */
     edgeguard_content_t slot[2];
-    uint8_t unused[28];
+    uint8_t built_in[28]; /* how the digest of the firmware's own file begins */
     uint32_t crc;
 } edgeguard_record_t;
 
@@ -76,7 +77,8 @@ typedef struct {
 /* CRC-32 as in zlib. */
 uint32_t edgeguard_crc32(const uint8_t *bytes, uint32_t size);
 
-/* At each start: find out what runs. A model that was on trial and not confirmed is left behind. */
+/* At each start: find out what runs. A model that was on trial and not confirmed is left behind, and so is what was
+ * handed to firmware with another model of its own. */
 void edgeguard_slots_open(edgeguard_slots_t *slots, const edgeguard_hal_t *hal, const edgeguard_content_t *built_in);
 
 /* The record in force; without one, a record of the built-in model. */

@@ -4,6 +4,8 @@
 #include "edgeguard_link.h"
 #include "edgeguard_model.h"
 
+#include <string.h>
+
 #define SLOT_BYTES (256UL * 1024UL)
 #define PAGE_BYTES 4096UL
 
@@ -46,22 +48,41 @@ static void input_of(const board_outputs_t *outputs, edgeguard_input_t *input)
     input->inference_us = outputs->inference_us;
 }
 
-/* The golden inputs belong to the exported model. One that came over the link has to open and to run. */
+/* What is told of an input that the model did not run on: no score is a number, so it is not checked. Nobody looks at
+ * the features then; the model's own bytes are as many as are asked for. */
+static void nothing_of(edgeguard_input_t *input)
+{
+    static uint32_t no_numbers[EDGEGUARD_DETECTORS];
+    (void)memset(no_numbers, 0xFF, sizeof no_numbers);
+    input->scores = no_numbers;
+    input->features = edgeguard_model;
+    input->label = -1;
+    input->inference_us = EDGEGUARD_UNKNOWN;
+}
+
+/* The golden inputs belong to the exported model. One that came over the link has to open and to run, and to say
+ * something of them: where all that it says is "not checked", its guard is of no use here. */
 static bool self_test(void)
 {
     uint32_t i;
     for (i = 0U; i < edgeguard_golden_count; i++) {
         board_outputs_t outputs;
         edgeguard_input_t input;
+        edgeguard_status_t status;
         int32_t joint;
         if (!board_run(edgeguard_golden[i].input, &outputs)) {
             return false;
         }
         input_of(&outputs, &input);
-        if ((edgeguard_running(&guard) == EDGEGUARD_BUILT_IN) &&
-            ((edgeguard_judge(&edgeguard_guard, &input, &joint) != edgeguard_golden[i].status) ||
-             (input.label != edgeguard_golden[i].label))) {
+        status = edgeguard_judge(&edgeguard_guard, &input, &joint);
+        if (edgeguard_running(&guard) == EDGEGUARD_BUILT_IN) {
+            if ((status != edgeguard_golden[i].status) || (input.label != edgeguard_golden[i].label)) {
+                return false;
+            }
+        } else if ((status == EDGEGUARD_NOT_CHECKED) && (edgeguard_golden[i].status != EDGEGUARD_NOT_CHECKED)) {
             return false;
+        } else {
+            /* another model may say something else, but it says something */
         }
     }
     return true;
@@ -88,8 +109,12 @@ int main(void)
         edgeguard_input_t input;
 
         edgeguard_receive(&guard, bytes, size);
-        if ((next != NULL) && board_run(next, &outputs)) {
-            input_of(&outputs, &input);
+        if (next != NULL) {
+            if (board_run(next, &outputs)) {
+                input_of(&outputs, &input);
+            } else {
+                nothing_of(&input);
+            }
             if (edgeguard_observe(&guard, &input) != EDGEGUARD_CLEAN) {
                 /* do not act on the model's answer */
             }

@@ -8,7 +8,8 @@ Rules enforced here:
 
 * nothing is looked at before its checksum fits, and then not before its length fits both frame and type;
 * what arrives damaged is dropped and counted, never repaired and never guessed at;
-* a frame that is intact but no message (another version, an unknown type, values out of range) is counted apart.
+* a frame that is intact but no message (another version, an unknown type, values out of range) is counted apart;
+* of a hello with another schema nothing is read but that and its boot, with which every schema's hello begins.
 
 Example:
     >>> decoder = Decoder()
@@ -28,17 +29,20 @@ from edgeguard.errors import LinkError
 from firmware_bridge.link.messages import (
     BY_TYPE,
     MAX_PAYLOAD,
+    SCHEMA,
     SIZES,
     VERSION,
     Ack,
     Blob,
     Choice,
+    Hello,
     Kind,
     Message,
     Number,
     Origin,
     Raw,
     Several,
+    Standing,
     Text,
     bounds,
     fields,
@@ -48,6 +52,8 @@ __all__ = ["MAX_WIRE", "Ack", "Decoder", "Received", "encode", "stuff", "unstuff
 
 HEADER = struct.Struct("<BBHH")
 CHECKSUM = 4
+HELLO = struct.Struct("<IQ")
+"""What the hello of every schema begins with: the schema and the boot."""
 MAX_FRAME = HEADER.size + MAX_PAYLOAD + CHECKSUM
 MAX_WIRE = MAX_FRAME + 2
 """Bytes on the line: a frame shorter than 255 grows by one byte, and the zero."""
@@ -145,6 +151,9 @@ class Decoder:
         kind = BY_TYPE.get(number)
         if kind is None or (self._sender is not None and kind.ORIGIN not in (self._sender, "both")):
             raise ValueError(f"a message of type {number}, which the {self._sender or 'peer'} does not send")
+        foreign = _foreign_hello(frame[HEADER.size : -CHECKSUM]) if kind is Hello else None
+        if foreign is not None:
+            return Received(sequence, foreign)
         least, most = _BOUNDS[kind]
         if not least <= length <= most:
             raise ValueError(f"{length} bytes of {kind.__name__}")
@@ -153,6 +162,30 @@ class Decoder:
         if reader.left:
             raise ValueError(f"{reader.left} bytes behind a {kind.__name__}")
         return Received(sequence, message)
+
+
+def _foreign_hello(payload: bytes) -> Hello | None:
+    """A hello of another schema, empty but for that and its boot."""
+    if len(payload) < HELLO.size:
+        return None
+    schema, boot = HELLO.unpack_from(payload)
+    if schema == SCHEMA:
+        return None
+    unknown = bytes(32)
+    return Hello(
+        schema=schema,
+        boot=boot,
+        name="",
+        board="",
+        library="",
+        detectors="",
+        model_digest=unknown,
+        guard_digest=unknown,
+        file_digest=unknown,
+        sequence=0,
+        slot_bytes=0,
+        standing=Standing.CONFIRMED,
+    )
 
 
 def _intact(frame: bytes) -> bool:

@@ -15,6 +15,7 @@ import pytest
 from edgeguard.agent.spool import read_counters
 from edgeguard.contract import topics
 from edgeguard.contract.messages import (
+    Alert,
     Birth,
     Ping,
     PingReply,
@@ -28,6 +29,7 @@ from edgeguard.contract.messages import (
     encode,
     transaction,
 )
+from firmware_bridge import c99
 from tests.agent.conftest import Device
 from tests.mcu import build
 from tests.mcu.board import Board
@@ -96,6 +98,11 @@ def of_pump(hub: TinyHub) -> list[Report]:
     return hub.reports()
 
 
+def alerts(hub: TinyHub) -> list[Alert]:
+    """The alerts stored, each once."""
+    return [message for message in hub.stored.values() if isinstance(message, Alert)]
+
+
 def counted(reports: list[Report]) -> Counter[tuple[int, str]]:
     """As :attr:`Recording.counts`."""
     counts: Counter[tuple[int, str]] = Counter()
@@ -124,6 +131,12 @@ def key(number: int) -> str:
     return transaction(time.time_ns() // 1_000_000, f"{number:016x}")
 
 
+def test_every_setting_of_the_test_firmware_is_one_that_the_library_has() -> None:
+    sources = "".join(c99.library().values())
+    for setting in build.SETTINGS:
+        assert f"#ifndef {setting.removeprefix('-D').split('=')[0]}\n" in sources
+
+
 def test_what_the_microcontroller_counted_is_what_the_hub_stores(
     hub: TinyHub, gateway: Device, board: Board, recording: Recording
 ) -> None:
@@ -131,6 +144,9 @@ def test_what_the_microcontroller_counted_is_what_the_hub_stores(
     board.start()
     wait_until(lambda: hub.inputs() >= PART, "all inputs")
     assert counted(of_pump(hub)) == expected(recording, 1)
+    wait_until(lambda: alerts(hub), "an alert")
+    flagged = sum(count for (_, status), count in expected(recording, 1).items() if status == "flagged")
+    assert len(alerts(hub)) <= flagged
     birth = next(birth for birth in hub.all(Birth) if birth.board == "host")
     assert (birth.board, birth.capabilities) == ("host", ("commands", "update"))
     assert {report.boot for report in of_pump(hub)} == {birth.boot}

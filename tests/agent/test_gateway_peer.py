@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import struct
+import zlib
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from edgeguard.agent import mcu
 from edgeguard.agent.mcu import Came, Ended, Foreign, Gone, Moved, Offer, Peer, Told, Unanswered
 from firmware_bridge.link import messages as wire
-from firmware_bridge.link.codec import Decoder, encode
+from firmware_bridge.link.codec import Decoder, encode, stuff
 
 NOW_MS = 1_760_000_000_000
 ZERO = bytes(32)
@@ -34,6 +36,12 @@ def report(number: int) -> wire.Report:
         number=number, started_ms=0, ended_ms=1, unchecked=0, histogram=histogram, labels=counts,
         evidence_label=-1, evidence=0, channels=(),
     )  # fmt: skip
+
+
+def frame(kind: int, payload: bytes) -> bytes:
+    """A frame that is intact, whatever it holds."""
+    whole = struct.pack("<BBHH", wire.VERSION, kind, len(payload), 0) + payload
+    return stuff(whole + zlib.crc32(whole).to_bytes(4, "little")) + b"\0"
 
 
 class Line:
@@ -81,6 +89,31 @@ def test_firmware_with_other_message_definitions_is_answered_and_not_listened_to
     assert line.say(other, 1.0) == []
     assert line.say(report(1), 2.0) == []
     assert [type(message) for message in line.hear()] == [wire.Welcome] * 2
+
+
+def test_firmware_that_is_replaced_by_foreign_firmware_is_gone_and_what_was_asked_of_it_ends(greeted: Line) -> None:
+    greeted.peer.ask(7, wire.Order.PING)
+    greeted.peer.tick(0.0)
+    assert greeted.say(hello(2, schema=wire.SCHEMA ^ 1), 1.0) == [
+        Foreign(wire.SCHEMA ^ 1),
+        Gone(),
+        Unanswered(7, "interrupted, the microcontroller started anew"),
+    ]
+    assert greeted.peer.tick(99.0) == []
+    assert greeted.say(hello(3), 100.0) == [Came(hello(3))]
+
+
+@pytest.mark.parametrize("size", [12, 13, 240])
+def test_foreign_firmware_whose_hello_has_another_length_is_known_as_such(line: Line, size: int) -> None:
+    payload = (struct.pack("<IQ", wire.SCHEMA ^ 1, 5) + bytes(range(256)))[:size]
+    assert line.peer.feed(frame(wire.Hello.TYPE, payload), 0.0) == [Foreign(wire.SCHEMA ^ 1)]
+    assert line.hear() == [wire.Welcome(schema=wire.SCHEMA, boot=5, unix_ms=NOW_MS)]
+
+
+def test_a_hello_of_this_schema_still_has_its_length(line: Line) -> None:
+    payload = struct.pack("<IQ", wire.SCHEMA, 5) + bytes(1)
+    assert line.peer.feed(frame(wire.Hello.TYPE, payload), 0.0) == []
+    assert line.peer.damaged == 1
 
 
 def test_a_microcontroller_that_was_not_greeted_is_made_to_say_hello(line: Line) -> None:
@@ -258,6 +291,16 @@ def test_a_start_in_the_middle_begins_the_transfer_again(greeted: Line) -> None:
     slot = Slot(greeted, CONTENT[:32])
     slot.run(1)
     assert Ended("staged", OFFER.file_digest) in slot.events
+
+
+def test_a_model_that_runs_is_staged_though_that_was_never_heard(greeted: Line) -> None:
+    greeted.peer.offer(OFFER)
+    greeted.peer.tick(0.0)
+    trial = hello(2, file_digest=DIGEST, standing=wire.Standing.TRIAL)
+    assert greeted.say(trial, 2.0) == [Ended("staged", OFFER.file_digest), Came(trial)]
+    greeted.hear()
+    greeted.peer.tick(9.0)
+    assert not any(isinstance(message, wire.TransferBegin) for message in greeted.hear())
 
 
 @pytest.mark.parametrize(

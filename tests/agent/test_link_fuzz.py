@@ -99,8 +99,9 @@ def test_20000_hostile_payloads_give_a_checked_event_or_nothing() -> None:
         outcomes[type(event).__name__] += 1
         assert event is None or isinstance(event, Ack | Hint | Command)
         assert not (isinstance(event, Command) and retained)
-        if event is not None:
-            message: Message = event.desired if isinstance(event, Hint) else event
+        message = event.desired if isinstance(event, Hint) else event
+        if message is not None:
+            assert isinstance(message, Message)
             assert decode(type(message), encode(message)) == message
     assert set(outcomes) == {"NoneType", "Ack", "Hint", *(kind.__name__ for kind in COMMANDS.values())}
     assert outcomes["NoneType"] > 10_000

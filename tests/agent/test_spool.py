@@ -432,6 +432,17 @@ def test_a_full_spool_drops_of_the_device_that_has_most(path: Path) -> None:
     assert read_counters(path).reports_dropped == 2
 
 
+def test_alerts_of_one_device_do_not_push_out_the_reports_of_the_others(path: Path) -> None:
+    spool = open_spool(path, max_bytes=2 * size_of(report) + 3 * size_of(alert))
+    spool.put(report)
+    spool.keep(SECOND, of(OTHER, 1))
+    for seq in range(1, 9):
+        spool.keep(MCU, of(OTHER, seq, alert))
+    assert [entry.seq for entry in spool.pending(device=MCU)] == [6, 7, 8]
+    assert [entry.kind for device in ("", SECOND) for entry in spool.pending(device=device)] == ["report", "report"]
+    assert (read_counters(path).reports_dropped, read_counters(path).alerts_dropped) == (0, 5)
+
+
 def test_what_waits_in_a_spool_of_version_2_goes_on_waiting(path: Path) -> None:
     with sqlite3.connect(path) as db:
         db.executescript(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from converters import micro, microcontroller
-from edgeguard.cli.export import firmware_of
+from edgeguard.cli.export import COMPILER, firmware_of
 from edgeguard.detection.guarded import TfliteModel
 from firmware_bridge import c99
 from firmware_bridge.link import messages
@@ -55,6 +55,29 @@ def test_the_folder_holds_what_a_firmware_project_needs(edgeguard: Run, guarded_
     assert printed["sizes"]["model_bytes"] == guarded_file.stat().st_size
     assert json.loads((tmp_path / "fw" / "sizes.json").read_text()) == printed["sizes"]
     assert "0x" in (tmp_path / "fw" / "edgeguard_model.c").read_text()
+
+
+def test_a_compiler_without_a_c_library_leaves_the_sizes_unmeasured(
+    edgeguard: Run, guarded_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "bin" / COMPILER
+    compiler.parent.mkdir()
+    compiler.write_text("#!/bin/sh\necho 'string.h: No such file or directory' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{compiler.parent}:/usr/bin:/bin")
+    code, out, _ = edgeguard("export", guarded_file, "--c", "-o", tmp_path / "fw")
+    assert code == 0
+    assert "not measured" in out
+    assert set(json.loads((tmp_path / "fw" / "sizes.json").read_text())["library"].values()) == {None}
+
+
+def test_exporting_again_keeps_an_example_that_was_edited(edgeguard: Run, guarded_file: Path, tmp_path: Path) -> None:
+    assert edgeguard("export", guarded_file, "--c", "-o", tmp_path)[0] == 0
+    (tmp_path / "main.c").write_text("/* mine */\n")
+    (tmp_path / "edgeguard.c").write_text("/* not mine */\n")
+    assert edgeguard("export", guarded_file, "--c", "-o", tmp_path, "--sequence", "9")[0] == 0
+    assert (tmp_path / "main.c").read_text() == "/* mine */\n"
+    assert (tmp_path / "edgeguard.c").read_text() == c99.library()["edgeguard.c"]
 
 
 def test_without_a_language_nothing_is_written(edgeguard: Run, guarded_file: Path, tmp_path: Path) -> None:

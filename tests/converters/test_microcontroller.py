@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from converters import calibration, flatbuffer, guard, microcontroller, taps
@@ -13,6 +14,7 @@ from converters.guard import Compiled
 from edgeguard.contract.guard import Detector, logit_columns
 from edgeguard.detection.statistics import fit, raw_scores, tails
 from edgeguard.errors import ModelError
+from firmware_bridge.link import messages
 from tests.simulators.attacked import Attacked
 
 
@@ -48,6 +50,43 @@ def test_the_tables_hold_what_was_fitted(attacked: Attacked, compact: bool, by_c
         assert np.allclose(described.expected, fitted.table * steps, atol=1.0, rtol=1e-5)
     else:
         assert described.expected is None
+
+
+def test_names_of_detectors_that_a_hello_would_cut_are_refused(
+    attacked: Attacked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ",".join(detector.name for detector in attacked.conversion.metadata.detectors)
+    monkeypatch.setattr(microcontroller, "MOST_NAMES", len(names))
+    microcontroller.describe(attacked.conversion.guarded)
+    monkeypatch.setattr(microcontroller, "MOST_NAMES", len(names) - 1)
+    with pytest.raises(ModelError, match="characters of names"):
+        microcontroller.describe(attacked.conversion.guarded)
+
+
+def test_as_many_characters_of_names_are_taken_as_a_hello_holds() -> None:
+    (text,) = (part for name, part in messages.fields(messages.Hello) if name == "detectors")
+    assert text == messages.Text(microcontroller.MOST_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "apart"),
+    [
+        (np.array([[-128, 3, 5]], np.int8), False),
+        (np.array([[-128, 2, 5]], np.int8), True),
+        (np.array([[255, 250, 0]], np.uint8), True),
+        (np.array([[7]], np.int8), True),
+        (np.array([[0.0, 0.5, 0.5]], np.float32), False),
+        (np.array([[0.0, 0.4, 0.6]], np.float32), True),
+    ],
+)
+def test_a_golden_class_hangs_on_no_rounding(outputs: npt.NDArray[np.generic], apart: bool) -> None:
+    assert microcontroller._apart(outputs) == apart
+
+
+def test_inputs_between_two_classes_are_no_golden_ones(attacked: Attacked, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert microcontroller.describe(attacked.conversion.guarded).golden
+    monkeypatch.setattr(microcontroller, "APART", 256)
+    assert microcontroller.describe(attacked.conversion.guarded).golden == ()
 
 
 def test_more_detectors_than_a_message_holds_are_refused(attacked: Attacked, monkeypatch: pytest.MonkeyPatch) -> None:

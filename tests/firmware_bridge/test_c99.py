@@ -401,6 +401,7 @@ def test_it_restarts_once_its_reply_has_arrived(start: Start) -> None:
 # -- hand-over of a model
 
 
+SLOT_BYTES = 8192
 MODEL = bytes(np.random.default_rng(0).integers(0, 256, 1500, dtype=np.uint8))
 DIGEST = hashlib.sha256(MODEL).digest()
 
@@ -580,6 +581,47 @@ def test_bytes_without_the_digest_that_was_announced_never_run(start: Start) -> 
         assert mcu.call("s") == [str(BUILT_IN), "0"]
 
 
+def test_new_firmware_runs_its_own_model_and_takes_others_again(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    gateway = start()
+    with gateway.mcu:
+        gateway.greet()
+        hand_over(gateway)
+    trial = start(boot=2)
+    with trial.mcu as mcu:
+        mcu.call("c", 1)
+        assert runs(trial) == (SLOT_A, False)
+    monkeypatch.setenv("BUILT_IN", "0x77")
+    flashed = start(boot=3)
+    with flashed.mcu:
+        flashed.mcu.wait(50)
+        flashed.hear()
+        hello = flashed.only(Hello)[-1]
+        assert (hello.sequence, hello.standing, hello.file_digest[0]) == (5, Standing.CONFIRMED, 0x77)
+        flashed.greet(boot=3)
+        status = hand_over(flashed, MODEL[::-1])
+        assert status is not None
+        assert status.phase is Phase.STAGED
+    again = start(boot=4)
+    with again.mcu as mcu:
+        assert runs(again) == (SLOT_A, True)
+        mcu.call("c", 1)
+    with start(boot=5).mcu as mcu:
+        assert mcu.call("s") == [str(SLOT_A), "0"]
+    monkeypatch.delenv("BUILT_IN")
+    with start(boot=6).mcu as mcu:
+        assert mcu.call("s") == [str(BUILT_IN), "0"]
+
+
+def test_new_firmware_leaves_a_trial_of_the_former_one(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    gateway = start()
+    with gateway.mcu:
+        gateway.greet()
+        hand_over(gateway)
+    monkeypatch.setenv("BUILT_IN", "0x77")
+    with start(boot=2).mcu as mcu:
+        assert mcu.call("s") == [str(BUILT_IN), "0"]
+
+
 def test_a_second_offer_during_a_trial_waits(start: Start) -> None:
     gateway = start()
     with gateway.mcu:
@@ -638,6 +680,59 @@ def test_power_lost_at_any_moment_leaves_a_whole_model_and_the_next_try_succeeds
         content = flash.read_bytes()[: len(MODEL)]
         assert content == MODEL
     assert cuts > 20
+
+
+def test_power_lost_at_any_moment_of_the_second_hand_over_leaves_the_first_or_the_second_model(
+    program: Path, tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    gateway = Gateway(Microcontroller(program, first))
+    with gateway.mcu:
+        gateway.greet()
+        hand_over(gateway)
+    with Microcontroller(program, first, boot=2) as mcu:
+        mcu.call("c", 1)
+    newer, cuts = MODEL[::-1], 0
+    for stop_after in range(1, 200):
+        flash = tmp_path / f"flash{stop_after}"
+        flash.write_bytes(first.read_bytes())
+        gateway = Gateway(Microcontroller(program, flash, boot=3, stop_after=stop_after))
+        with gateway.mcu as mcu:
+            gateway.greet(boot=3)
+            hand_over(gateway, newer, sequence=7)
+            died = mcu.died
+        if not died:
+            break
+        cuts += 1
+        again = Gateway(Microcontroller(program, flash, boot=4))
+        with again.mcu:
+            place = runs(again)
+            assert place in {(SLOT_A, False), (SLOT_B, True)}
+            if place == (SLOT_A, False):
+                again.greet(boot=4)
+                status = hand_over(again, newer, sequence=7)
+                assert status is not None
+                assert status.phase is Phase.STAGED
+        content = flash.read_bytes()
+        assert content[: len(MODEL)] == MODEL
+        assert content[SLOT_BYTES : SLOT_BYTES + len(MODEL)] == newer
+    assert cuts > 20
+
+
+@pytest.mark.parametrize(
+    ("score", "printed"), [("0", "0 2 1"), ("3", "0 2 1"), ("nan", "1 0 0")], ids=["clean", "flagged", "not checked"]
+)
+def test_the_example_leaves_a_model_that_checks_nothing_and_counts_inputs_that_it_does_not_run_on(
+    folder: Path, tmp_path: Path, score: str, printed: str
+) -> None:
+    example = tmp_path / "main.o"
+    compiler = needs.program("gcc", "gcc libc6-dev")
+    options = [*firmware.WARNINGS, *firmware.SANITIZERS, f"-I{folder}"]
+    source = str(folder / "main.c")
+    subprocess.run([compiler, *options, "-Dmain=example_main", "-c", source, "-o", str(example)], check=True)
+    program = firmware.build(folder, "example.c", str(example))
+    done = subprocess.run([str(program), score], capture_output=True, text=True, check=True, timeout=20)
+    assert done.stdout.strip() == printed
 
 
 # -- frames, and the export

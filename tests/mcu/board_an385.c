@@ -62,7 +62,13 @@ static bool flash_read(void *context, uint8_t area, uint32_t offset, uint8_t *by
 
 static bool flash_write(void *context, uint8_t area, uint32_t offset, const uint8_t *bytes, uint16_t size)
 {
+    uint16_t i;
     (void)context;
+    for (i = 0U; i < size; i++) {
+        if (flash(area, offset)[i] != 0xFFU) { /* written twice without erasing */
+            return false;
+        }
+    }
     (void)memcpy(flash(area, offset), bytes, size);
     return true;
 }

@@ -83,7 +83,14 @@ static bool flash_read(void *context, uint8_t area, uint32_t offset, uint8_t *by
 
 static bool flash_write(void *context, uint8_t area, uint32_t offset, const uint8_t *bytes, uint16_t size)
 {
-    (void)context;
+    uint8_t there[512];
+    uint16_t i;
+    (void)flash_read(context, area, offset, there, size);
+    for (i = 0U; i < size; i++) {
+        if (there[i] != 0xFFU) {
+            fail("written twice without erasing");
+        }
+    }
     use_power(areas[area], offset, bytes, size);
     return pwrite(areas[area], bytes, size, (off_t)offset) == (ssize_t)size;
 }

@@ -19,7 +19,7 @@ from tests.simulators import needs
 
 HERE = Path(__file__).parent
 WARNINGS = ("-std=c99", "-Wall", "-Wextra", "-Werror")
-SETTINGS = ("-DEDGEGUARD_WINDOW_MS=300U", "-DEDGEGUARD_HEARTBEAT_MS=1000U", "-DEDGEGUARD_ALERTS_PER_MINUTE=200U")
+SETTINGS = ("-DEDGEGUARD_WINDOW_MS=300U", "-DEDGEGUARD_HEARTBEAT_MS=1000U", "-DEDGEGUARD_ALERT_MS=50U")
 """Faster than in the field, so that a test need not wait."""
 
 
