@@ -21,7 +21,7 @@ def load(tmp_path: Path, text: str) -> config.HubConfig:
 
 def test_a_minimal_file_is_enough(tmp_path: Path) -> None:
     loaded = load(tmp_path, MINIMAL)
-    assert loaded.policy.alpha == 1e-6
+    assert loaded.policy.alpha == 1e-5
     assert loaded.web.host == "127.0.0.1"
     assert config.store_url(loaded) == f"sqlite:///{tmp_path / 'hub' / 'hub.db'}"
 
