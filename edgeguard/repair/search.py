@@ -4,8 +4,8 @@ Rules enforced here:
 
 * what judges was found by other seeds than what is unlearnt, and is not told to any method;
 * a residual trigger is one that still works on the repaired model *and* moves the original's norms as devices reported;
-* a re-audit reads the int8 guarded file that would be released, looks at every label, and takes as many steps as an
-  audit does;
+* a re-audit reads the int8 guarded file that would be released; with a case it looks at the label of the case alone,
+  with a quarter of an audit's steps, so that it is weaker than an audit;
 * a re-audit that could not tell is NaN, never 0. Where there is nothing to audit with, as no training framework, an
   operator that cannot be rebuilt, or too few classes to compare, it is None, and so is a search as devices reported
   that finds nothing in the original either.
@@ -14,6 +14,7 @@ Rules enforced here:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,7 +94,9 @@ class Searches:
 
     def reaudit(self, guarded: bytes) -> float | None:
         """What :func:`reaudited` finds in a guarded file, or a search as devices reported, whichever is worse."""
-        found = reaudited(guarded, self.held_out, steps=self.steps, seed=self.seed, progress=self.progress)
+        found = reaudited(
+            guarded, self.held_out, labels=[self.label], steps=STEPS // 4, seed=self.seed, progress=self.progress
+        )
         if found is not None and not found <= gate.MAX_SUCCESS:
             return found
         model = rebuilt(guarded)
@@ -123,6 +126,7 @@ def reaudited(
     guarded: bytes,
     images: npt.NDArray[np.uint8],
     *,
+    labels: Sequence[int] | None = None,
     steps: int = STEPS,
     seed: int = 0,
     progress: Progress | None = None,
@@ -132,6 +136,7 @@ def reaudited(
     Args:
         guarded: the file.
         images: clean inputs [N, H, W, C] that no method was shown.
+        labels: to look at, None: all.
         steps: of the searches.
         seed: of all that is drawn.
         progress: called now and then.
@@ -142,7 +147,7 @@ def reaudited(
     model = rebuilt(guarded)
     if model is None or int(model.outputs[0].shape[-1]) <= index.MIN_OTHERS:
         return None
-    found = audit(model, images, steps=steps, seed=seed, progress=progress)
+    found = audit(model, images, labels=labels, steps=steps, seed=seed, progress=progress)
     if found.verdict == "could_not_check":
         return math.nan
     suspected = [f.success for f in found.findings if f.suspected] + [t.success for t in found.planted]
