@@ -3,7 +3,8 @@
 Rules enforced here:
 
 * what judges was found by other seeds than what is unlearnt, and is not told to any method;
-* a residual trigger is one that still works on the repaired model *and* moves the original's norms as devices reported;
+* a residual trigger is one that still works on the repaired model, moves the original's norms as devices reported,
+  *and* is hardly larger than the original's of its form: a patch over most of an input turns any model;
 * a re-audit reads the int8 guarded file that would be released; with a case it looks at the label of the case alone,
   with a quarter of an audit's steps, so that it is weaker than an audit;
 * a re-audit that could not tell is NaN, never 0. Where there is nothing to audit with, as no training framework, an
@@ -32,6 +33,8 @@ from edgeguard.repair.target import KerasTarget
 KEPT_SEED = 1000
 RESIDUAL_SUCCESS = 0.1
 """A residual trigger that turns less than this is left to the gate."""
+GROWN = 1.5
+"""A trigger that is so many times larger than any the original has of its form is another trigger."""
 
 
 @dataclass(kw_only=True)
@@ -62,6 +65,7 @@ class Searches:
     seed: int = 0
     progress: Progress | None = None
     _nearest: float | None = field(default=None, init=False)
+    _largest: dict[Form, float] = field(default_factory=dict, init=False)
     _forms: tuple[Form, ...] = field(default=FORMS, init=False)
     _rounds: int = field(default=0, init=False)
 
@@ -70,18 +74,21 @@ class Searches:
 
         What no search from clean inputs finds, a module that was added, an audit of the structure does.
         """
-        shown, _ = self.known(self._hunt(self.norms, self.seed), [])
+        shown = self._hunt(self.norms, self.seed)
+        self._forms = tuple(trigger.form for trigger in shown) or FORMS
         kept: list[Any] = list(self._hunt(self.norms, self.seed + KEPT_SEED))
         if not kept:
             found = audit(self.model, self.held_out, labels=[self.label], steps=self.steps, seed=self.seed)
             kept = list(found.triggers(self.label))
-        return shown, kept
+        return self.known(shown, kept)
 
     def known(self, shown: list[Recovered], kept: list[Any]) -> tuple[list[Recovered], list[Any]]:
         """The same from an earlier run."""
         if shown:
             self._nearest = distance(self.norms, shown[0], self.held_out, self.reported)
             self._forms = tuple(trigger.form for trigger in shown)
+        for trigger in (*shown, *(each for each in kept if isinstance(each, Recovered))):
+            self._largest[trigger.form] = max(trigger.size, self._largest.get(trigger.form, 0.0))
         return shown, kept
 
     def residual(self, target: Any) -> list[Recovered]:
@@ -90,7 +97,8 @@ class Searches:
             return []
         self._rounds += 1
         both = beside(target.model, self.norms)
-        return self._hunt(both, self.seed + self._rounds, min_success=RESIDUAL_SUCCESS, nearest=self._nearest)
+        found = self._hunt(both, self.seed + self._rounds, min_success=RESIDUAL_SUCCESS, nearest=self._nearest)
+        return [trigger for trigger in found if trigger.size <= GROWN * self._largest[trigger.form]]
 
     def reaudit(self, guarded: bytes) -> float | None:
         """What :func:`reaudited` finds in a guarded file, or a search as devices reported, whichever is worse."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import subprocess
 import time
@@ -12,16 +13,28 @@ import pytest
 
 from tests.simulators import needs
 
+_FIRST_PORT, _PORTS = 12_000, 4_000
+"""Below what systems hand out to clients, so that no connection takes a port between here and the server's bind."""
+_handed_out: set[int] = set()
+
 
 def free_port() -> int:
-    """A loopback TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    """A loopback port that nothing listens on, and that no other process of the test run is given."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 5
+    while True:
+        port = _FIRST_PORT + worker * _PORTS + secrets.randbelow(_PORTS)
+        if port in _handed_out:
+            continue
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        _handed_out.add(port)
         return port
 
 
-def wait_for_port(port: int, *, timeout_s: float = 15.0) -> None:
+def wait_for_port(port: int, *, timeout_s: float = 60.0) -> None:
     """Return once something accepts connections on a loopback port; fail the test after ``timeout_s``."""
     deadline = time.monotonic() + timeout_s
     while True:
