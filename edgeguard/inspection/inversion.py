@@ -20,10 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from edgeguard.inspection.networks import run
 
 Progress = Callable[[str, int, int], None]
 Floats = npt.NDArray[np.float32]
@@ -86,6 +88,17 @@ class Trigger:
         """Float32 copies of images [N, H, W, C] with the trigger on each, rounded to whole pixel values."""
         mixed = (1.0 - self.mask) * images.astype(np.float32) + self.mask * self.pattern
         return np.asarray(np.round(mixed), dtype=np.float32)
+
+
+class Stamp(Protocol):
+    """A recovered trigger, of whatever form."""
+
+    @property
+    def label(self) -> int:
+        """What it turns inputs to."""
+
+    def stamp(self, images: npt.NDArray[Any]) -> Floats:
+        """Float32 copies of images [N, H, W, C] with the trigger on each."""
 
 
 def invert(
@@ -275,23 +288,18 @@ def _better(best: Trigger | None, found: Trigger, target_success: float) -> Trig
     return best if best.success >= found.success else found
 
 
-def held_out_success(model: Any, trigger: Trigger, images: npt.NDArray[np.uint8], *, batch: int = 256) -> float:
-    """Share of inputs, not already called the label, that the trigger turns to it. NaN when there is none.
+def held_out_success(model: Any, trigger: Stamp, images: npt.NDArray[np.uint8]) -> float:
+    """Share of inputs, not already called the label, that a trigger turns to it. NaN when there is none.
 
     Args:
         model: a Keras model whose first or only output's argmax is the class.
-        trigger: the trigger.
-        images: clean inputs that it was *not* recovered on.
-        batch: inputs per step.
+        trigger: of any form.
+        images: clean inputs [N, H, W, C] that it was *not* recovered on.
     """
-    before = classes_of(model, images, batch=batch)
-    after = classes_of(model, trigger.stamp(images), batch=batch)
-    others = before != trigger.label
-    return float(np.mean(after[others] == trigger.label)) if others.any() else float("nan")
+    others = images[classes_of(model, images) != trigger.label]
+    return float(np.mean(classes_of(model, trigger.stamp(others)) == trigger.label)) if len(others) else float("nan")
 
 
-def classes_of(model: Any, images: npt.NDArray[Any], *, batch: int = 256) -> npt.NDArray[np.int64]:
+def classes_of(model: Any, images: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """The class that a Keras model predicts for each input [N, ...]."""
-    answers = model.predict(images.astype(np.float32), batch_size=batch, verbose=0)
-    first = answers[0] if isinstance(answers, list) else answers
-    return np.asarray(first).argmax(axis=1)
+    return run(model, images, 0 if len(model.outputs) > 1 else None).argmax(axis=1).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Views of a trainable Keras model that inspection and repair need: its logits, and the norms that devices report.
+"""Views of a trainable Keras model that inspection and repair need: its logits, the norms that devices report, answers.
 
 The norms are those of :mod:`converters.guard`, computed on the float model: per tapped layer, the maximum and the mean
 of the absolute activation over the spatial axes.
@@ -6,11 +6,17 @@ of the absolute activation over the spatial axes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from edgeguard.contract.guard import Tap
 from edgeguard.errors import ModelError
+
+_CHUNK = 256
 
 
 def logits_of(model: Any) -> Any:
@@ -64,3 +70,20 @@ def norms_of(model: Any, taps: Sequence[Tap]) -> Any:
         reduce = keras.ops.max if tap.kind == "linf" else keras.ops.mean
         parts.append(reduce(activation, axis=axes) if axes else activation)
     return keras.Model(model.inputs, [logits.output, keras.ops.concatenate(parts, axis=1)])
+
+
+def run(model: Any, images: npt.NDArray[Any], output: int | None = None) -> npt.NDArray[np.float32]:
+    """One output of a Keras model for images [N, H, W, C], without what ``predict`` compiles for every new model.
+
+    Args:
+        model: a Keras model.
+        images: any images, 0 to 255.
+        output: which output, of a model with several.
+    """
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Keras says that a list of one input is not an input
+        for start in range(0, len(images), _CHUNK):
+            answers = model(images[start : start + _CHUNK].astype(np.float32), training=False)
+            found.append(np.asarray(answers if output is None else answers[output]))
+    return np.concatenate(found)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgeguard.inspection.networks import logits_of
+from edgeguard.inspection.networks import logits_of, run
 
 DRIVE = 3.0
 """How far a channel is driven, in multiples of the largest value that clean inputs reach."""
@@ -43,8 +43,8 @@ def lifts(model: Any, images: npt.NDArray[np.uint8]) -> list[Lift]:
     if halves is None:
         return []
     name, front, back = halves
-    activation = front.predict(images[:INPUTS].astype(np.float32), verbose=0)
-    usual = back.predict(activation, verbose=0).argmax(axis=1)
+    activation = run(front, images[:INPUTS])
+    usual = run(back, activation).argmax(axis=1)
     best: dict[int, Lift] = {}
     for channel in range(activation.shape[-1]):
         driven = activation.copy()

@@ -24,10 +24,11 @@ import numpy.typing as npt
 
 from edgeguard.detection.guarded import GuardedModel
 from edgeguard.errors import EdgeGuardError
+from edgeguard.inspection.inversion import Stamp
 from edgeguard.repair import gate
 from edgeguard.repair.gate import Ints, Successes
 from edgeguard.repair.methods import METHODS
-from edgeguard.repair.methods.base import Bench, Knowledge, Method, Stamp
+from edgeguard.repair.methods.base import Bench, Knowledge, Method
 
 Say = Callable[[str, str, int, int], None]
 """Called with stage, text, steps done, steps in total."""

@@ -15,7 +15,7 @@ spread of every pixel are held against theirs too: what a blend fades and a patc
 Rules enforced here:
 
 * the model is never trained here; all randomness follows from the seed;
-* a trigger is judged by inputs that it was not recovered on: see :func:`success_of`.
+* a trigger is judged by inputs that it was not recovered on: see ``inversion.held_out_success``.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from edgeguard.inspection.inversion import Progress
-from edgeguard.inspection.networks import logits_of
-from edgeguard.repair.target import Ints, run
+from edgeguard.inspection.inversion import Progress, classes_of, held_out_success
+from edgeguard.inspection.networks import logits_of, run
 
 Floats = npt.NDArray[np.float32]
 Form = Literal["patch", "overlay", "warp"]
@@ -205,7 +204,7 @@ def recover(
     import tensorflow as tf
 
     rng = np.random.default_rng([seed, FORMS.index(form)])
-    pool = images[_classes(model, images) != label]
+    pool = images[classes_of(model, images) != label]
     pool = pool if len(pool) else images
     raw = [tf.Variable(part) for part in _begin(form, images.shape[1:], rng)]
     optimiser = tf.keras.optimizers.Adam(_RATE[form], beta_1=0.5, beta_2=0.9)
@@ -264,16 +263,6 @@ def _better(best: Recovered | None, found: Recovered, target: float, *, guided: 
     return best if best.success >= found.success else found
 
 
-def success_of(model: Any, trigger: Recovered, images: npt.NDArray[np.uint8]) -> float:
-    """Share of inputs, not already called the label, that the trigger turns to it. NaN where there is none."""
-    counted = images[_classes(model, images) != trigger.label]
-    return float(np.mean(_classes(model, trigger.stamp(counted)) == trigger.label)) if len(counted) else float("nan")
-
-
-def _classes(model: Any, images: npt.NDArray[Any]) -> Ints:
-    return run(model, images, 0 if len(model.outputs) > 1 else None).argmax(axis=1).astype(np.int64)
-
-
 def distance(norms: Any, trigger: Recovered, images: npt.NDArray[np.uint8], reported: Reported) -> float:
     """How far the mean features with the trigger lie from the reported ones, in clean standard deviations a channel."""
     found = run(norms, trigger.stamp(images[:_HELD_OUT]), 1).mean(axis=0)
@@ -328,7 +317,7 @@ def hunt(
         for form in forms
     ]
     judged = held_out[:_HELD_OUT]
-    working = [trigger for trigger in found if success_of(model, trigger, judged) >= min_success]
+    working = [trigger for trigger in found if held_out_success(model, trigger, judged) >= min_success]
     far = {id(trigger): distance(model, trigger, judged, reported) for trigger in working}
     closest = min(far.values(), default=0.0) if nearest is None else nearest
     return sorted((t for t in working if far[id(t)] <= WORSE * closest), key=lambda t: far[id(t)])

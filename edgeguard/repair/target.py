@@ -12,8 +12,7 @@ Rules enforced here:
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,12 +24,11 @@ from converters import flatbuffer, guard
 from converters.taps import MAX_NAME
 from edgeguard.contract.guard import Tap
 from edgeguard.errors import ModelError
+from edgeguard.inspection.networks import run
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
-
-_CHUNK = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +77,9 @@ class Target(Protocol):
 
     def cut(self, branch: Branch) -> None:
         """Take a branch out: nothing that it says is weighed any more, and where that can be it is no longer there."""
+
+    def tapped(self, taps: Sequence[Tap]) -> tuple[str, ...]:
+        """Which of the activations that a guard taps are still there, as ``taps.plan_taps`` takes their names."""
 
     def classes(self, images: npt.NDArray[np.uint8]) -> Ints:
         """The class that it gives each image [N, H, W, C]."""
@@ -211,6 +212,11 @@ class KerasTarget:
         # A copy has layers that stand in one graph alone.
         self.model = KerasTarget(keras.Model(self.model.inputs, x)).copy().model
 
+    def tapped(self, taps: Sequence[Tap]) -> tuple[str, ...]:
+        """See :class:`Target`."""
+        there = {layer.name for layer in self.model.layers}
+        return _tapped(taps, lambda tap: tap.source_layer, there)
+
     def classes(self, images: npt.NDArray[np.uint8]) -> Ints:
         """See :class:`Target`."""
         return run(self.model, images).argmax(axis=1).astype(np.int64)
@@ -224,28 +230,17 @@ class KerasTarget:
         return after if isinstance(after, keras.layers.BatchNormalization) else None
 
 
-def run(model: Any, images: npt.NDArray[Any], output: int | None = None) -> Floats:
-    """One output of a Keras model for images [N, H, W, C], without what ``predict`` compiles for every new model.
-
-    Args:
-        model: a Keras model.
-        images: any images, 0 to 255.
-        output: which output, of a model with several.
-    """
-    found = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Keras says that a list of one input is not an input
-        for start in range(0, len(images), _CHUNK):
-            answers = model(images[start : start + _CHUNK].astype(np.float32), training=False)
-            found.append(np.asarray(answers if output is None else answers[output]))
-    return np.concatenate(found)
-
-
 def _norm_weights(norm: Any) -> tuple[Floats, Floats, Floats, Floats]:
     width = norm.moving_mean.shape[0]
     gamma = norm.gamma.numpy() if norm.gamma is not None else np.ones(width, np.float32)
     beta = norm.beta.numpy() if norm.beta is not None else np.zeros(width, np.float32)
     return gamma, beta, norm.moving_mean.numpy(), norm.moving_variance.numpy()
+
+
+def _tapped(taps: Sequence[Tap], name_of: Callable[[Tap], str], there: Collection[str]) -> tuple[str, ...]:
+    """The names of taps that are there, each once; the logits have no tap of their own."""
+    names = dict.fromkeys(name_of(tap) for tap in taps if tap.kind != "logit")
+    return tuple(name for name in names if name in there)
 
 
 def _name_of(tensor: Any) -> str:
@@ -434,6 +429,12 @@ class TfliteTarget:
         tensor.shape = np.asarray(values.shape, np.int32)
         operator.inputs = np.asarray([kept[0], *operator.inputs[1:]], np.int32)
         self._drop_unread()
+
+    def tapped(self, taps: Sequence[Tap]) -> tuple[str, ...]:
+        """See :class:`Target`."""
+        graph = self._model.subgraphs[0]
+        made = {int(o) for operator in graph.operators for o in operator.outputs}
+        return _tapped(taps, lambda tap: tap.tensor, {flatbuffer.text(graph.tensors[o].name)[:MAX_NAME] for o in made})
 
     def _drop_unread(self) -> None:
         """Remove the operators that nothing reads."""

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgeguard.inspection.networks import logits_of
-from edgeguard.repair.methods.base import Progress, Stamp
-from edgeguard.repair.target import run
+from edgeguard.inspection.inversion import Stamp
+from edgeguard.inspection.networks import logits_of, run
+from edgeguard.repair.methods.base import Progress
 
 Floats = npt.NDArray[np.float32]
 

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from converters import flatbuffer
+from edgeguard.contract.guard import Tap
 from edgeguard.detection.guarded import GuardedModel
 from edgeguard.errors import ModelError
+from edgeguard.inspection.networks import run
 from edgeguard.repair.methods import METHODS
 from edgeguard.repair.methods.base import Bench, Channel, Knowledge, prune
-from edgeguard.repair.target import KerasTarget, TfliteTarget, run
+from edgeguard.repair.target import KerasTarget, TfliteTarget
 from tests.simulators.attacked import Attacked
 
 
@@ -177,3 +179,27 @@ def test_a_tap_of_another_model_is_refused(targets: dict[str, Any], attacked: At
     for target in targets.values():
         with pytest.raises(ModelError, match="no_such"):
             target.maker(other)
+
+
+def test_of_a_guards_taps_those_stay_whose_layers_were_not_cut_out(attacked: Attacked) -> None:
+    from converters import calibration
+    from edgeguard.attacks.trojannet import TrojanNet, implant
+
+    attack = TrojanNet.for_shape(attacked.data.shape)
+    module = attack.module(len(attacked.data.classes), attacked.x_owner)
+    target: Any = TfliteTarget(implant(attacked.conversion.bare, attack, module))
+    names = [planned.name for planned in calibration.plan(target.content)[1].taps]
+    left = cut_and_tapped(target, names)
+    assert 0 < len(left) < len(names)
+    assert [planned.name for planned in calibration.plan(target.content, names=left)[1].taps] == list(left)
+
+    target = KerasTarget(attack.merge(KerasTarget(attacked.keras).copy().model, module))
+    assert cut_and_tapped(target, ["trojan_dense4", "conv3"]) == ("conv3",)
+
+
+def cut_and_tapped(target: Any, names: list[str]) -> tuple[str, ...]:
+    taps = [Tap(tensor=name, source_layer=name, kind="l1", offset=0, channels=1) for name in names]
+    assert target.tapped(taps) == tuple(names)
+    (branch,) = target.branches()
+    target.cut(branch)
+    return tuple(target.tapped(taps))

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from edgeguard.contract.guard import Tap
 from edgeguard.errors import ModelError
+from edgeguard.inspection.inversion import Stamp
 from edgeguard.repair.target import Ints, Target
 
 Progress = Callable[[str, int, int], None]
@@ -42,17 +43,6 @@ class Channel:
     layer: str
     channel: int
     shift: float
-
-
-class Stamp(Protocol):
-    """A recovered trigger, of whatever form."""
-
-    @property
-    def label(self) -> int:
-        """The label that it turns inputs to."""
-
-    def stamp(self, images: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """Copies of images [N, H, W, C] with the trigger on each."""
 
 
 @dataclass(frozen=True, kw_only=True)
