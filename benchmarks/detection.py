@@ -407,16 +407,9 @@ def _kept(before: dict[str, Any], member: zoo.Member) -> dict[str, Any]:
 
 def run(cells: Sequence[zoo.Cell], names: Sequence[str], *, again: bool) -> int:
     """Measure what is trained and not yet measured; how many failed."""
-    parts: dict[str, zoo.Split | None] = {}
     failed = 0
     for number, cell in enumerate(cells, start=1):
-        if cell.data not in parts:
-            try:
-                parts[cell.data] = zoo.split(cell.data)
-            except ConfigError as error:
-                parts[cell.data] = None
-                print(f"{cell.data}: left out: {error}", flush=True)
-        part = parts[cell.data]
+        part = zoo.at_hand(cell.data)
         member = None if part is None else zoo.load(cell, part)
         if part is None or member is None:
             print(f"[{number}/{len(cells)}] {cell.name}: not trained (python -m benchmarks.zoo)", flush=True)

@@ -91,17 +91,10 @@ def measure(content: bytes, images: Any, target: int | None) -> dict[str, Any]:
 
 def members(options: argparse.Namespace) -> Iterator[tuple[Cell, zoo.Member | None, zoo.Split]]:
     """The cells asked for, those of one data set after the other; None for a model that is not ready."""
-    parts: dict[str, zoo.Split | None] = {}
     for cell in sorted(zoo.matrix(), key=lambda c: (c.seed, c.attack not in (CLEAN, *DEVELOPMENT))):
         if (options.data and cell.data not in options.data) or (options.attack and cell.attack not in options.attack):
             continue
-        if cell.data not in parts:
-            try:
-                parts[cell.data] = zoo.split(cell.data)
-            except ConfigError as error:
-                parts[cell.data] = None
-                print(f"{cell.data}: left out: {error}", flush=True)
-        part = parts[cell.data]
+        part = zoo.at_hand(cell.data)
         if part is not None:
             yield cell, zoo.load(cell, part), part
 

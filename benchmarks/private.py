@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(asdict(row)), flush=True)
             rows.append(asdict(row))
             if args.json:
-                args.json.write_text(json.dumps({"rounds": args.rounds, "rows": rows}, indent=1) + "\n")
+                kept = json.loads(args.json.read_text()) if args.json.exists() else {}
+                args.json.write_text(json.dumps(kept | {"rounds": args.rounds, "rows": rows}, indent=1) + "\n")
     return 0 if all(row["same"] for row in rows) else 1
 
 

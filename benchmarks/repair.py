@@ -36,7 +36,7 @@ from converters import calibration, files, lowering, pipeline, sources
 from edgeguard.attacks.base import Images, attack_success_rate
 from edgeguard.data import Labels
 from edgeguard.detection.guarded import GuardedModel
-from edgeguard.errors import ConfigError, EdgeGuardError
+from edgeguard.errors import EdgeGuardError
 from edgeguard.inspection.networks import norms_of
 from edgeguard.repair import auto
 from edgeguard.repair.methods import METHODS
@@ -284,11 +284,14 @@ def by_auto(
     """``auto`` with its gate, and what its result is worth."""
     started = time.monotonic()
     original = KerasTarget(scene.keras)
-    taps = tuple(dict.fromkeys(tap.source_layer for tap in scene.metadata.taps if tap.kind != "logit"))
 
     def convert(target: Any) -> pipeline.Conversion:
         return pipeline.convert(
-            sources.of_keras(target.model, "repaired"), scene.x_gate, scene.y_gate, taps=taps, groups=scene.groups_gate
+            sources.of_keras(target.model, "repaired"),
+            scene.x_gate,
+            scene.y_gate,
+            taps=target.tapped(scene.metadata.taps),
+            groups=scene.groups_gate,
         )
 
     judges = auto.Judges(
@@ -390,16 +393,9 @@ def stored(cell: zoo.Cell) -> dict[str, Any]:
 
 def run(cells: Sequence[zoo.Cell], parts: Sequence[str]) -> int:
     """Measure what is trained and not yet measured; how many failed."""
-    splits: dict[str, zoo.Split | None] = {}
     failed = 0
     for number, cell in enumerate(cells, start=1):
-        if cell.data not in splits:
-            try:
-                splits[cell.data] = zoo.split(cell.data)
-            except ConfigError as error:
-                splits[cell.data] = None
-                print(f"{cell.data}: left out: {error}", flush=True)
-        part = splits[cell.data]
+        part = zoo.at_hand(cell.data)
         member = None if part is None else zoo.load(cell, part)
         if part is None or member is None:
             continue

@@ -172,8 +172,12 @@ recall rule cannot be checked, with three classes or fewer the re-audit: "needs 
 is written with its sidecar beside it. One that needs approval waits in `.OUTPUT.work` beside it, with its report; the
 same command with `--approve` writes that very file. An interrupted run goes on there.
 
-`CASE.json` is what a fleet reported of one model. No command writes it yet. Vectors are in the order of the guarded
-file's `edgeguard_features`; numbers of layers' channels count from 0. Only the first three entries are needed:
+With a `.keras` file, `--guarded FILE` names the file that was made of it and that devices run: evidence is of that one,
+and one that is converted anew with other inputs has another digest.
+
+`CASE.json` is what a fleet reported of one model: `edgeguard hub case N --evidence CASE.json` writes it, without
+`rankings`, `ballots` and `quarantined`. Vectors are in the order of the guarded file's `edgeguard_features`; numbers of
+layers' channels count from 0. Only the first three entries are needed:
 
 | entry | what it is |
 |---|---|

@@ -17,6 +17,7 @@ Strengths are those of the papers, as each attack's module says; nothing here is
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -156,6 +157,16 @@ def split(name: str) -> Split:
         data, x, y = datasets.hold_out(whole, recipe.owner)
     digest = hashlib.sha256(np.ascontiguousarray(data.x_train).tobytes()).hexdigest()
     return Split(data=data, owner_x=x.astype(np.uint8), owner_y=y, owner_groups=groups, digest=digest)
+
+
+@functools.cache
+def at_hand(name: str) -> Split | None:
+    """A data set's split, made once; None where the data is not there, which is said once."""
+    try:
+        return split(name)
+    except ConfigError as error:
+        print(f"{name}: left out: {error}", flush=True)
+        return None
 
 
 def recut(images: npt.NDArray[Any]) -> Images:
@@ -344,16 +355,9 @@ def run(cells: Sequence[Cell]) -> tuple[list[dict[str, Any]], list[dict[str, Any
     """Make what is missing; rows, and what failed with its reason. Prints as it goes, with the time left."""
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
-    parts: dict[str, Split | None] = {}
     spent: list[float] = []
     for number, cell in enumerate(cells):
-        if cell.data not in parts:
-            try:
-                parts[cell.data] = split(cell.data)
-            except ConfigError as error:
-                parts[cell.data] = None
-                print(f"{cell.data}: left out: {error}", flush=True)
-        part = parts[cell.data]
+        part = at_hand(cell.data)
         if part is None:
             continue
         try:

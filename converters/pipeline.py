@@ -131,7 +131,7 @@ def convert(
     assert ready is not None
 
     names = () if isinstance(taps, int) else tuple(taps)
-    count = taps if isinstance(taps, int) else len(names)
+    count = taps if isinstance(taps, int) else max(1, len(names))
     bare, plan = calibrating.plan(ready, count=count, names=names, layers=lowered.layers)
     model = TfliteModel(bare)
     calibrating.check_fit(inputs, model.input_shape, model.input_dtype, model.input_quantization)

@@ -1,7 +1,8 @@
-"""Two model slots and one pointer: a device has a complete, verified model whenever the power fails.
+"""Model slots and one pointer: a device has a complete, verified model whenever the power fails.
 
 A folder holds ``slot-a.tflite``, ``slot-b.tflite`` and ``slots.json``, which says what lies in each slot and
-which one runs. Rules enforced here:
+which one runs. A third slot, c, is there only where a release takes the place of one that is still on trial. Rules
+enforced here:
 
 * a file appears whole or not at all: write beside it, fsync, rename, fsync the folder;
 * ``slots.json`` never vouches for bytes that may not be there: the record of a slot is dropped before its
@@ -11,7 +12,8 @@ which one runs. Rules enforced here:
   that fails to read is asked twice;
 * a staged model must be newer than the active one, by its sequence number, and no older than the newest that was ever
   confirmed; only one that this device re-calibrated itself has the number of the active one, which it was made of;
-* while a model is on trial, the one before it is not overwritten: there is always a way back to one that proved itself;
+* while a model is on trial, the one before it is not overwritten: there is always a way back to one that proved itself.
+  A newer release may take the place of the one on trial; the way back stays what it was;
 * a model that failed its trial is remembered, and not staged again;
 * a slot's sidecar lies beside it under its own digest, and so does the one that repairs of it are held against. What no
   record names is removed by ``tidy``;
@@ -47,6 +49,8 @@ from msgspec import Meta
 
 from edgeguard.errors import ConfigError, TrustError
 
+FOLDER = "slots"
+"""Where they lie in an agent's state folder."""
 RECORD = "slots.json"
 KEY = "local.key"
 SIDECAR = ".guard.npz"
@@ -56,8 +60,8 @@ _BLOCK = 1 << 18
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
-Name = Literal["a", "b"]
-NAMES: tuple[Name, ...] = ("a", "b")
+Name = Literal["a", "b", "c"]
+NAMES: tuple[Name, ...] = ("a", "b", "c")
 
 
 class Local(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,17 +104,25 @@ class State(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     previous_confirmed: bool = True
     a: Content | None = None
     b: Content | None = None
+    c: Content | None = None
     highest: Annotated[int, Meta(ge=0, le=2**53)] = 0
     failed: tuple[str, ...] = ()
 
     def content(self, name: Name) -> Content | None:
         """What slot ``name`` is known to hold, None when nothing is."""
-        return self.a if name == "a" else self.b
+        return {"a": self.a, "b": self.b, "c": self.c}[name]
+
+    @property
+    def way_back(self) -> Name | None:
+        """The slot that must not be written to: of the model before, while the active one is on trial."""
+        return None if self.confirmed else self.previous
 
     @property
     def inactive(self) -> Name:
         """The slot that may be written to."""
-        return "b" if self.active == "a" else "a"
+        if self.confirmed and self.previous is not None:
+            return self.previous
+        return next(name for name in NAMES if name not in (self.active, self.previous))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +140,26 @@ class Slot:
     anchor: str | None = None
 
 
+class Held(msgspec.Struct, frozen=True, kw_only=True):
+    """What is to be said of one slot.
+
+    ``place``: its model runs, or is the way back, or neither any more; ``proof``: it proved itself, is on trial, failed
+    its trial, or was replaced before it could prove itself; ``holds``: the file is what the record says; ``local``: it
+    was re-calibrated here.
+    """
+
+    name: Name
+    sequence: int
+    sha256: str
+    place: Literal["runs", "way back", "left"]
+    proof: Literal["confirmed", "on trial", "failed", "not proved"]
+    holds: bool
+    local: bool
+
+
 def emptied(state: State) -> State:
-    """The inactive slot is about to be overwritten: nothing is known of it, and no way leads back to it."""
-    return _with(state, state.inactive, None, previous=None)
+    """The inactive slot is about to be overwritten: nothing but what runs, and its way back, is known any more."""
+    return _kept(msgspec.structs.replace(state, previous=state.way_back), state.active, state.way_back)
 
 
 def staged(state: State, content: Content) -> State:
@@ -148,19 +177,22 @@ def staged(state: State, content: Content) -> State:
             do="release the model again under a new sequence",
         )
     _check_failed(state, content)
-    return _with(state, state.inactive, content, previous=None)
+    return _filled(state, content)
 
 
 def recalibrated(state: State, content: Content, *, made_of: str) -> State:
     """The inactive slot holds ``content``, made here of the file with the digest ``made_of``.
 
-    Raises TrustError unless that one still runs, under the same sequence, and the new one never failed.
+    Raises TrustError unless that one still runs, under the same sequence, and the new one never failed; ConfigError
+    while that one is on trial: it must prove itself as it was released.
     """
+    if state.way_back is not None:
+        raise ConfigError("re-calibrated model", got="one of a model on trial", do="wait until that has proved itself")
     _check_failed(state, content)
     active = _known(state, state.active)
     if (active.sha256, active.sequence) != (made_of, content.sequence):
         raise TrustError("re-calibrated model", got="one made of another model than runs now", do="re-calibrate again")
-    return _with(state, state.inactive, content, previous=None)
+    return _filled(state, content)
 
 
 def mac_of(content: Content, local: Local, key: bytes) -> str:
@@ -170,13 +202,17 @@ def mac_of(content: Content, local: Local, key: bytes) -> str:
 
 
 def activated(state: State, name: Name) -> State:
-    """Slot ``name`` runs from now on, and is not confirmed yet."""
+    """Slot ``name`` runs from now on, and is not confirmed yet.
+
+    The way back is the model that ran; where that was on trial itself, it is the one before that.
+    """
     if name == state.active:
         return state
     _known(state, name)
-    return msgspec.structs.replace(
-        state, active=name, previous=state.active, confirmed=False, previous_confirmed=state.confirmed
-    )
+    before, proved = state.way_back, state.previous_confirmed
+    if before is None:
+        before, proved = state.active, state.confirmed
+    return msgspec.structs.replace(state, active=name, previous=before, confirmed=False, previous_confirmed=proved)
 
 
 def reverted(state: State, *, has_failed: bool) -> State:
@@ -190,7 +226,7 @@ def reverted(state: State, *, has_failed: bool) -> State:
     failed = state.failed
     if has_failed:
         failed = (*failed, _known(state, state.active).sha256)[-FAILED_KEPT:]
-    return msgspec.structs.replace(
+    after = msgspec.structs.replace(
         state,
         active=state.previous,
         previous=None,
@@ -198,18 +234,24 @@ def reverted(state: State, *, has_failed: bool) -> State:
         previous_confirmed=True,
         failed=failed,
     )
+    return _kept(after, state.previous, state.active)
 
 
 def confirmed(state: State) -> State:
-    """The active model proved itself. The previous one stays until the next is staged."""
+    """The active model proved itself. The previous one stays until the next is staged, and no third."""
     highest = max(state.highest, _known(state, state.active).sequence)
-    return msgspec.structs.replace(state, confirmed=True, highest=highest)
+    return _kept(msgspec.structs.replace(state, confirmed=True, highest=highest), state.active, state.previous)
 
 
-def _with(state: State, name: Name, content: Content | None, *, previous: Name | None) -> State:
-    if name == "a":
-        return msgspec.structs.replace(state, a=content, previous=previous)
-    return msgspec.structs.replace(state, b=content, previous=previous)
+def _kept(state: State, *names: Name | None) -> State:
+    """Nothing is known of any other slot than these."""
+    unknown: dict[str, None] = dict.fromkeys(set(NAMES).difference(names))
+    return msgspec.structs.replace(state, **unknown)
+
+
+def _filled(state: State, content: Content) -> State:
+    """The inactive slot holds this content."""
+    return msgspec.structs.replace(emptied(state), **{state.inactive: content})
 
 
 def _check_failed(state: State, content: Content) -> None:
@@ -281,6 +323,12 @@ class Slots:
         """SHA-256 of the files that failed their trial last."""
         return self._state().failed
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the model that runs, or shall from the next start on. The file is not looked at."""
+        state = self._state()
+        return _known(state, state.active).sha256
+
     def active(self) -> Slot:
         """The slot that runs. Raises TrustError if its file is not what was put there."""
         return self._verified(self._state().active)
@@ -290,15 +338,46 @@ class Slots:
         name = self._state().previous
         return None if name is None else self._verified(name)
 
-    def holding(self, sha256: str) -> Slot:
-        """The slot with this file: the active one, or the one before, as after a rename that the disk did not confirm.
+    def survey(self) -> tuple[Held, ...]:
+        """What each slot holds, the one that runs first. Every file is read."""
+        state = self._state()
+        found = [self._held(state, name, content) for name in NAMES if (content := state.content(name)) is not None]
+        return tuple(sorted(found, key=lambda one: ("runs", "way back", "left").index(one.place)))
 
-        Raises TrustError if neither holds it.
+    def _held(self, state: State, name: Name, content: Content) -> Held:
+        place: Literal["runs", "way back", "left"] = "left"
+        proof: Literal["confirmed", "on trial", "failed", "not proved"] = "not proved"
+        if name == state.active:
+            place, proof = "runs", "confirmed" if state.confirmed else "on trial"
+        elif name == state.previous:
+            place, proof = "way back", "confirmed" if state.previous_confirmed else "not proved"
+        elif content.sha256 in state.failed:
+            proof = "failed"
+        try:
+            self._verified(name)
+            holds = True
+        except TrustError:
+            holds = False
+        return Held(
+            name=name,
+            sequence=content.sequence,
+            sha256=content.sha256,
+            place=place,
+            proof=proof,
+            holds=holds,
+            local=content.local is not None,
+        )
+
+    def holding(self, sha256: str) -> Slot:
+        """The slot with this file: mostly the active one, but for a rename that the disk did not confirm.
+
+        Raises TrustError if none holds it.
         """
-        for find in (self.active, self.previous):
-            slot = find()
-            if slot is not None and slot.sha256 == sha256:
-                return slot
+        state = self._state()
+        for name in NAMES:
+            content = state.content(name)
+            if content is not None and content.sha256 == sha256:
+                return self._verified(name)
         raise TrustError(f"model slots {self._folder}", got="no slot with the model that runs", expected=sha256)
 
     def load(self) -> bytes:
@@ -326,10 +405,9 @@ class Slots:
 
         Raises:
             TrustError: another digest, not new enough, or one that failed. The slots stay as they were.
-            ConfigError: the file cannot be read or the slot not written, as on a full disk; or the active model is on
-                trial.
+            ConfigError: the file cannot be read or the slot not written, as on a full disk.
         """
-        state = self._state()
+        state = self._stageable()
         after = staged(state, Content(sha256=sha256, sequence=sequence, sidecar=sidecar, anchor=anchor))
         # In blocks: the daemon has no room for a second copy of a model.
         with _disk_errors(path), path.open("rb") as source:
@@ -363,7 +441,7 @@ class Slots:
             TrustError: another model runs by now, or the device's key is damaged. The slots stay as they were.
             ConfigError: the slot or the key cannot be written, or the active model is on trial.
         """
-        state = self._state()
+        state = self._stageable()
         digest = hashlib.sha256(content).hexdigest()
         new = Content(sha256=digest, sequence=made_of.sequence, sidecar=sidecar, anchor=anchor)
         local = Local(parent=made_of.parent or made_of.sha256, guard_digest=guard_digest)
@@ -445,24 +523,20 @@ class Slots:
             check()
             self._write(emptied(state))
 
-        self._check_way_back(state)
         with _disk_errors(self._folder):
             write_whole(_path(self._folder, state.inactive), content, before=empty)
             self._write(after)
         return self._verified(state.inactive)
 
-    def _check_way_back(self, state: State) -> None:
-        """Raise ConfigError where the inactive slot is the way back of a model on trial. A damaged one is no way."""
-        if state.confirmed:
-            return
+    def _stageable(self) -> State:
+        """The record as it is when a model is staged: a damaged way back is none."""
+        state = self._state()
         try:
-            before = self.previous()
+            if state.way_back is not None:
+                self._verified(state.way_back)
         except TrustError:
-            return
-        if before is not None:
-            raise ConfigError(
-                "model to stage", got="another one on trial", do="wait until that one has proved itself, or failed"
-            )
+            return msgspec.structs.replace(state, previous=None)
+        return state
 
     def _made_key(self) -> bytes:
         """The device's own key, made where there is none."""

@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "edgeguard.attacks": {"edgeguard.data", "converters"},
     "edgeguard.inspection": {"edgeguard.contract"},
     "edgeguard.release": {"edgeguard.contract"},
-    "edgeguard.private": {"edgeguard.contract", "edgeguard.settings", "edgeguard.broker"},
+    "edgeguard.private": {"edgeguard.contract", "edgeguard.settings", "edgeguard.broker", "edgeguard.inspection"},
     "edgeguard.settings": set(),
     "edgeguard.broker": {"edgeguard.settings"},
     "converters": {"edgeguard.contract", "edgeguard.detection"},

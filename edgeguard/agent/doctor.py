@@ -40,7 +40,7 @@ from edgeguard.agent.config import AgentConfig, load
 from edgeguard.errors import EXIT_CLEAN, EXIT_FINDINGS, EXIT_NOT_CHECKED, ConfigError, EdgeGuardError, ModelError
 from edgeguard.settings import BrokerConfig
 from firmware_bridge import board as boards
-from firmware_bridge.slots import RECORD, Slots
+from firmware_bridge.slots import FOLDER, RECORD, Held, Slots
 
 if TYPE_CHECKING:
     from edgeguard.contract.guard import GuardMetadata
@@ -65,6 +65,7 @@ _TIME_ERROR = 5  # adjtimex(2)
 _MAX_SOCKET_PATH = 107  # unix(7), without the NUL
 
 RUNTIME, MODEL, INFERENCE, SELF_TEST = "TFLite runtime", "model and guard", "inference", "self-test"
+SLOTS = "model slots"
 
 _NETWORK = base64.b64decode(
     "JAAAAFRGTDMAAAAAAAAAAAAAAAAAAA4AFAAQAAwACAAAAAQADgAAABAAAACsAAAAkAEAAAMAAAACAAAAmAAAAAQAAACe/v//BAAAAIAAAAAAAIC/"
@@ -80,12 +81,13 @@ Status = Literal["ok", "warning", "failed", "not checked"]
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):
-    """The outcome of one check. ``do`` is empty where there is nothing to do."""
+    """The outcome of one check. ``do`` is empty where there is nothing to do; ``slots`` only where it is of those."""
 
     name: str
     status: Status
     found: str
     do: str = ""
+    slots: tuple[Held, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,10 +129,12 @@ def examine(
         *_models(settings, model, digests, child),
     ]
     if settings is None:
-        found += _unchecked("needs the configuration", "broker", "certificates", "state folder", "local socket")
+        found += _unchecked("needs the configuration", SLOTS, "broker", "certificates", "state folder", "local socket")
     else:
-        needed = (settings.spool.max_mib + 2 * (settings.update.max_mib if settings.update else 0)) << 20
+        # A fetched model, and in the slots its place and that of one on trial, besides what runs.
+        needed = (settings.spool.max_mib + 3 * (settings.update.max_mib if settings.update else 0)) << 20
         found += [
+            slots(_slots_folder(settings)),
             _broker(settings.broker),
             _certificates(settings.broker, now()),
             storage(settings.state_dir, needed=needed),
@@ -239,6 +243,37 @@ def board(look: boards.Board) -> Check:
 
 def _when(now: bool | None, since_boot: bool | None) -> str | None:
     return "now" if now else "since boot" if since_boot else None
+
+
+def slots(folder: Path) -> Check:
+    """Look at the model slots: which model runs, whether it proved itself, the way back, and whether the files hold."""
+    try:
+        if not (folder / RECORD).exists():
+            found = f"{folder}: nothing installed yet; the agent installs its model at the first start"
+            return Check(name=SLOTS, status="not checked", found=found)
+        held = Slots(folder).survey()
+    except OSError as error:
+        do = "run this command as the agent's user or as root"
+        return Check(name=SLOTS, status="failed", found=f"{folder}: {error.strerror}", do=do)
+    except EdgeGuardError as error:
+        return _failed(SLOTS, error)
+    runs = [one for one in held if one.place == "runs"]
+    back = [one for one in held if one.place == "way back"]
+    told = "; ".join(_slot(one) for one in held) + ("" if back else "; no way back")
+    status: Status = "ok"
+    do = ""
+    if not runs or not runs[0].holds:
+        status = "failed"
+        do = "restart the agent: it takes the way back" if back and back[0].holds else "fetch or copy the model again"
+    elif not all(one.holds for one in back):
+        status, do = "warning", "there is no way back until the next release: keep the model at hand"
+    return Check(name=SLOTS, status=status, found=told, do=do, slots=held)
+
+
+def _slot(one: Held) -> str:
+    digest = "digest holds" if one.holds else "digest does not hold"
+    made = ", re-calibrated here" if one.local else ""
+    return f"slot {one.name}: sequence {one.sequence}, {one.place}, {one.proof}{made}, {digest}"
 
 
 def storage(folder: Path, *, needed: int) -> Check:
@@ -385,9 +420,7 @@ def _models(
 
 
 def _slots_folder(settings: AgentConfig) -> Path:
-    from edgeguard.agent.startup import SLOTS_FOLDER
-
-    return settings.state_dir / SLOTS_FOLDER
+    return settings.state_dir / FOLDER
 
 
 def _model_that_runs(settings: AgentConfig) -> Path:

@@ -6,8 +6,8 @@ Rules enforced here:
   disk does not take them it keeps adding to the one that is open, so that nothing is lost and memory does not grow;
 * the report and the names of its files are committed first, the files are let go of after that; what a killed agent
   left between the two is cleared up at the next start;
-* a fetched or re-calibrated model is checked and staged here; the inference only exchanges one model for the other,
-  between two inputs.
+* a fetched or re-calibrated model is checked, staged and opened here, by the rules of ``succession``; the inference
+  only exchanges one model for the other, between two inputs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import logging
 import os
 import platform
 import queue
-import subprocess
 import sys
 import threading
 import time
@@ -33,8 +32,7 @@ import numpy.typing as npt
 
 import edgeguard
 from edgeguard import broker
-from edgeguard.agent import admission, recalibration, startup
-from edgeguard.agent.admission import Fetched
+from edgeguard.agent import startup
 from edgeguard.agent.commands import Commands, Outcome
 from edgeguard.agent.config import AgentConfig
 from edgeguard.agent.gateway import Gateway
@@ -43,11 +41,12 @@ from edgeguard.agent.inference import Running
 from edgeguard.agent.link import Connected, Event, For, Hint, Link, Outflow
 from edgeguard.agent.quarantine import About, Quarantine
 from edgeguard.agent.ranks import Activations, rank, vote
-from edgeguard.agent.recalibration import Calibrated, Recalibrator, clean_data
+from edgeguard.agent.recalibration import Recalibrator, clean_data
 from edgeguard.agent.sources.serial import Port
 from edgeguard.agent.spool import OWN, Spool
-from edgeguard.agent.trial import NEEDED, Fared, judge
-from edgeguard.agent.update import Progress, Updater, clear, install
+from edgeguard.agent.succession import Succession
+from edgeguard.agent.trial import Fared
+from edgeguard.agent.update import Progress
 from edgeguard.agent.window import Identity, Window
 from edgeguard.contract import topics
 from edgeguard.contract.messages import (
@@ -66,13 +65,11 @@ from edgeguard.contract.messages import (
 )
 from edgeguard.detection import drift
 from edgeguard.detection.verdict import p_value
-from edgeguard.errors import ConfigError, EdgeGuardError, ModelError, TrustError
+from edgeguard.errors import ConfigError, EdgeGuardError
 from firmware_bridge import board as boards
 from firmware_bridge import resources
-from firmware_bridge.slots import Slot
 
 SPOOL_FILE = "spool.sqlite"
-UPDATE_FOLDER = "update"
 RECALIBRATION_FOLDER = "recalibration"
 COMMANDS_FILE = "commands.sqlite"
 ACTIVATIONS_FILE = "activations.json"
@@ -222,8 +219,6 @@ class Reporter:
         self._config = config
         self._boot = boot
         self._state = state
-        self._running = running
-        self._confirmed = False
         self._let_go = let_go
         self._pulse = pulse
         self._health_at = time.monotonic()
@@ -249,21 +244,7 @@ class Reporter:
         self._outflows = {device: Outflow(first_s=config.spool.resend_s) for device in (OWN, *behind)}
         """What one device has under way holds up no other."""
         self._gateway = Gateway(config, ports, boot=boot, spool=self._spool, link=self._link)
-        self._updater = Updater(
-            config.update,
-            config.state_dir / UPDATE_FOLDER,
-            examine=self._examine,
-            known=lambda: (state.slots.highest, state.slots.failed),
-            board=self._board(),
-            runtime=running.model.runtime.name,
-        )
-        self._fared = state.trial.fared(running.model.file_digest)
-        """Of the running model, while it is on trial."""
-        self._is_held_back = False
-        """True while a model is on trial and the one before it waits in the other slot: no update takes its place."""
-        self._look_back()
-        self._given_up: Progress | None = None
-        """What is told once the model before runs again."""
+        self._models = Succession(config, state, running, board=self._board())
         self._quarantine = _quarantine(config)
         self._activations = Activations(config.state_dir / ACTIVATIONS_FILE)
         self._commands = Commands(
@@ -285,8 +266,7 @@ class Reporter:
         self.restart_asked = False
         """True once the hub asked for an end of this process."""
         self._told: Progress | None = None
-        self._admitted = False
-        self._successor: Running | None = None
+        """The last that was told of the models."""
         self._stopping = False
         self.failure: BaseException | None = None
         """What ended the thread before it was told to stop."""
@@ -334,8 +314,11 @@ class Reporter:
 
     def successor(self) -> Running | None:
         """A checked and staged model that is to run from now on; the caller answers with :class:`Swapped`."""
-        found, self._successor = self._successor, None
-        return found
+        return self._models.successor()
+
+    @property
+    def _running(self) -> Running:
+        return self._models.running
 
     def stop(self) -> None:
         """Write what is there, give the hub ``linger_s`` to acknowledge it, say goodbye.
@@ -409,7 +392,8 @@ class Reporter:
                 if closed.own:
                     self._learn(closed.window)
                     self._watch(closed)
-                    self._prove(closed)
+                    if closed.window.identity == Identity.of(self._running.model.metadata):
+                        self._models.prove(closed.fared)
             if self._results and disk.lines:
                 self._results.write(disk.lines)
             disk.lines = []
@@ -480,9 +464,9 @@ class Reporter:
         """The refusal while no re-calibration can begin."""
         if self._recalibrating is not None:
             reason = "a re-calibration is at work already"
-        elif self._admitted or self._stopping:
+        elif self._models.waits or self._stopping:
             reason = "another model is about to run, or the agent to stop"
-        elif not self._confirmed:
+        elif not self._models.confirmed:
             # It takes the other slot: that of the model to go back to.
             reason = "the model that runs is still on trial"
         else:
@@ -495,7 +479,10 @@ class Reporter:
         if isinstance(found, Outcome):
             self._last_word = found
         elif found is not None:
-            self._admit_calibrated(found)
+            try:
+                self._models.admit(found)
+            except EdgeGuardError as error:
+                self._last_word = Outcome(state="failed", reason=str(error))
         if self._recalibrating is not None and self._last_word is not None:
             # On a disk that refuses it raises, and is tried again.
             answer = self._commands.finish(self._recalibrating, self._last_word)
@@ -503,89 +490,12 @@ class Reporter:
             self._recalibrating = self._last_word = None
             self._link.publish(answer.channel, answer.payload)
 
-    def _admit_calibrated(self, done: Calibrated) -> None:
-        """Check and stage a re-calibrated model; on any doubt the old one runs on."""
-        try:
-            model = recalibration.admit(done, self._running.model, load=self._state.load)
-            slots, metadata = self._state.slots, model.metadata
-            kept = None if done.sidecar is None else slots.keep(done.sidecar)
-            slot = slots.stage_local(
-                done.content,
-                made_of=done.made_of,
-                guard_digest=metadata.guard_digest,
-                sidecar=kept,
-                anchor=self._anchor(done.made_of),
-            )
-            self._state.trial.first(slot.sha256)
-            slots.activate(slot)
-        except EdgeGuardError as error:
-            self._last_word = Outcome(state="failed", reason=str(error))
-        else:
-            self._admitted = True
-            held = startup.sidecar_of(self._config, metadata)
-            self._successor = Running(model=model, sidecar=held, sequence=slot.sequence)
-
     def _complain(self, error: ConfigError) -> None:
         now = time.monotonic()
         self._disk.error = error
         if now - self._disk.complained_at >= COMPLAIN_S:
             self._disk.complained_at = now
             log.error("inference goes on, but nothing can be recorded: %s", error)
-
-    def _prove(self, closed: Closed) -> None:
-        """Judge a model on trial by what it did with real inputs."""
-        metadata = self._running.model.metadata
-        if self._confirmed or self._admitted or closed.window.identity != Identity.of(metadata):
-            return
-        update, seen = self._config.update, closed.fared
-        self._fared = self._fared.seen(healthy=seen.healthy, sick=seen.sick)
-        found = judge(self._fared, needed=update.trial_inputs if update else NEEDED)
-        if found == "revert":
-            self._give_up()
-        elif found == "confirm":
-            try:
-                self._state.slots.confirm()
-                self._confirmed, self._is_held_back = True, False
-                self._state.trial.end(self._running.model.file_digest)
-            except (ConfigError, TrustError) as error:
-                log.warning("the model cannot be confirmed: %s", error)
-            startup.tidy(self._state.slots, metadata)
-        elif seen.healthy or seen.sick:
-            try:
-                self._state.trial.seen(self._running.model.file_digest, self._fared, healthy=not seen.sick)
-            except ConfigError as error:
-                log.warning("how the model on trial fared is not kept: %s", error)
-
-    def _look_back(self) -> None:
-        """Is the model that runs on trial, and is there one to go back to?"""
-        slots = self._state.slots
-        try:
-            self._confirmed = slots.confirmed
-            self._is_held_back = not self._confirmed and startup.has_previous(slots)
-        except EdgeGuardError as error:
-            log.warning("%s", error)
-            self._confirmed, self._is_held_back = False, True
-
-    def _anchor(self, slot: Slot) -> str | None:
-        """Digest of the sidecar that repairs are held against while the model in this slot runs."""
-        return slot.anchor or self._running.model.metadata.sidecar_digest
-
-    def _give_up(self) -> None:
-        """The model on trial has failed: let the one before it run again."""
-        seen, failed, self._fared = self._fared, self._running.sequence, Fared()
-        reason = f"on trial here, {seen.sick} of {seen.healthy + seen.sick} inputs could not be scored"
-        try:
-            slot = self._state.slots.revert(reason, has_failed=True)
-            model = self._state.load(self._state.slots.read(slot))
-        except EdgeGuardError as error:
-            log.warning("%s, but there is no model to go back to: %s", reason, error)
-            self._look_back()
-            return
-        self._admitted = True
-        if slot.sequence < failed:  # else it was a re-calibration of the release that runs again
-            self._given_up = Progress(state="refused", sequence=failed, reason=reason)
-        held = startup.sidecar_of(self._config, model.metadata)
-        self._successor = Running(model=model, sidecar=held, sequence=slot.sequence)
 
     def _serve_if_possible(self) -> None:
         try:
@@ -604,16 +514,9 @@ class Reporter:
                 # An ack that the disk did not take is no loss: the hub knows what it has, and says so again.
                 self._complain(error)
         now = time.monotonic()
-        if not (self._admitted or self._is_held_back or self._stopping):
-            progress = self._updater.step(
-                model_digest=self._running.model.metadata.model_digest,
-                running_sequence=self._running.sequence,
-                now_s=now,
-            )
-            if isinstance(progress, Fetched):
-                self._install(progress)
-            else:
-                self._tell(progress)
+        if not self._stopping:
+            self._models.step(now_s=now)
+            self._tell()
         if self._link.connected:
             for device, outflow in self._outflows.items():
                 for entry in outflow.take(partial(self._spool.pending, device=device), now):
@@ -645,67 +548,20 @@ class Reporter:
             if answer is not None:
                 self._link.publish(answer.channel, answer.payload)
         elif isinstance(event, Hint):
-            self._tell(self._updater.hint(event, running_sequence=self._running.sequence, now_s=now))
+            self._models.hint(event, now_s=now)
+            self._tell()
 
     def _acknowledged(self, device: str, ack: Ack, now_s: float) -> None:
         stored = self._spool.forget(ack, device=device)
         gaps = self._spool.positions(ack.boot, ack.gaps, device=device)
         self._outflows[device].acknowledged(stored, now_s, gaps=gaps)
 
-    def _examine(self, fetched: Fetched) -> subprocess.Popen[bytes]:
-        """Start the check of a fetched file in a child. Raises what says that it cannot be."""
-        model = self._running.model
-        slot = self._state.slots.holding(model.file_digest)
-        anchor = self._anchor(slot)
-        question = admission.Question(
-            fetched=str(fetched.path),
-            file_digest=fetched.file_digest,
-            model_digest=fetched.model_digest,
-            guard_digest=fetched.guard_digest,
-            sidecar=None if fetched.sidecar is None else str(fetched.sidecar),
-            sidecar_digest=fetched.sidecar_digest,
-            repair=fetched.repair,
-            running=str(slot.path),
-            running_digest=slot.sha256,
-            anchor=anchor,
-            held=startup.places_of_sidecar(self._config, anchor) if anchor else (),
-            runtime=model.runtime.name,
-            threads=self._config.runtime.threads,
-        )
-        return admission.ask(question, self._config.state_dir / UPDATE_FOLDER / "question.json")
-
-    def _install(self, fetched: Fetched) -> None:
-        """Put a fetched and checked model in place; on any doubt the old one runs on."""
-        now = time.monotonic()
-        try:
-            self._successor = install(
-                fetched,
-                self._state.slots,
-                trial=self._state.trial,
-                load=self._state.load,
-                anchor=self._anchor(self._state.slots.holding(self._running.model.file_digest)),
-                sidecar_of=partial(startup.sidecar_of, self._config),
-            )
-        except (TrustError, ModelError) as error:
-            self._tell(self._updater.defer(fetched.sequence, "refused", str(error), now_s=now))
-        except ConfigError as error:
-            self._tell(self._updater.defer(fetched.sequence, "failed", str(error), now_s=now))
-        else:
-            self._admitted = True
-            clear(fetched)
-
     def _swapped(self, running: Running) -> None:
         """The inference took the new model."""
-        is_release = running.sequence > self._running.sequence
-        given_up, self._given_up = self._given_up, None
-        self._running, self._admitted, self._fared = running, False, Fared()
-        self._look_back()
-        self._updater.settle(running.sequence)
-        if given_up is not None:
-            self._tell(given_up)
-        elif is_release:
-            self._tell(Progress(state="updated", sequence=running.sequence))
-        elif self._recalibrating is not None:
+        before = self._running.sequence
+        self._models.swapped(running)
+        self._tell()
+        if self._recalibrating is not None and running.sequence == before:
             result = Recalibration(guard_digest=running.model.metadata.guard_digest)
             self._last_word = Outcome(state="ok", result=result)
         if self._link.connected:
@@ -764,11 +620,10 @@ class Reporter:
     def _board(self) -> str:
         return (self.look.board.model or platform.machine())[:512]
 
-    def _tell(self, progress: Progress | None) -> None:
+    def _tell(self) -> None:
         """Publish what became of the hint, once per change."""
-        if progress is not None and progress != self._told:
-            log.info("model of sequence %d: %s %s", progress.sequence, progress.state, progress.reason)
-            self._told = progress
+        if self._models.told != self._told:
+            self._told = self._models.told
             self._report_model()
 
     def _report_model(self) -> None:
@@ -794,7 +649,6 @@ class Reporter:
         deadline = time.monotonic() + self._config.linger_s
         while self._spool.pending_count and time.monotonic() < deadline:
             self._serve_if_possible()
-        self._updater.close()
         self._gateway.close()
         self._link.close()
         pending = self._spool.pending_count
@@ -807,7 +661,7 @@ class Reporter:
             log.error("%d inputs are in no report; those that lie in a folder stay there", lost)
         if self._disk.windows or self._disk.counted or self._disk.lines:
             self.failure = self._disk.error
-        self._state.trial.end(self._running.model.file_digest)
+        self._models.close()
 
 
 class Results:

@@ -30,9 +30,9 @@ from edgeguard.detection import runtime, sidecar
 from edgeguard.detection.guarded import GuardedModel
 from edgeguard.errors import ConfigError, EdgeGuardError, ModelError, TrustError
 from edgeguard.settings import BrokerConfig
-from firmware_bridge.slots import RECORD, Slots, write_whole
+from firmware_bridge.slots import FOLDER, RECORD, Slots, write_whole
 
-SLOTS_FOLDER = "slots"
+SLOTS_FOLDER = FOLDER
 _LOCK_FILE = "lock"
 _TRIAL_FILE = "trial.json"
 

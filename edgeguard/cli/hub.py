@@ -302,10 +302,23 @@ def _add_cases(group: typer.Typer) -> None:
         show(rows, columns, as_json)
         _exit_for(rows)
 
-    @group.command(epilog="Example: edgeguard hub case 3")
+    @group.command(epilog="Examples: edgeguard hub case 3 | edgeguard hub case 3 --evidence case.json")
     @asks(_client)
-    def case(hub: Client, number: int = typer.Argument(help="Its number."), as_json: bool = AsJson) -> None:
-        """One suspicion or case: what happened, on what evidence, who decided. Exit code 1 where a case is open."""
+    def case(
+        hub: Client,
+        number: int = typer.Argument(help="Its number."),
+        evidence: Path | None = typer.Option(
+            None, metavar="FILE", help="Only write what devices reported there, for edgeguard repair --evidence."
+        ),
+        as_json: bool = AsJson,
+    ) -> None:
+        """One suspicion or case: what happened, on what evidence, who decided. Exit code 1 where a case is open.
+
+        With --evidence: exit code 0 once the file is written, which takes an operator's token.
+        """
+        if evidence is not None:
+            _write_evidence(hub.get(f"/v1/cases/{number}/evidence"), number, evidence, as_json)
+            return
         found = hub.get(f"/v1/cases/{number}")
         if as_json:
             typer.echo(json.dumps(found))
@@ -716,6 +729,18 @@ def _tell_rollout(case: Row, members: Sequence[Row]) -> None:
         "why": lambda r: r["reason"] or None,
     }
     show(members, columns, False)
+
+
+def _write_evidence(found: Row, number: int, path: Path, as_json: bool) -> None:
+    from converters import files
+
+    label = found["label"]
+    digest = plain(short(found["model_digest"]))
+    files.write(json.dumps(found).encode() + b"\n", path)
+    if as_json:
+        typer.echo(json.dumps({"evidence": str(path)}))
+    else:
+        typer.echo(f"evidence of case {number}, label {label} of model {digest}, is in {path}")
 
 
 def _exit_for(cases: Sequence[Row]) -> None:

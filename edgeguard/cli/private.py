@@ -1,4 +1,4 @@
-"""``edgeguard private``: three parties find what the fleet would prune, and none of them sees what a device sent."""
+"""``edgeguard private``: three parties compute on what owners and devices share, and none of them sees any of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from edgeguard.cli import console
+from edgeguard.cli import console, private_inspection
 from edgeguard.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 def register(app: typer.Typer) -> None:
     """Add the group to the application."""
     group = typer.Typer(
-        help="Private aggregation among three parties that do not collude: see docs/private.md.", no_args_is_help=True
+        help="Joint computation among three parties that do not collude: see docs/private.md.", no_args_is_help=True
     )
     app.add_typer(group, name="private")
     _register_setup(group)
     _register_rounds(group)
+    private_inspection.register(group)
 
 
 _PARTIES = typer.Option(..., "--parties", help="parties.json, as `private init --join` wrote it.")

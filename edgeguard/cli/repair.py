@@ -28,7 +28,8 @@ def register(app: typer.Typer) -> None:
     """Add the command."""
 
     @app.command(
-        epilog="Examples: edgeguard repair model.keras --data clean.npz --evidence case.json -o repaired.tflite | "
+        epilog="Examples: edgeguard repair model.keras --guarded model.guarded.tflite --data clean.npz "
+        "--evidence case.json -o repaired.tflite | "
         "edgeguard repair model.tflite --data clean/ --evidence case.json --method linf | "
         "edgeguard repair model.tflite --data clean.npz --method excise+clp --json"
     )
@@ -36,6 +37,9 @@ def register(app: typer.Typer) -> None:
         model: Path = typer.Argument(help="A .keras file, or a .tflite file, guarded or not. It is never changed."),
         data: str = typer.Option(..., help="Clean, labelled data: a name, an npz file, or an image folder."),
         evidence: Path | None = typer.Option(None, help="What the fleet reported of this model; without: an audit."),
+        guarded: Path | None = typer.Option(
+            None, help="With a .keras file: the file made of it that devices run, and that the evidence is of."
+        ),
         method: str = typer.Option(
             "auto",
             help="auto, or one or several joined by +: excise, clp, linf, rap, mvp, aew, unlearn, fine-pruning, anp.",
@@ -61,7 +65,14 @@ def register(app: typer.Typer) -> None:
         target = output or model.with_suffix(".repaired.tflite")
         with console.progress(quiet=as_json) as progress:
             order = Order(
-                model=model, data=data, output=target, evidence=evidence, method=method, approve=approve, seed=seed
+                model=model,
+                data=data,
+                output=target,
+                evidence=evidence,
+                guarded=guarded,
+                method=method,
+                approve=approve,
+                seed=seed,
             )
             report = run(order, lambda stage, text, done, total: progress(text, done, total))
         if as_json:

@@ -1,6 +1,7 @@
-"""What devices and computing parties agree on: a round of private aggregation, and what a device submits to it.
+"""What devices, owners and computing parties agree on: rounds of private aggregation and private inspections.
 
-A round is one question to the fleet about one layer of one model. Its digest is what sealed shares are bound to.
+A round is one question to the fleet about one layer of one model, an inspection one about one owner's model and
+another's clean inputs. Their digests are what sealed shares are bound to.
 """
 
 from __future__ import annotations
@@ -18,8 +19,14 @@ MAX_CHANNELS = 4096
 MIN_DEVICES = 3
 """Fewer are never added up: what is opened would say too much of one of them."""
 
+MAX_WIDTH, MAX_CLASSES, MAX_INPUTS, MAX_STEPS = 8192, 256, 1024, 1000
+MIN_CLASSES = 4
+"""Of fewer labels none can stand out."""
+
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Kind = Literal["votes", "ranks"]
+Role = Literal["model-owner", "data-owner"]
+Space = Literal["pixels", "features"]
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -76,3 +83,80 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
         """SHA-256 over the commitments: two parties that hold the same one hold shares of the same values."""
         text = "\n".join((self.round, self.device, *self.commitments))
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Inspection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One private inspection: what everybody knows of it.
+
+    Attributes:
+        id: names the inspection; never used twice.
+        parties: digest of the three parties' descriptions.
+        space: ``pixels``: the shared layers are the whole network; ``features``: they are its last ones, and the data
+            owner computes what goes into them.
+        layers: values into the first shared layer, of the hidden layer if there is one, and classes.
+        scale: value of an input, pixel or feature, that counts as 1; larger ones are cut off there.
+        sought: clean inputs that triggers are recovered on.
+        held_out: others that they are tried on.
+        steps: of the search.
+        every: steps after which each party keeps its shares, so that a run can go on there.
+        prune: hidden units that a mending takes out, those that the triggers lift most.
+        mending_steps: of the last layer.
+    """
+
+    v: Literal[1] = 1
+    id: Annotated[str, Meta(pattern="^[0-9a-z][0-9a-z._-]{7,63}$")]
+    parties: Digest
+    space: Space = "pixels"
+    layers: Annotated[
+        tuple[Annotated[int, Meta(ge=1, le=MAX_WIDTH)], ...],
+        Meta(min_length=2, max_length=3),
+    ]
+    scale: Annotated[float, Meta(gt=0, le=1e6)] = 255.0
+    sought: Annotated[int, Meta(ge=8, le=MAX_INPUTS)] = 64
+    held_out: Annotated[int, Meta(ge=8, le=MAX_INPUTS)] = 64
+    steps: Annotated[int, Meta(ge=1, le=MAX_STEPS)] = 60
+    every: Annotated[int, Meta(ge=1, le=MAX_STEPS)] = 10
+    prune: Annotated[int, Meta(ge=0, le=MAX_WIDTH)] = 0
+    mending_steps: Annotated[int, Meta(ge=1, le=MAX_STEPS)] = 40
+
+    def __post_init__(self) -> None:
+        if not MIN_CLASSES <= self.classes <= MAX_CLASSES:
+            raise ValueError(f"{self.classes} classes; {MIN_CLASSES} to {MAX_CLASSES} can be inspected")
+        if self.prune and (len(self.layers) == 2 or self.prune >= self.layers[1]):
+            raise ValueError("prune must be less than the hidden units")
+
+    @property
+    def inputs(self) -> int:
+        """Values of one input, D."""
+        return self.layers[0]
+
+    @property
+    def classes(self) -> int:
+        """Classes, and labels to inspect, L."""
+        return self.layers[-1]
+
+    @property
+    def weights(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the shared layers' arrays: kernel and bias in turn."""
+        pairs = zip(self.layers, self.layers[1:], strict=False)
+        return tuple(shape for before, after in pairs for shape in ((before, after), (after,)))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the inspection, key by key."""
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """What one owner shares for an inspection: ``channels`` 64-bit integers. Its digest binds the shares."""
+
+    id: str
+    parties: Digest
+    inspection: Digest
+    role: Role
+    channels: int
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the part, key by key."""
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()

@@ -199,10 +199,11 @@ def _case(case: Mapping[str, object]) -> dict[str, Any]:
     gate = _mapping(case.get("gate"))
     checks = _mappings(gate.get("checks"))
     pruned = _mappings(case.get("pruned"))
+    unit = " of full strength" if finding.get("form") == "blend" else " pixels"
     numbers = (
         ("Success on inputs it was not made from", "success", ".1%", ""),
-        ("Size of the recovered trigger", "l1", ".1f", " pixels"),
-        ("Size that other labels need (median)", "control_l1", ".1f", " pixels"),
+        ("Size of the recovered trigger", "size", ".3g", unit),
+        ("Size that other labels need (median)", "control_size", ".3g", unit),
         ("Agreement with the devices' evidence, 1 is full", "agreement", ".2f", ""),
     )
     return {

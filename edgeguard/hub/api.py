@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar
@@ -36,6 +36,7 @@ from starlette.types import ASGIApp
 from edgeguard import __version__
 from edgeguard.contract.guard import GuardMetadata
 from edgeguard.errors import ConfigError, EdgeGuardError
+from edgeguard.hub import commands as questions
 from edgeguard.hub import metrics as counters
 from edgeguard.hub import views
 from edgeguard.hub.access import Token, Tokens, needed
@@ -43,7 +44,7 @@ from edgeguard.hub.casebook import Casebook
 from edgeguard.hub.cases import State
 from edgeguard.hub.commands import Commands
 from edgeguard.hub.commands import State as CommandStep
-from edgeguard.hub.config import WebConfig
+from edgeguard.hub.config import PolicyConfig, WebConfig
 from edgeguard.hub.metrics import Metrics
 from edgeguard.hub.queries import MAX_PAGE, Queries
 from edgeguard.hub.rollout import Standing
@@ -98,6 +99,7 @@ class Parts:
         connected: whether the broker is.
         book: records what a person decides.
         commands: asks devices.
+        policy: says how evidence is pooled.
         shared: replays inputs that owners share.
         folder: the release repository's served folder, None where there is none.
         stopping: whether streams must end.
@@ -112,6 +114,7 @@ class Parts:
     connected: Callable[[], bool]
     book: Casebook
     commands: Commands
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
     shared: Shared | None = None
     folder: Path | None = None
     stopping: Callable[[], bool] = lambda: False
@@ -272,6 +275,26 @@ def _add_reading(app: FastAPI, parts: Parts) -> None:
         """The devices that the release of a case was offered to, by name, and what became of it."""
         _found(queries.case(case), f"case {case}")
         return queries.members(case, limit=limit, cursor=cursor, state=state)
+
+    @app.get("/v1/cases/{case}/evidence", tags=["cases"])
+    def evidence(case: views.Id) -> views.Evidence:
+        """What the devices behind a case sent of its label, pooled, as `edgeguard repair --evidence` reads it."""
+        found = _found(parts.book.get(case), f"case {case}")
+        model = _found(dict(parts.models()).get(found.model_digest), f"model of case {case}")
+        pooled = parts.book.evidence(found, model.guard, parts.policy)
+        if pooled is None or not pooled.flagged_mean.size:
+            raise ConfigError(
+                f"evidence of case {case}", got="no features under the guard that the model has now",
+                expected="reports with features", do="wait for new reports",
+            )  # fmt: skip
+        dormant = questions.dormant(model.guard, parts.commands.of_case(case))
+        return views.Evidence(
+            model_digest=found.model_digest,
+            label=found.label,
+            flagged_mean=pooled.flagged_mean.tolist(),
+            unflagged_mean=pooled.unflagged_mean.tolist(),
+            dormant=[views.Dormant(layer=one.layer, channels=list(one.channels)) for one in dormant],
+        )
 
     @app.get("/v1/events", tags=["timeline"])
     def events(

@@ -19,9 +19,12 @@ import msgspec
 from sqlalchemy import Connection, Row, Table, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
+from edgeguard.contract.guard import GuardMetadata
 from edgeguard.errors import ConfigError
-from edgeguard.hub import batch, cases, schema, tables, trust
+from edgeguard.hub import batch, cases, evidence, schema, tables, trust
 from edgeguard.hub.cases import Case, State, Steering, Step
+from edgeguard.hub.config import PolicyConfig
+from edgeguard.hub.evidence import LabelEvidence
 from edgeguard.hub.store import Store
 from edgeguard.hub.trust import Trust
 
@@ -223,6 +226,19 @@ class Casebook:
         """What is known of the devices that ever stood behind a suspicion of this model, as it stands now."""
         with self._store.read() as db:
             return trust.standing(self._trust(db, model_digest), self._clock_ms())
+
+    def evidence(self, case: Case, guard: GuardMetadata, policy: PolicyConfig) -> LabelEvidence | None:
+        """What the devices behind a record sent of its label of late, pooled; None where none did under this guard."""
+        digest = case.model_digest
+        rows = self._store.label_features(digest, guard.guard_digest, case.label, enough=policy.min_flagged)
+        # Others see no trigger, and would hide its channels.
+        behind = [row for row in rows if row.device in case.devices] or rows
+        if not behind:
+            return None
+        weights = {device: known.weight for device, known in self.trust(digest).items()}
+        return evidence.pool_label(
+            behind, model_digest=digest, width=guard.feature_count, share=policy.device_share, weights=weights
+        )
 
     def _judge(self, db: Connection, case: Case) -> None:
         """Change the trust in the devices behind a suspicion, once an inspection dismissed or confirmed it."""

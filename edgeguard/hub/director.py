@@ -33,7 +33,7 @@ from edgeguard.detection import sidecar
 from edgeguard.detection.metadata import read as read_metadata
 from edgeguard.detection.statistics import SLACK
 from edgeguard.errors import EdgeGuardError, ModelError, TrustError
-from edgeguard.hub import cases, evidence, policy, rollout
+from edgeguard.hub import cases, policy, rollout
 from edgeguard.hub import commands as questions
 from edgeguard.hub.casebook import Casebook, Move, StaleError
 from edgeguard.hub.cases import WORKING, Case, Choice, Dormant, Progress, Released, Result, State, Step
@@ -374,18 +374,11 @@ class Director:
         if model is None or model.keras is None:
             self._give_up(case, "the hub has no trainable form of this model: name it under [[models]]")
             return
-        rows, behind = self._features(model, case.label), set(case.devices)
-        if not rows:
+        mine = self._book.evidence(case, model.guard, self._policy)
+        if mine is None:
             # The model was calibrated anew while the case was open: what was counted belongs to its earlier guard.
             self._give_up(case, "no evidence for this label under the guard that the model has now")
             return
-        mine = evidence.pool_label(
-            [row for row in rows if row.device in behind] or rows,  # others see no trigger, and would hide its channels
-            model_digest=case.model_digest,
-            width=model.guard.feature_count,
-            share=self._policy.device_share,
-            weights={device: known.weight for device, known in self._book.trust(case.model_digest).items()},
-        )
         work = Work(
             case=case.id,
             model_digest=case.model_digest,
@@ -397,7 +390,7 @@ class Director:
             unflagged_std=tuple(mine.unflagged_std.tolist()),
             **what,
         )
-        judged = sum(row.flagged for row in rows if row.device in case.devices)
+        judged = sum(count.flagged for count in mine.per_device if count.device in case.devices)
         moved = cases.move(case, state, at_ms=self._clock_ms(), judged=judged)
         self._save(
             Move(case=moved, text=text),

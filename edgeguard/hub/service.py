@@ -151,6 +151,7 @@ class Hub:
                     connected=lambda: self._listener.connected,
                     book=self.book,
                     commands=self.commands,
+                    policy=self._config.policy,
                     shared=self._director.shared,
                     folder=release.folder if release else None,
                     stopping=lambda: self._web.stopping,

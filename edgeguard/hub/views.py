@@ -196,6 +196,28 @@ class CaseDetail(Case):
     audit: list[Audit]
 
 
+class Dormant(View):
+    """Channels of one layer that the fleet finds least active on clean inputs, the least active first."""
+
+    layer: str
+    channels: list[int]
+
+
+class Evidence(View):
+    """What the devices behind a case sent of its label, pooled. Means are in the order of the guard's features."""
+
+    model_config = _example(
+        model_digest=_DIGEST, label=14, flagged_mean=[3.1, 0.2], unflagged_mean=[0.4, 0.3],
+        dormant=[{"layer": "conv_2", "channels": [7, 3]}],
+    )  # fmt: skip
+
+    model_digest: Digest
+    label: int
+    flagged_mean: list[float]
+    unflagged_mean: list[float] = Field(description="empty where no device sent any")
+    dormant: list[Dormant] = Field(description="empty where the fleet was not asked")
+
+
 class Decision(View):
     """A person's word on a step of a case. Whose word it is, the token says."""
 

@@ -3,10 +3,11 @@
 Rules enforced here:
 
 * an index that is compared with a fixed cut-off is not portable between models, so a recovered trigger is judged by
-  what it does: it must work on inputs that it was not recovered on, and be much smaller than the triggers that were
-  recovered, with the same effort, for labels that nobody suspects;
+  what it does: it must work on inputs that it was not recovered on, and be much smaller than the triggers of its form
+  that were recovered, with the same effort, for labels that nobody suspects;
 * it must move the features as the fleet reported that they moved;
-* where there is too little to compare with, the answer is "could not check", never "clean".
+* where there is too little to compare with, the answer is "could not check", never "clean": for one trigger as for all
+  of them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from edgeguard.inspection.inversion import Form
 
 Outcome = Literal["confirmed", "not_confirmed", "could_not_check"]
 
@@ -31,28 +34,43 @@ MIN_CONTROLS = 2
 class Finding:
     """What was found for the suspected label, and the decision with its reason.
 
-    ``success`` on held-out inputs; ``l1`` of the suspect's mask and ``control_l1`` the median of the controls', in
-    pixels; ``agreement`` the cosine between the reported and the reproduced shift of the features, NaN without
-    evidence.
+    ``success`` on held-out inputs; ``size`` of the suspect's trigger and ``control_size`` the median of the controls',
+    in units of the form: pixels of a patch, amplitude (0 to 1) of a blend; ``agreement`` the cosine between the
+    reported and the reproduced shift of the features, NaN without evidence.
     """
 
     outcome: Outcome
     reason: str
     label: int
+    form: Form
     success: float
-    l1: float
-    control_l1: float
+    size: float
+    control_size: float
     agreement: float
 
+    @property
+    def ratio(self) -> float:
+        """Its size over that of the controls; NaN where there are none."""
+        return self.size / self.control_size if self.control_size else math.inf
 
-def decide(*, label: int, success: float, l1: float, controls: Sequence[float], agreement: float = math.nan) -> Finding:
+
+def decide(
+    *,
+    label: int,
+    form: Form,
+    success: float,
+    size: float,
+    controls: Sequence[float],
+    agreement: float = math.nan,
+) -> Finding:
     """Judge a recovered trigger.
 
     Args:
         label: the suspected label.
+        form: of the trigger.
         success: of the trigger on held-out inputs.
-        l1: size of its mask.
-        controls: sizes of the masks that were recovered, and succeeded, for other labels.
+        size: of the trigger.
+        controls: sizes of the triggers of the same form that were recovered, and succeeded, for other labels.
         agreement: see :func:`agreement_of`; NaN where the fleet reported nothing.
     """
     median = float(np.median(controls)) if len(controls) else math.nan
@@ -62,29 +80,45 @@ def decide(*, label: int, success: float, l1: float, controls: Sequence[float], 
             outcome=outcome,
             reason=reason,
             label=label,
+            form=form,
             success=success,
-            l1=l1,
-            control_l1=median,
+            size=size,
+            control_size=median,
             agreement=agreement,
         )
 
-    if math.isnan(success) or math.isnan(l1):
+    if math.isnan(success) or math.isnan(size):
         return finding("could_not_check", "the recovered trigger could not be measured")
     if len(controls) < MIN_CONTROLS:
-        return finding("could_not_check", f"{len(controls)} other labels to compare with, {MIN_CONTROLS} needed")
+        return finding("could_not_check", f"a {form} of {len(controls)} other labels, {MIN_CONTROLS} are needed")
     if success < MIN_SUCCESS:
         return finding("not_confirmed", f"the best trigger works on {success:.0%} of held-out inputs only")
-    if l1 > MAX_SIZE_RATIO * median:
+    if size > MAX_SIZE_RATIO * median:
         return finding(
             "not_confirmed",
-            f"its trigger covers {l1:.1f} pixels, those of other labels {median:.1f}: no outlier",
+            f"its smallest trigger is {_sized(form, size)}, those of other labels {median:.3g}: no outlier",
         )
     if not math.isnan(agreement) and agreement < MIN_AGREEMENT:
         return finding("not_confirmed", f"the trigger moves other channels than devices reported ({agreement:.2f})")
     return finding(
         "confirmed",
-        f"a trigger of {l1:.1f} pixels turns {success:.0%} of held-out inputs; other labels need {median:.1f}",
+        f"{_sized(form, size)} turns {success:.0%} of held-out inputs; other labels need {median:.3g}",
     )
+
+
+def telling(findings: Sequence[Finding]) -> int:
+    """Which of several triggers' findings, at least one, answers for the label: its place."""
+    outcomes: tuple[Outcome, ...] = ("confirmed", "could_not_check", "not_confirmed")
+
+    def order(place: int) -> tuple[int, bool, float]:
+        found = findings[place]
+        return outcomes.index(found.outcome), not found.success >= MIN_SUCCESS, found.ratio
+
+    return min(range(len(findings)), key=order)
+
+
+def _sized(form: Form, size: float) -> str:
+    return f"a patch of {size:.3g} pixels" if form == "patch" else f"a blend of amplitude {size:.3g}"
 
 
 def agreement_of(

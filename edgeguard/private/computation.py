@@ -15,11 +15,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -45,6 +46,31 @@ class Addresses:
         return cls(hosts=tuple(f"{party.host}:{party.port}" for party in own.parties.parties))
 
 
+class Kept(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A party's share of one secret, as it lies on its disk."""
+
+    share: str
+    shape: tuple[int, ...]
+    dtype: Literal["int64", "float32", "float64", "bool"]
+
+
+class _Kind(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: Any
+    public: bool = False
+
+
+class Prepared(NamedTuple):
+    """A compiled program: call it as often as is needed. ``names`` are those of its outputs."""
+
+    run: Callable[[], None]
+    names: tuple[str, ...]
+
+    def __call__(self) -> None:
+        """Run it. Raises LinkError."""
+        self.run()
+
+
 class Computation:
     """One joint run; made by :func:`connect`."""
 
@@ -56,6 +82,7 @@ class Computation:
         self._config = spu.libspu.RuntimeConfig(protocol=spu.ProtocolKind.ABY3, field=spu.FieldType.FM64)
         self._io = spu.Io(PARTIES, self._config)
         self._runtime = spu.Runtime(link, self._config)
+        self._kinds: dict[str, _Kind] = {}
 
     def exchange(self, value: Any) -> list[Any]:
         """What each party says, in their order; JSON.
@@ -86,32 +113,96 @@ class Computation:
             LinkError: a party is gone.
             TrustError: another program, or a share that cannot be read.
         """
+        names = self._shared("in", mine)
+        prepared = self.prepare(program, names, ("out0", "out1"))
+        prepared()
+        return [self.open(name) for name in prepared.names]
+
+    def add_up(self, name: str, mine: npt.NDArray[np.int64]) -> None:
+        """Make a secret of the sum, modulo 2^64, of what each of the three holds; see :meth:`run`."""
+        names = self._shared(name, mine)
+        self.prepare(lambda s0, s1, s2: (s0 + s1 + s2,), names, (name,))()
+        self.forget(names)
+
+    def tell(self, name: str, value: npt.NDArray[Any]) -> None:
+        """Give a name to a public value that all three know."""
+        import spu
+
+        self._runtime.set_var(name, self._io.make_shares(value, spu.Visibility.VIS_PUBLIC)[self._index])
+        self._kinds[name] = _Kind(value.shape, value.dtype, public=True)
+
+    def prepare(self, program: Callable[..., Any], inputs: Sequence[str], outputs: Sequence[str]) -> Prepared:
+        """Compile a program, and see that the others compiled the same.
+
+        Args:
+            program: JAX, of as many arguments as there are inputs; gives a tuple.
+            inputs: names of secrets or public values.
+            outputs: names of what it gives, all secret; may be those of inputs.
+
+        Raises:
+            LinkError: a party is gone.
+            TrustError: another program.
+        """
         import jax
         import spu
         from spu.utils import frontend
 
-        names = [f"in{i}" for i in range(PARTIES)]
+        kinds = [self._kinds[name] for name in inputs]
         with jax.experimental.enable_x64():
-            executable, _ = frontend.compile(
+            executable, shapes = frontend.compile(
                 frontend.Kind.JAX,
                 _named(program),
-                [mine] * PARTIES,
+                [np.zeros(kind.shape, kind.dtype) for kind in kinds],
                 {},
-                names,
-                [spu.Visibility.VIS_SECRET] * PARTIES,
-                lambda outputs: [f"out{i}" for i in range(len(outputs))],
+                list(inputs),
+                [spu.Visibility.VIS_PUBLIC if kind.public else spu.Visibility.VIS_SECRET for kind in kinds],
+                lambda given: list(outputs)[: len(given)],
             )
         self.agree("program", hashlib.sha256(executable.code).hexdigest())
+        names = tuple(executable.output_names)
+
+        def run() -> None:
+            self._call(self._runtime.run, executable)
+            self._kinds.update({n: _Kind(s.shape, s.dtype) for n, s in zip(names, shapes, strict=True)})
+
+        return Prepared(run, names)
+
+    def forget(self, names: Sequence[str]) -> None:
+        """Let go of secrets."""
+        for name in names:
+            self._runtime.del_var(name)
+            del self._kinds[name]
+
+    def open(self, name: str) -> npt.NDArray[Any]:
+        """Show a secret to all three. Raises LinkError, TrustError."""
+        packed = self._call(self._link.all_gather, _pack(self._runtime.get_var(name)))
+        return np.asarray(self._io.reconstruct([_unpack(text) for text in packed]))
+
+    def keep(self, names: Sequence[str]) -> dict[str, Kept]:
+        """This party's shares of secrets, to go on with later. They are as secret as what it was given."""
+        kept = {}
+        for name in names:
+            kind = self._kinds[name]
+            dtype: Any = np.dtype(kind.dtype).name
+            kept[name] = Kept(share=_pack(self._runtime.get_var(name)), shape=kind.shape, dtype=dtype)
+        return kept
+
+    def restore(self, kept: Mapping[str, Kept]) -> None:
+        """Take up what all three have kept at the same moment. Raises TrustError."""
+        for name, held in kept.items():
+            self._runtime.set_var(name, _unpack(held.share))
+            self._kinds[name] = _Kind(tuple(held.shape), np.dtype(held.dtype))
+
+    def _shared(self, name: str, mine: npt.NDArray[np.int64]) -> list[str]:
+        import spu
+
+        names = [f"{name}_of_{i}" for i in range(PARTIES)]
         shares = [_pack(share) for share in self._io.make_shares(mine, spu.Visibility.VIS_SECRET)]
-        for owner, name in enumerate(names):
+        for owner, one in enumerate(names):
             given = shares if owner == self._index else [""] * PARTIES
-            self._runtime.set_var(name, _unpack(self._call(self._link.scatter, given, owner)))
-        self._call(self._runtime.run, executable)
-        opened = []
-        for name in executable.output_names:
-            packed = self._call(self._link.all_gather, _pack(self._runtime.get_var(name)))
-            opened.append(np.asarray(self._io.reconstruct([_unpack(text) for text in packed])))
-        return opened
+            self._runtime.set_var(one, _unpack(self._call(self._link.scatter, given, owner)))
+            self._kinds[one] = _Kind(mine.shape, mine.dtype)
+        return names
 
     @staticmethod
     def _call(function: Callable[..., Any], *args: Any) -> Any:
@@ -163,13 +254,21 @@ def connect(
     context.stop_link()
 
 
+def reconstruct(shares: Sequence[Kept]) -> npt.NDArray[np.float64]:
+    """A secret from the shares that all three have kept of it, in their order: for measurements. Raises TrustError."""
+    import spu
+
+    config = spu.libspu.RuntimeConfig(protocol=spu.ProtocolKind.ABY3, field=spu.FieldType.FM64)
+    return np.asarray(spu.Io(PARTIES, config).reconstruct([_unpack(held.share) for held in shares]))
+
+
 def _named(program: Callable[..., Any]) -> Callable[..., Any]:
     """SPU's front end asks a program for its name, which a partial of a partial does not have."""
 
-    def round_program(s0: Any, s1: Any, s2: Any) -> Any:
-        return program(s0, s1, s2)
+    def joint_program(*inputs: Any) -> Any:
+        return program(*inputs)
 
-    return round_program
+    return joint_program
 
 
 def _pack(share: Any) -> str:

@@ -164,12 +164,12 @@ def read(path: Path) -> Round:
 
 def write(asked: Round, path: Path) -> None:
     """A round to a new file. Raises ConfigError if there is one."""
-    _new(path, msgspec.json.encode(asked))
+    write_new(path, msgspec.json.encode(asked))
 
 
 def write_submission(submission: Submission, path: Path) -> None:
     """A submission to a new file, ``<device>.json`` in the folder that parties read. Raises ConfigError."""
-    _new(path, msgspec.json.encode(submission))
+    write_new(path, msgspec.json.encode(submission))
 
 
 def once(path: Path, make: Callable[[], Submission]) -> Submission:
@@ -184,7 +184,7 @@ def once(path: Path, make: Callable[[], Submission]) -> Submission:
     if path.exists():
         return read_json(path, Submission)
     made = make()
-    _new(path, msgspec.json.encode(made))
+    write_new(path, msgspec.json.encode(made))
     return made
 
 
@@ -197,9 +197,10 @@ def collect(folder: Path, ballots: Ballots) -> None:
             ballots.add(path.stem, path.read_bytes())
 
 
-def _new(path: Path, content: bytes) -> None:
+def write_new(path: Path, content: bytes, *, mode: int = 0o644) -> None:
+    """A new file; never over another. Raises ConfigError."""
     try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(content)
     except FileExistsError as error:
         raise ConfigError(f"file {path}", got="there already", do="choose another name") from error

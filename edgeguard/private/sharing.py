@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -30,6 +30,19 @@ from edgeguard.private.parties import Parties
 Values = npt.NDArray[np.int64]
 _DOMAIN = b"edgeguard private share v1\0"
 NONCE_BYTES = 32
+
+
+class Asked(Protocol):
+    """What values are shared for: a round, or an owner's part in an inspection; ``channels`` values each."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def parties(self) -> str: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def digest(self) -> str: ...
 
 
 class _Share(msgspec.Struct, frozen=True, array_like=True):
@@ -67,13 +80,13 @@ def values_of(asked: Round, ascending: Sequence[int]) -> Values:
     return values
 
 
-def submit(asked: Round, device: str, values: Values, parties: Parties, random: bytes) -> Submission:
+def submit(asked: Asked, device: str, values: Values, parties: Parties, random: bytes) -> Submission:
     """Split values [C] into three shares, and seal each for its party.
 
     Args:
-        asked: the round.
-        device: the id under which this device publishes.
-        values: see :func:`values_of`.
+        asked: the round, or the part.
+        device: the id under which this device publishes; of an owner, its role.
+        values: see :func:`values_of`, and :mod:`edgeguard.private.owners`.
         parties: the three that this device's owner has compared the digest of.
         random: :func:`random_bytes` fresh random bytes, used once.
 
@@ -101,12 +114,12 @@ def submit(asked: Round, device: str, values: Values, parties: Parties, random: 
     return Submission(round=asked.digest, device=device, sealed=tuple(sealed), commitments=tuple(commitments))
 
 
-def random_bytes(asked: Round) -> int:
+def random_bytes(asked: Asked) -> int:
     """How many random bytes :func:`submit` needs."""
     return (PARTIES - 1) * 8 * asked.channels + PARTIES * NONCE_BYTES
 
 
-def opened(asked: Round, submission: Submission, device: str, index: int, key: PrivateKey) -> Opened:
+def opened(asked: Asked, submission: Submission, device: str, index: int, key: PrivateKey) -> Opened:
     """A party's own share of a submission.
 
     Args:

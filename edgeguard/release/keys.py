@@ -284,7 +284,7 @@ def _token(uri: str, secrets: Secrets) -> tuple[str, SSlibKey]:
 
 def _token_error(uri: str, error: Exception) -> ConfigError:
     if isinstance(error, UnsupportedLibraryError):
-        return ConfigError(f"key {uri}", got=str(error), do="pip install 'securesystemslib[hsm]'")
+        return ConfigError(f"key {uri}", got=str(error), do="pip install 'edgeguard[hsm]'")
     return ConfigError(
         f"key {uri}",
         got=str(error) or type(error).__name__,

@@ -8,8 +8,9 @@ is also written to ``result.json`` in the job's folder. A job can be run again; 
 Rules enforced here:
 
 * nothing is repaired that was not confirmed, and nothing is offered for release that the gate has not passed;
-* the suspected channels guide the search for a trigger. What is found is held against all that devices reported, so
-  that nobody chooses what it is held against;
+* a trigger is sought in every form, with the suspected channels guiding the search and without, until one confirms:
+  what covers a picture is no patch, and its smallest patch may be like any label's;
+* what is found is held against all that devices reported, so that nobody chooses what it is held against;
 * the data that repairs, and the data that gates and calibrates, are disjoint, group by group:
   :mod:`edgeguard.repair.owner`.
 """
@@ -20,7 +21,7 @@ import json
 import os
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -33,10 +34,9 @@ from edgeguard.contract.guard import GuardMetadata
 from edgeguard.detection import sidecar
 from edgeguard.detection.guarded import GuardedModel
 from edgeguard.errors import EXIT_USAGE, ConfigError, EdgeGuardError, ModelError
-from edgeguard.inspection import confirm
+from edgeguard.inspection import confirm, networks, pictures
 from edgeguard.inspection.confirm import Finding
-from edgeguard.inspection.inversion import Evidence, Trigger, held_out_success, invert
-from edgeguard.inspection.networks import norms_of
+from edgeguard.inspection.inversion import Evidence, Form, Trigger, held_out_success, invert
 from edgeguard.repair import auto, owner
 from edgeguard.repair.auto import Say
 from edgeguard.repair.methods.base import Bench, Dormant, Knowledge
@@ -44,6 +44,8 @@ from edgeguard.repair.recover import Reported
 from edgeguard.repair.search import Searches
 from edgeguard.repair.target import KerasTarget
 
+FORMS: tuple[Form, ...] = ("patch", "blend")
+"""In the order in which they are sought."""
 MAX_CONTROLS = 9
 CONFIRMED = "confirmed.npz"
 GAMMA = 0.1
@@ -114,7 +116,7 @@ class _Case:
         if not Path(job.keras).exists():
             raise ConfigError(f"trainable model {job.keras}", got="no such file", do="check the hub's [[models]] entry")
         self.original = keras.models.load_model(job.keras, compile=False)
-        self.norms = norms_of(self.original, self.metadata.taps)
+        self.norms = networks.norms_of(self.original, self.metadata.taps)
         self.quarantined = None if job.quarantined is None else _shared(Path(job.quarantined), self.metadata)
         self.target = KerasTarget(self.original)
         parts = owner.parts_of(job.data, fpr=self.metadata.fpr, seed=job.seed)
@@ -181,39 +183,54 @@ def run(job: Job, say: Say) -> Result:
 
 
 def _confirm(case: _Case, say: Say) -> tuple[Finding, list[Trigger]]:
+    """What was found, and the triggers of the form that says so, the telling one first."""
     label = case.job.label
     others = [c for c in range(len(case.metadata.classes)) if c != label]
     rng = np.random.default_rng(case.job.seed)
     controls = sorted(int(c) for c in rng.permutation(others)[:MAX_CONTROLS])
-    guided = invert(
-        case.norms,
-        case.x_repair,
-        [label],
-        evidence=case.evidence,
-        gamma=GAMMA * case.focus,
-        seed=case.job.seed,
-        progress=_stage(say, "confirming", "seeking the trigger that devices saw"),
-    )[0]
-    plain, *control = invert(
-        case.norms,
-        case.x_repair,
-        [label, *controls],
-        seed=case.job.seed,
-        progress=_stage(say, "confirming", f"seeking triggers of {len(controls)} other labels to compare with"),
-    )
-    found = sorted([guided, plain], key=lambda t: (t.success < confirm.MIN_SUCCESS, t.l1))
-    best = found[0]
-    reproduced = np.asarray(case.norms.predict(best.stamp(case.x_gate[:300]), verbose=0)[1]).mean(axis=0)
-    usual = np.asarray(case.norms.predict(case.x_gate[:300].astype(np.float32), verbose=0)[1]).mean(axis=0)
-    finding = confirm.decide(
-        label=label,
-        success=held_out_success(case.original, best, case.x_gate[:GATE_INPUTS]),
-        l1=best.l1,
-        controls=[t.l1 for t in control if t.success >= confirm.MIN_SUCCESS],
+    findings: list[Finding] = []
+    triggers: list[Trigger] = []
+    for form in FORMS:
+        guided = invert(
+            case.norms,
+            case.x_repair,
+            [label],
+            form=form,
+            evidence=case.evidence,
+            gamma=GAMMA * case.focus,
+            seed=case.job.seed,
+            progress=_stage(say, "confirming", f"seeking the {form} that devices saw"),
+        )
+        plain, *control = invert(
+            case.norms,
+            case.x_repair,
+            [label, *controls],
+            form=form,
+            seed=case.job.seed,
+            progress=_stage(say, "confirming", f"seeking a {form} of {len(controls)} other labels to compare with"),
+        )
+        sizes = [t.size for t in control if t.success >= confirm.MIN_SUCCESS]
+        triggers += [*guided, plain]
+        findings += [_judged(case, trigger, sizes) for trigger in (*guided, plain)]
+        telling = confirm.telling(findings)
+        say("confirming", f"{findings[telling].outcome}: {findings[telling].reason}", 1, 1)
+        if findings[telling].outcome == "confirmed":
+            break
+    best = triggers.pop(telling)
+    return findings[telling], [best, *(t for t in triggers if t.form == best.form)]
+
+
+def _judged(case: _Case, trigger: Trigger, controls: Sequence[float]) -> Finding:
+    clean = case.x_gate[:300]
+    usual, reproduced = (networks.run(case.norms, x, 1).mean(axis=0) for x in (clean, trigger.stamp(clean)))
+    return confirm.decide(
+        label=trigger.label,
+        form=trigger.form,
+        success=held_out_success(case.original, trigger, case.x_gate[:GATE_INPUTS]),
+        size=trigger.size,
+        controls=controls,
         agreement=confirm.agreement_of(case.flagged_mean - case.clean_mean, reproduced - usual, case.std),
     )
-    say("confirming", f"{finding.outcome}: {finding.reason}", 1, 1)
-    return finding, found
 
 
 def _repair(
@@ -290,7 +307,7 @@ def _knowledge(case: _Case, finding: Finding, triggers: list[Trigger], say: Say)
             case.y_gate,
             classes=case.metadata.classes,
             fpr=case.metadata.fpr,
-            taps=tuple(dict.fromkeys(tap.source_layer for tap in case.metadata.taps if tap.kind != "logit")),
+            taps=target.tapped(case.metadata.taps),
             sidecar=True,
             groups=case.groups,
         )
@@ -333,6 +350,7 @@ def _keep_finding(finding: Finding, triggers: list[Trigger], out: Path) -> None:
         masks=np.stack([trigger.mask for trigger in triggers]),
         patterns=np.stack([trigger.pattern for trigger in triggers]),
         success=np.asarray([trigger.success for trigger in triggers]),
+        forms=np.asarray([trigger.form for trigger in triggers]),
     )
 
 
@@ -349,9 +367,12 @@ def _resumed(case: _Case) -> tuple[Finding, list[Trigger]] | None:
                     label=finding.label,
                     mask=mask.reshape(*shape[:2], 1),
                     pattern=pattern.reshape(shape),
-                    success=float(s),
+                    success=float(success),
+                    form=cast("Form", str(form)),
                 )
-                for mask, pattern, s in zip(kept["masks"], kept["patterns"], kept["success"], strict=True)
+                for mask, pattern, success, form in zip(
+                    kept["masks"], kept["patterns"], kept["success"], kept["forms"], strict=True
+                )
             ]
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         return None
@@ -360,14 +381,8 @@ def _resumed(case: _Case) -> tuple[Finding, list[Trigger]] | None:
 
 def _draw(trigger: Trigger, example: npt.NDArray[np.uint8], out: Path) -> None:
     """The recovered trigger as PNG files: mask, what it paints, and an example that carries it."""
-    from PIL import Image
-
-    mask = np.repeat(trigger.mask * 255.0, 3, axis=2)
-    painted = np.broadcast_to(trigger.mask * trigger.pattern, (*trigger.mask.shape[:2], trigger.pattern.shape[2]))
-    stamped = trigger.stamp(example[np.newaxis])[0]
-    for name, pixels in (("mask", mask), ("pattern", painted), ("example", stamped)):
-        colour = np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels[..., :3]
-        Image.fromarray(colour.clip(0, 255).astype(np.uint8)).save(out / f"trigger-{name}.png")
+    for name, content in pictures.draw(trigger, example).items():
+        (out / f"trigger-{name}.png").write_bytes(content)
 
 
 def _stage(say: Say, stage: str, text: str) -> Callable[[str, int, int], None]:

@@ -3,7 +3,8 @@
 Rules enforced here:
 
 * the original is read, never written; a file that is there is never overwritten;
-* evidence is taken for the model that it was reported of, and no other: the digests must be the same;
+* evidence is taken for the file that it was reported of, and no other: the digests must be the same. Another file made
+  of the same trainable model has another one, so that the file that devices run is named beside it;
 * without evidence the model is audited first; where that finds nothing, nothing is changed;
 * clean data must be labelled, with labels of the model's classes; see :mod:`edgeguard.repair.owner`;
 * what was found and tried lies in a folder beside the output until the run ends: an interrupted one goes on there, if
@@ -35,9 +36,10 @@ from edgeguard.detection import metadata as metadata_reader
 from edgeguard.detection import sidecar
 from edgeguard.detection.guarded import GuardedModel
 from edgeguard.errors import ConfigError, ModelError
+from edgeguard.inspection.inversion import Stamp
 from edgeguard.repair import auto, gate, owner
 from edgeguard.repair.methods import METHODS
-from edgeguard.repair.methods.base import Bench, Dormant, Knowledge, Stamp
+from edgeguard.repair.methods.base import Bench, Dormant, Knowledge
 from edgeguard.repair.target import KerasTarget, Target, TfliteTarget
 
 FPR = 0.01
@@ -68,12 +70,17 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """What is asked for. ``approve``: the owner takes the repair that an earlier run of the same work left waiting."""
+    """What is asked for.
+
+    ``guarded``: the file that devices run and that was made of a trainable ``model``; without, one is made anew.
+    ``approve``: the owner takes the repair that an earlier run of the same work left waiting.
+    """
 
     model: Path
     data: str
     output: Path
     evidence: Path | None = None
+    guarded: Path | None = None
     method: str = auto.AUTO
     approve: bool = False
     seed: int = 0
@@ -134,19 +141,18 @@ class _Subject:
         return np.asarray(np.maximum(spread, max(0.05 * float(spread.mean()), 1e-6)))
 
     def convert(self, target: Any) -> _Made:
-        """A repaired target as a guarded file of the same kind, with the same taps."""
+        """A repaired target as a guarded file of the same kind, with the same taps, but those that were cut out."""
         if isinstance(target, TfliteTarget):
-            return _guarded(target.content, self, self.metadata)
+            return _guarded(target, self)
         from converters import pipeline, sources
 
-        layers = tuple(dict.fromkeys(tap.source_layer for tap in self.metadata.taps if tap.kind != "logit"))
         done = pipeline.convert(
             sources.of_keras(target.model, "repaired"),
             self.x_gate,
             self.y_gate,
             classes=self.metadata.classes,
             fpr=self.metadata.fpr,
-            taps=layers,
+            taps=target.tapped(self.metadata.taps),
             groups=self.groups,
             sidecar=True,
         )
@@ -176,6 +182,10 @@ def run(order: Order, say: auto.Say) -> Report:
             got=f"{order.model.name}, which cannot be trained",
             expected="a .keras model",
             do="bring the trainable model, or choose a method that prunes",
+        )
+    if not trainable and order.guarded is not None:
+        raise ConfigError(
+            f"--guarded {order.guarded}", got=f"{order.model.name}, which is no trainable model", do="leave it out"
         )
     subject = _open(order, content, say)
     case = None if order.evidence is None else _evidence(order.evidence, subject.metadata)
@@ -331,15 +341,29 @@ def _trainable(order: Order, parts: dict[str, Any]) -> _Subject:
 
     from converters import pipeline
 
-    done = pipeline.convert(
-        order.model, parts["x_gate"], parts["y_gate"], groups=parts["groups"], fpr=FPR, seed=order.seed
-    )
+    if order.guarded is None:
+        done = pipeline.convert(
+            order.model, parts["x_gate"], parts["y_gate"], groups=parts["groups"], fpr=FPR, seed=order.seed
+        )
+        guarded, metadata = done.guarded, done.metadata
+    else:
+        guarded = _read(order.guarded)
+        untrusted.probe(guarded)
+        metadata = metadata_reader.read(guarded)
     try:
         model = keras.models.load_model(order.model, compile=False)
     except (ValueError, TypeError, OSError) as error:
         reason = str(error).split("\n", 1)[0][:200]
         raise ModelError(f"model {order.model}", got=reason, expected="a model that can be trained") from error
-    return _Subject(target=KerasTarget(model), guarded=done.guarded, metadata=done.metadata, **parts)
+    target = KerasTarget(model)
+    layers = {tap.source_layer for tap in metadata.taps if tap.kind != "logit"}
+    if not layers <= set(target.tapped(metadata.taps)):
+        raise ModelError(
+            f"guarded file {order.guarded}",
+            got=f"taps of {', '.join(sorted(layers)) or 'nothing'}",
+            expected=f"layers of {order.model.name}, which it was made of",
+        )
+    return _Subject(target=target, guarded=guarded, metadata=metadata, **parts)
 
 
 def _flat(content: bytes, parts: dict[str, Any]) -> _Subject:
@@ -354,9 +378,9 @@ def _flat(content: bytes, parts: dict[str, Any]) -> _Subject:
     return _Subject(target=target, guarded=content, metadata=described, **parts)
 
 
-def _guarded(content: bytes, subject: _Subject, like: GuardMetadata) -> _Made:
-    names = tuple(dict.fromkeys(tap.tensor for tap in like.taps if tap.kind != "logit"))
-    bare, plan = calibration.plan(content, names=names)
+def _guarded(target: TfliteTarget, subject: _Subject) -> _Made:
+    like = subject.metadata
+    bare, plan = calibration.plan(target.content, names=target.tapped(like.taps))
     made = calibration.guard_model(
         bare, plan, subject.x_gate, fpr=like.fpr, classes=like.classes, groups=subject.groups, sidecar=True
     )
@@ -376,7 +400,7 @@ def _evidence(path: Path, metadata: GuardMetadata) -> Case:
             f"evidence {path}",
             got=f"that of model {case.model_digest[:16]}",
             expected=f"{metadata.model_digest[:16]}, this model's digest",
-            do="repair the file that the devices run",
+            do="repair the file that devices run, or name it with --guarded beside its trainable model",
         )
     if not 0 <= case.label < len(metadata.classes):
         raise ModelError(f"evidence {path}", got=f"label {case.label}", expected=f"0 to {len(metadata.classes) - 1}")
@@ -409,10 +433,10 @@ def _quarantined(case: Case, order: Order, metadata: GuardMetadata) -> npt.NDArr
 
 def _digest_of(order: Order, content: bytes, subject: _Subject, quarantined: npt.NDArray[np.uint8] | None) -> str:
     """Of all that a result depends on."""
-    evidence = b"" if order.evidence is None else _read(order.evidence)
+    named = (b"" if path is None else _read(path) for path in (order.evidence, order.guarded))
     said = json.dumps([__version__, order.method, order.seed]).encode()
     digest = hashlib.sha256()
-    for part in (content, evidence, said):
+    for part in (content, *named, said):
         digest.update(hashlib.sha256(part).digest())
     own = (subject.x_repair, subject.y_repair, subject.x_gate, subject.y_gate, subject.groups, quarantined)
     for array in own:

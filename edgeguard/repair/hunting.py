@@ -21,7 +21,8 @@ import numpy.typing as npt
 
 from edgeguard.contract.guard import GuardMetadata
 from edgeguard.inspection.audit import Audit
-from edgeguard.repair.methods.base import Progress, Stamp
+from edgeguard.inspection.inversion import Stamp
+from edgeguard.repair.methods.base import Progress
 from edgeguard.repair.target import KerasTarget, TfliteTarget
 
 Images = npt.NDArray[np.uint8]

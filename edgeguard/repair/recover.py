@@ -45,6 +45,7 @@ MIN_SUCCESS = 0.85
 WORSE = 1.5
 """A form whose features lie that much further from the reported ones than the best form's is another trigger."""
 _HELD_OUT = 300
+_LEAST_VARIANCE = 0.01
 _SIZE_WEIGHT: Mapping[Form, float] = MappingProxyType({"patch": 1e-3, "overlay": 1e-2, "warp": 1e-2})
 _RATE: Mapping[Form, float] = MappingProxyType({"patch": 0.1, "overlay": 0.05, "warp": 0.05})
 
@@ -227,7 +228,9 @@ def recover(
                 far = (tf.reduce_mean(norms, axis=0) - mean) / spread
                 loss += gamma * tf.reduce_mean(tf.sqrt(1.0 + far**2) - 1.0)
             if seen is not None:
-                off = tf.reduce_mean(stamped, axis=0) - seen[0], tf.math.reduce_std(stamped, axis=0) - seen[1]
+                # Of a pixel that never changes a deviation has no gradient but NaN.
+                deviation = tf.sqrt(tf.math.reduce_variance(stamped, axis=0) + _LEAST_VARIANCE)
+                off = tf.reduce_mean(stamped, axis=0) - seen[0], deviation - seen[1]
                 loss += gamma * (tf.reduce_mean(off[0] ** 2) + tf.reduce_mean(off[1] ** 2)) / 400.0
         optimiser.apply_gradients(zip(tape.gradient(loss, raw), raw, strict=True))
         hits = tf.reduce_mean(tf.cast(tf.argmax(logits, axis=1, output_type=tf.int32) == label, tf.float32))

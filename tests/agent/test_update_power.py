@@ -8,21 +8,25 @@ and again, on a disk that works. What must hold, at every start:
 * what the device tells is what runs, and *updated* is told only of the release that runs;
 * the update is not lost: in the end the release runs, confirmed; and one that failed its trial never does.
 
-What a network computes is nothing to this: the models are stand-ins, whose files say who they are. How a release is
-fetched has a table of its own, in ``tests/release/test_fetch_power.py``.
+What runs is the agent's own code: its start, and what its reporter does with a hint, a trial and the slots. Simulated
+are the two children, which answer at once; the inputs; and what a network computes, which is nothing to this: the
+models are stand-ins, whose files say who they are. The hub is one that has a release for whatever a device runs. How a
+release is fetched has a table of its own, in ``tests/release/test_fetch_power.py``.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import os
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -31,22 +35,26 @@ import pytest
 
 from edgeguard.agent import config as configuration
 from edgeguard.agent import startup
-from edgeguard.agent.admission import Fetched
-from edgeguard.agent.inference import Running
-from edgeguard.agent.trial import STARTS, Fared, judge
-from edgeguard.agent.update import clear, install
+from edgeguard.agent.admission import Answer
+from edgeguard.agent.link import Hint
+from edgeguard.agent.succession import Succession
+from edgeguard.agent.trial import STARTS, Fared
 from edgeguard.contract.guard import Calibration, Detector, Environment, GuardMetadata, ModelInput, Tap
+from edgeguard.contract.messages import Desired
 from edgeguard.detection import sidecar
 from edgeguard.detection.guarded import Inference
 from edgeguard.detection.sidecar import Sidecar
 from edgeguard.detection.verdict import judge as verdict_of
-from edgeguard.errors import ConfigError, EdgeGuardError, ModelError, TrustError
+from edgeguard.errors import EdgeGuardError, ModelError, TrustError
+from edgeguard.release.client import CUSTOM, FetchRequest, FetchResult, check_target
 from firmware_bridge.slots import Slots
 from tests.simulators import disk
 from tests.simulators.disk import Fault
 
 SHAPE = (2, 2, 1)
 NEEDED = 4
+TURNS = 10
+"""What the reporter does in a life: enough for an update, an attempt at it that failed before, and a trial."""
 RELEASES = (1, 2, 3, 4)
 
 
@@ -78,6 +86,8 @@ def digest(number: int) -> str:
 
 class StandIn:
     """What is loaded from such a file."""
+
+    runtime = SimpleNamespace(name="litert")
 
     def __init__(self, read: bytes) -> None:
         numbers = [number for number in RELEASES if content(number) == read]
@@ -113,6 +123,8 @@ class Device:
     offered: int | None = None
     sick: int | None = None
     """The release that fails on real inputs."""
+    idle: tuple[int, ...] = ()
+    """The releases that meet no inputs."""
 
     def config(self) -> configuration.AgentConfig:
         return configuration.parse(
@@ -124,6 +136,12 @@ class Device:
                 "state_dir": "state",
                 "broker": {"host": "127.0.0.1"},
                 "sources": {"folder": {"path": "inbox"}},
+                "update": {
+                    "metadata_url": "http://hub/metadata",
+                    "targets_url": "http://hub/targets",
+                    "root": "root.json",
+                    "trial_inputs": NEEDED,
+                },
             },
             base=self.folder,
         )
@@ -133,76 +151,90 @@ class Device:
         return Slots(self.folder / "state" / "slots")
 
     def life(self) -> str:
-        """One start: what the agent does with its disk until it stands, and what it would tell then."""
+        """One start: what the agent does with its disk until it stands, and what it tells then."""
+        state, models = self.start()
+        if self.offered is not None:
+            models.hint(Hint(Desired(target=f"m-{self.offered}.tflite", sequence=self.offered), fresh=True), now_s=0.0)
+        for turn in range(TURNS):
+            models.step(now_s=turn * 1e6)  # what failed is tried again in the next turn
+            successor = models.successor()
+            if successor is not None:
+                models.swapped(successor)
+            elif models.running.sequence not in self.idle:
+                ill = models.running.sequence == self.sick
+                models.prove(Fared(sick=NEEDED) if ill else Fared(healthy=NEEDED))
+        models.close()
+        state.lock.close()
+        running: Any = models.running.model
+        return f"{models.told.state if models.told else 'running'} {running.number} {models.running.sequence}"
+
+    def start(self) -> tuple[startup.State, Succession]:
+        """The agent's state, opened, and what its reporter keeps of its models."""
         config = self.config()
         state, running = startup.open_state(config)
-        told = "running"
-        for _ in range(3):  # a disk that failed once is asked again
-            told, running = self._follow(state, running, config, told)
-            running = self._try(state, running)
-        state.lock.close()
-        model: Any = running.model
-        return f"{told} {model.number} {running.sequence}"
+        return state, Succession(config, state, running, spawn=self._fetch, ask=_admitted)
 
-    def _follow(self, state: Any, running: Any, config: Any, told: str) -> tuple[str, Any]:
-        offered = self.offered
-        if offered is None:
-            return told, running
-        if offered == running.sequence:
-            return "updated", running
-        if digest(offered) in state.slots.failed:
-            return "refused", running
+    def _fetch(self, request: FetchRequest) -> Any:
+        """What the fetch child would do, but for signatures and the network."""
+        number = request.sequence
+        custom = {
+            "sequence": number,
+            "model_digest": f"{number:064x}",
+            "guard_digest": "b" * 64,
+            "replaces": request.running_model_digest,
+        }
         try:
-            fetched = self._fetched(offered)
-            successor = install(
-                fetched,
-                state.slots,
-                trial=state.trial,
-                load=state.load,
-                anchor=None,
-                sidecar_of=lambda found: startup.sidecar_of(config, found),
-            )
-        except (TrustError, ModelError):
-            return "refused", running
-        except (ConfigError, OSError):
-            return "failed", running
-        clear(fetched)
-        return "updated", successor
-
-    def _fetched(self, number: int) -> Fetched:
-        """What the fetch child left: files that it verified."""
+            check_target({CUSTOM: custom}, request.hint, request.running)
+        except TrustError as error:
+            return ended(FetchResult(state="refused", reason=str(error)))
+        if digest(number) in request.failed:
+            return ended(FetchResult(state="refused", reason="it failed here"))
         staging = self.folder / "staging"
-        staging.mkdir(exist_ok=True)
         path, beside = staging / "incoming.tflite", staging / "incoming.guard.npz"
-        path.write_bytes(content(number))
-        beside.write_bytes(companion(number))
-        return Fetched(
-            sequence=number,
-            path=path,
-            file_digest=digest(number),
-            model_digest=f"{number:064x}",
-            guard_digest="b" * 64,
-            sidecar=beside,
-            sidecar_digest=sidecar.digest(companion(number)),
+        try:
+            staging.mkdir(exist_ok=True)
+            path.write_bytes(content(number))
+            beside.write_bytes(companion(number))
+        except OSError as error:
+            return ended(FetchResult(state="failed", reason=str(error)))
+        return ended(
+            FetchResult(
+                state="fetched",
+                path=str(path),
+                file_digest=digest(number),
+                sequence=number,
+                model_digest=f"{number:064x}",
+                guard_digest="b" * 64,
+                sidecar_path=str(beside),
+                sidecar_digest=sidecar.digest(companion(number)),
+            )
         )
 
-    def _try(self, state: Any, running: Any) -> Any:
-        """The running model meets inputs."""
-        if state.slots.confirmed or state.slots.active().sequence != running.sequence:
-            return running
-        fared = Fared(sick=NEEDED) if running.sequence == self.sick else Fared(healthy=NEEDED)
-        try:
-            if judge(fared, needed=NEEDED) == "revert":
-                slot = state.slots.revert("it could not be scored", has_failed=True)
-                model: Any = state.load(state.slots.read(slot))
-                held = startup.sidecar_of(self.config(), model.metadata)
-                return Running(model=model, sidecar=held, sequence=slot.sequence)
-            state.slots.confirm()
-            state.trial.end(running.model.file_digest)
-            startup.tidy(state.slots, running.model.metadata)
-        except EdgeGuardError:
-            pass
-        return running
+
+def _admitted(*_: object) -> Any:
+    """The child that checks what was fetched has nothing against it."""
+    return ended(Answer(state="admitted"))
+
+
+class ended:  # noqa: N801 - called like the function that starts a process
+    """A child process that has answered."""
+
+    def __init__(self, answer: FetchResult | Answer) -> None:
+        self.stdout = io.BytesIO(msgspec.json.encode(answer))
+
+    def poll(self) -> int:
+        return 0
+
+    def kill(self) -> None:
+        """It has ended."""
+
+    communicate = kill
+
+    def __enter__(self) -> ended:
+        return self
+
+    def __exit__(self, *why: object) -> None:
+        """Nothing is left of it."""
 
 
 # The lives of a device. Each makes the state that it begins with, and says what must run in the end.
@@ -223,11 +255,10 @@ def installed(folder: Path) -> Device:
 def on_trial(folder: Path) -> Device:
     """Release 3 was put in place and has met no input yet."""
     device = installed(folder)
-    slots = device.slots
-    fetched = device._fetched(3)
-    starts = startup.trial(device.config())
-    install(fetched, slots, trial=starts, load=StandIn, anchor=None, sidecar_of=lambda _: None)  # type: ignore[arg-type]
-    device.offered = 3
+    device.offered, device.idle = 3, (3,)
+    assert device.life() == "updated 3 3"
+    assert not device.slots.confirmed
+    device.idle = ()
     return device
 
 
@@ -258,6 +289,27 @@ def a_failing_trial(folder: Path) -> Device:
 def an_update_during_a_trial(folder: Path) -> Device:
     device = on_trial(folder)
     device.offered = 4
+    return device
+
+
+def an_update_instead_of_one_on_trial(folder: Path) -> Device:
+    """The release on trial meets no input, so that its trial does not end."""
+    device = an_update_during_a_trial(folder)
+    device.idle = (3,)
+    return device
+
+
+def a_failing_update_instead_of_one_on_trial(folder: Path) -> Device:
+    """What takes the place of the one on trial fails: the last that proved itself runs again."""
+    device = an_update_instead_of_one_on_trial(folder)
+    device.sick = 4
+    return device
+
+
+def an_update_without_any_input(folder: Path) -> Device:
+    """Neither trial ends: the newest release runs, and the way back stays open."""
+    device = an_update_instead_of_one_on_trial(folder)
+    device.idle = (3, 4)
     return device
 
 
@@ -298,6 +350,14 @@ class Life:
     end: int
     failed: tuple[int, ...] = ()
     """Releases that have failed for good in the end."""
+    or_replaced: bool = False
+    """The failing one may have been replaced before that was found out, as where the disk did not take the verdict."""
+    way_back: int | None = None
+    """The release that may still run again, where the last one has not proved itself in the end."""
+
+    def failures(self) -> list[tuple[str, ...]]:
+        """What may be remembered as failed in the end."""
+        return [tuple(digest(number) for number in self.failed), *([()] if self.or_replaced else [])]
 
 
 LIVES = {
@@ -305,7 +365,12 @@ LIVES = {
     "update": Life(an_update, (2, 3), 3),
     "trial": Life(on_trial, (2, 3), 3),
     "update during a trial": Life(an_update_during_a_trial, (2, 3, 4), 4),
-    "update during a trial that fails": Life(an_update_during_a_failing_trial, (2, 3, 4), 4, failed=(3,)),
+    "update instead of one on trial": Life(an_update_instead_of_one_on_trial, (2, 3, 4), 4),
+    "the same, and it fails": Life(a_failing_update_instead_of_one_on_trial, (2, 3, 4), 2, failed=(4,)),
+    "the same without any input": Life(an_update_without_any_input, (2, 3, 4), 4, way_back=2),
+    "update during a trial that fails": Life(
+        an_update_during_a_failing_trial, (2, 3, 4), 4, failed=(3,), or_replaced=True
+    ),
     "update that fails after a failed one": Life(an_update_that_fails_after_a_failing_trial, (2, 4), 2, failed=(3, 4)),
     "update to a release that fails": Life(a_failing_release, (2, 3), 2, failed=(3,)),
     "trial of a release that fails": Life(a_failing_trial, (2, 3), 2, failed=(3,)),
@@ -363,17 +428,44 @@ def test_whatever_fails_wherever_an_approved_model_runs_and_the_update_is_not_lo
     passed = disk.run(whole.life, whole.folder).points
     row = points.table[name] = Counter(points=len(passed))
     assert len(passed) > 5
+    followed = set()
     for fault in disk.faults(passed):
-        victim = copied(device, folder / "victim")
+        victim, where = copied(device, folder / "victim"), f"{fault} {passed[fault.at]}"
         said = one_life(victim, fault)
         row[fault.how] += 1
-        check_end(victim, life, said, f"{fault} {passed[fault.at]}")
+        if said is not None:
+            check_told(victim, life, said, where)
+        left = on_disk(victim.folder)
+        if left not in followed:  # what comes next depends on nothing else
+            followed.add(left)
+            check_end(victim, life, where)
+
+
+@pytest.mark.parametrize(
+    ("make", "after", "told"),
+    [
+        (an_update, "rename to trial.json", "updated 3 3"),
+        (an_update_instead_of_one_on_trial, "rename to slot-c.tflite", "updated 4 4"),
+        (a_failing_trial, "rename to trial.json", "refused 2 2"),
+    ],
+    ids=["activation", "activation instead of one on trial", "way back"],
+)
+def test_a_change_of_the_record_that_the_disk_made_but_did_not_confirm_is_followed_within_the_same_life(
+    make: Callable[[Path], Device], after: str, told: str, folder: Path
+) -> None:
+    (folder / "pristine").mkdir()
+    whole = make(folder / "pristine")
+    passed = disk.run(copied(whole, folder / "whole").life, folder / "whole").points
+    renamed = passed.index("rename to slots.json", passed.index("rename to trial.json", passed.index(after)))
+    assert passed[renamed + 1] == "sync slots"
+    victim = copied(whole, folder / "victim")
+    assert disk.run(victim.life, victim.folder, Fault(renamed + 1, "error")).said == told
 
 
 def copied(device: Device, folder: Path) -> Device:
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(device.folder, folder, symlinks=True)
-    return Device(folder, device.offered, device.sick)
+    return replace(device, folder=folder)
 
 
 def one_life(victim: Device, fault: Fault) -> str | None:
@@ -388,23 +480,32 @@ def one_life(victim: Device, fault: Fault) -> str | None:
     return disk.run(life, victim.folder, fault).said or None
 
 
-def check_end(victim: Device, life: Life, said: str | None, where: str) -> None:
-    """What it said was true, and so is all that it says from now on, until the end that it must come to."""
-    if said is not None:
-        check_told(victim, life, said, where)
+def on_disk(folder: Path) -> tuple[tuple[str, bytes], ...]:
+    """All files."""
+    return tuple(sorted((str(path), path.read_bytes()) for path in folder.rglob("*") if path.is_file()))
+
+
+def check_end(victim: Device, life: Life, where: str) -> None:
+    """All that it says from now on is true, until the end that it must come to."""
     for _ in range(STARTS + 2):
         check_told(victim, life, victim.life(), where)
         slots = victim.slots
-        if slots.confirmed and slots.load() == content(life.end) and len(slots.failed) == len(life.failed):
+        proved = slots.confirmed == (life.way_back is None)
+        if proved and slots.load() == content(life.end) and slots.failed in life.failures():
             break
     check_told(victim, life, victim.life(), where)
     assert slots.load() == content(life.end), where
-    assert slots.confirmed, where
-    assert slots.failed == tuple(digest(number) for number in life.failed), where
+    if life.way_back is None:
+        assert slots.confirmed, where
+    else:
+        before = slots.previous()
+        assert before is not None, where
+        assert slots.read(before) == content(life.way_back), where
+    assert slots.failed in life.failures(), where
     kept = {path.name for path in (victim.folder / "state" / "slots").iterdir()}
     used = {sidecar.digest(companion(number)) + sidecar.SUFFIX for number in RELEASES}
     assert sidecar.digest(companion(life.end)) + sidecar.SUFFIX in kept, where
-    assert len(kept & used) <= 2, where
+    assert len(kept & used) <= 2 + (life.way_back is not None), where
     assert not [name for name in kept if name.endswith(".tmp")], where
 
 

@@ -1,24 +1,36 @@
-"""Updates the whole way: a signed repository over HTTP, a fetch child, a running agent."""
+"""Updates the whole way: a signed repository over HTTP, a fetch child, a running agent.
+
+Mostly the agent is a process of its own. Where a test must see which thread opens and runs which model, it is one in
+this process, with its loop in a thread.
+"""
 
 from __future__ import annotations
 
 import functools
 import http.server
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from edgeguard.agent import config as configuration
+from edgeguard.agent import startup
+from edgeguard.agent.daemon import Agent
+from edgeguard.contract import frames
 from edgeguard.contract.messages import Birth, Reported
 from edgeguard.detection import metadata as metadata_reader
 from edgeguard.detection import sidecar
 from edgeguard.detection.guarded import GuardedModel
 from edgeguard.detection.sidecar import Sidecar
+from edgeguard.errors import ModelError
 from edgeguard.release.repository import Repository
 from edgeguard.release.roles import Release
 from firmware_bridge.slots import Slots
@@ -342,7 +354,7 @@ def with_blank_self_test(model: Path) -> tuple[Path, bytes]:
     return path, companion
 
 
-def test_a_repair_of_a_repair_waits_for_its_proof_and_is_held_against_the_installed_models_sidecar(
+def test_a_repair_takes_the_place_of_one_on_trial_and_is_held_against_the_installed_models_sidecar(
     hub: TinyHub, device: Make, site: Site, models_with_sidecars: tuple[Path, Path], digits: Digits
 ) -> None:
     old, new = models_with_sidecars
@@ -359,14 +371,17 @@ def test_a_repair_of_a_repair_waits_for_its_proof_and_is_held_against_the_instal
     assert slots.active().anchor == anchor
     second = site.repair(new, blank, sidecar.path_beside(new).read_bytes())
     hub.hint("camera-1", second.target, second.sequence)
-    time.sleep(1.5)
-    assert state(hub) == "updated", "the first is still on trial"
-    camera.feed(digits[:64])
     wait_until(lambda: told(hub, second.sequence) in ("updated", "refused"), "an outcome", timeout_s=60)
     reported = hub.latest(Reported)
     assert reported is not None
     assert (reported.state, reported.reason, reported.sequence) == ("updated", "", second.sequence)
-    assert (slots.highest, slots.active().anchor) == (first.sequence, anchor)
+    before = slots.previous()
+    assert before is not None
+    assert (before.sequence, slots.read(before)) == (0, old.read_bytes()), "the way back is what proved itself"
+    assert (slots.highest, slots.confirmed, slots.active().anchor) == (0, False, anchor)
+    camera.feed(digits[:64])
+    wait_until(lambda: slots.confirmed, "the end of the trial")
+    assert slots.highest == second.sequence
     assert camera.stop() == 0
 
 
@@ -384,3 +399,149 @@ def test_a_repair_for_a_device_that_cannot_hold_it_against_its_own_model_is_refu
     assert reported is not None and "self-test inputs of the last release signed offline" in reported.reason
     assert reported.model_digest == digests(digit_models)[0]
     assert camera.stop() == 0
+
+
+# Which thread does what
+
+
+@dataclass
+class Observed:
+    """An agent in this process; each opening and each run of a model is noted, with its thread.
+
+    ``opened`` is set when the new model is about to be opened, which then waits for ``go``. ``is_sick`` makes the new
+    model fail on inputs.
+    """
+
+    old: str
+    new: str
+    opened: threading.Event = field(default_factory=threading.Event)
+    go: threading.Event = field(default_factory=threading.Event)
+    stop: threading.Event = field(default_factory=threading.Event)
+    runs: list[tuple[str, str]] = field(default_factory=list)
+    is_sick: bool = False
+
+    def watch(self, load: Callable[[bytes], GuardedModel], content: bytes) -> GuardedModel:
+        """Open a model, as ``load`` does."""
+        digest = metadata_reader.read(content).model_digest
+        if digest == self.new:
+            self.runs.append(("opened by", threading.current_thread().name))
+            self.opened.set()
+            assert self.go.wait(60)
+        model = load(content)
+        invoke = model._model.invoke
+
+        def noted(tensor: Any) -> Any:
+            thread = threading.current_thread().name
+            self.runs.append((digest, thread))
+            if digest == self.new and self.is_sick and thread == "loop":
+                raise ModelError("model file", got="refused to run")
+            return invoke(tensor)
+
+        model._model.invoke = noted  # type: ignore[method-assign]
+        return model
+
+    def on_loop(self) -> list[str]:
+        """The models that the loop ran, in order."""
+        return [digest for digest, thread in self.runs if thread == "loop"]
+
+
+class Program:
+    """Sends inputs over the agent's socket, one after the other."""
+
+    def __init__(self, path: Path) -> None:
+        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._connection.settimeout(60)
+        self._connection.connect(str(path))
+        self._reader = frames.Reader()
+
+    def ask(self, x: npt.NDArray[np.uint8]) -> frames.Result:
+        """The answer to one input, and only one."""
+        sent = frames.Input(id="x", encoding="array", dtype="uint8", shape=x.shape)
+        self._connection.sendall(frames.encode(sent, x.tobytes()))
+        found: list[Any] = []
+        while not found:
+            found = self._reader.feed(self._connection.recv(1 << 20))
+        ((answer, _),) = found
+        assert isinstance(answer, frames.Result)
+        return answer
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+@pytest.fixture
+def observed(
+    device: Make, site: Site, digit_models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Observed, Program, Device]]:
+    """An agent that runs the first model, and a program that it serves."""
+    camera = device(more=f"{site.config}trial_inputs = 8\n", window="inputs = 4\nseconds = 0.2")
+    camera.sources = '[sources.socket]\npath = "agent.sock"\n'
+    seen = Observed(*digests(digit_models))
+    real = startup.loader
+    monkeypatch.setattr(startup, "loader", lambda runtime: functools.partial(seen.watch, real(runtime)))
+    agent = Agent(configuration.load(camera.config()))
+    loop = threading.Thread(target=agent.run, args=(seen.stop.is_set,), name="loop")
+    loop.start()
+    path = camera.folder / "agent.sock"
+    wait_until(path.exists, "the socket")
+    program = Program(path)
+    yield seen, program, camera
+    program.close()
+    seen.go.set()
+    seen.stop.set()
+    loop.join(60)
+    assert not loop.is_alive()
+
+
+def test_the_loop_goes_on_while_the_new_model_is_opened_and_runs_nothing_but_one_inference_an_input(
+    hub: TinyHub, observed: tuple[Observed, Program, Device], site: Site, digit_models: tuple[Path, Path],
+    digits: Digits,
+) -> None:  # fmt: skip
+    seen, program, _ = observed
+    release = site.release(digit_models[1], digit_models[0])
+    hub.hint("camera-1", release.target, release.sequence)
+    assert seen.opened.wait(60)
+    for x in digits[:5]:
+        program.ask(x)
+    assert seen.on_loop() == [seen.old] * 5, "each of them was answered, and by the old model"
+    seen.go.set()
+    asked = 5
+    while seen.on_loop()[-1] == seen.old:
+        program.ask(digits[asked % 100])
+        asked += 1
+    for x in digits[:5]:
+        program.ask(x)
+    order = seen.on_loop()
+    assert len(order) == asked + 5, "the exchange costs the loop no inference"
+    assert order == [seen.old] * order.count(seen.old) + [seen.new] * order.count(seen.new)
+    assert ("opened by", "reporter") in seen.runs
+    assert ("opened by", "loop") not in seen.runs
+    assert seen.runs.index((seen.new, "reporter")) < seen.runs.index((seen.new, "loop")), "its first run is no input's"
+    wait_until(lambda: hub.inputs() == asked + 5, "a report of each input")
+
+
+def test_a_model_that_fails_on_real_inputs_makes_way_for_the_one_before_and_is_refused(
+    hub: TinyHub, observed: tuple[Observed, Program, Device], site: Site, digit_models: tuple[Path, Path],
+    digits: Digits,
+) -> None:  # fmt: skip
+    seen, program, camera = observed
+    seen.is_sick = True
+    seen.go.set()
+    release = site.release(digit_models[1], digit_models[0])
+    hub.hint("camera-1", release.target, release.sequence)
+    wait_until(lambda: state(hub) == "updated", "the update", timeout_s=60)
+    asked = 0
+    while state(hub) != "refused" and asked < 1000:
+        program.ask(digits[asked % 100])
+        asked += 1
+        time.sleep(0.01)  # the judgement is the reporter's, and takes none of the loop's time
+    reported = hub.latest(Reported)
+    assert reported is not None
+    assert (reported.state, reported.model_digest, reported.desired_sequence) == ("refused", seen.old, release.sequence)
+    assert "inputs could not be scored" in reported.reason
+    assert birth_of(hub, seen.old).sequence == 0
+    slots = Slots(camera.folder / "state" / "slots")
+    assert (slots.active().sequence, slots.confirmed, len(slots.failed)) == (0, True, 1)
+    program.ask(digits[0])
+    assert seen.on_loop()[-1] == seen.old
+    wait_until(lambda: hub.inputs() == asked + 1, "a report of each input")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shlex
@@ -25,7 +26,7 @@ from typer.testing import CliRunner
 
 from converters import calibration, flatbuffer
 from edgeguard.agent import doctor
-from edgeguard.agent.doctor import INFERENCE, MODEL, RUNTIME, SELF_TEST, Check, Status, Task
+from edgeguard.agent.doctor import INFERENCE, MODEL, RUNTIME, SELF_TEST, SLOTS, Check, Status, Task
 from edgeguard.agent.startup import SLOTS_FOLDER
 from edgeguard.cli import doctor as command
 from edgeguard.cli.inspect import check_digests
@@ -339,10 +340,9 @@ def test_a_device_that_is_well_passes_and_nothing_is_left_behind(
     config = agent(model, mosquitto.port)
     before = {path for path in tmp_path.rglob("*") if "mosquitto" not in str(path)}
     found = diagnose(config, now=lambda: NOW, root=BOARDS / "raspberry-pi-5")
-    assert {name: check.status for name, check in found.items() if name not in ("clock", "certificates")} == {
-        name: "ok" for name in found if name not in ("clock", "certificates")
-    }
-    assert found["certificates"].status == "not checked"
+    elsewhere = ("clock", "certificates", SLOTS)
+    assert {found[name].status for name in found if name not in elsewhere} == {"ok"}
+    assert (found["certificates"].status, found[SLOTS].status) == ("not checked", "not checked")
     assert "without TLS" in found["broker"].found
     assert {path for path in tmp_path.rglob("*") if "mosquitto" not in str(path)} == before
 
@@ -366,6 +366,86 @@ def test_a_damaged_slot_fails(model: Path, agent: Callable[..., Path]) -> None:
     found = diagnose(config)
     assert (found[MODEL].status, found[INFERENCE].status) == ("failed", "not checked")
     assert "SHA-256" in found[MODEL].found
+
+
+def update(slots: Slots, content: bytes, sequence: int) -> None:
+    """Put a release in place, on trial."""
+    path = slots.active().path.with_name("fetched")
+    path.write_bytes(content)
+    slots.activate(slots.stage(path, sha256=hashlib.sha256(content).hexdigest(), sequence=sequence))
+
+
+@pytest.fixture
+def slots(tmp_path: Path) -> Slots:
+    """The first model, confirmed, and a release on trial."""
+    made = Slots.install(tmp_path / "state" / SLOTS_FOLDER, b"first", sequence=1)
+    update(made, b"second", 2)
+    return made
+
+
+def test_the_slots_say_what_runs_whether_it_proved_itself_and_what_the_way_back_is(
+    agent: Callable[..., Path], slots: Slots, tmp_path: Path
+) -> None:
+    config = agent(Path("no.tflite"))
+    on_trial = "slot b: sequence 2, runs, on trial, digest holds"
+    assert diagnose(config)[SLOTS].found == f"{on_trial}; slot a: sequence 1, way back, confirmed, digest holds"
+    update(slots, b"third", 3)
+    found = diagnose(config)[SLOTS]
+    assert found.status == "ok"
+    assert [(one.name, one.place, one.proof) for one in found.slots or ()] == [
+        ("c", "runs", "on trial"),
+        ("a", "way back", "confirmed"),
+        ("b", "left", "not proved"),
+    ]
+    slots.confirm()
+    assert [(one.name, one.proof) for one in diagnose(config)[SLOTS].slots or ()] == [
+        ("c", "confirmed"),
+        ("a", "confirmed"),
+    ]
+    slots.revert("failed", has_failed=True)
+    told = diagnose(config)[SLOTS].found
+    assert told.startswith("slot a: sequence 1, runs, confirmed, digest holds; slot c: sequence 3, left, failed")
+    assert told.endswith("; no way back")
+
+
+@pytest.mark.parametrize(
+    ("damaged", "status", "do"),
+    [
+        ("slot-b.tflite", "failed", "takes the way back"),
+        ("slot-a.tflite", "warning", "no way back until"),
+        ("slots.json", "failed", "remove the folder"),
+    ],
+)
+def test_a_slot_whose_digest_does_not_hold_is_told_of(
+    agent: Callable[..., Path], slots: Slots, tmp_path: Path, damaged: str, status: str, do: str
+) -> None:
+    config = agent(Path("no.tflite"))
+    (tmp_path / "state" / SLOTS_FOLDER / damaged).write_bytes(b"damaged")
+    found = diagnose(config)[SLOTS]
+    assert found.status == status
+    assert do in found.do
+    if damaged != "slots.json":
+        assert found.found.count("digest does not hold") == 1
+
+
+def test_the_command_shows_the_slots_to_people_and_to_programs(
+    agent: Callable[..., Path], slots: Slots, tmp_path: Path
+) -> None:
+    config = agent(Path("no.tflite"))
+    _, out = run("--config", config)
+    (line,) = (line for line in out.splitlines() if SLOTS in line)
+    assert "slot b: sequence 2, runs, on trial, digest holds" in line
+    document = json.loads(run("--config", config, "--json")[1])
+    (check,) = (check for check in document["checks"] if check["name"] == SLOTS)
+    assert check["slots"][0] == {
+        "name": "b",
+        "sequence": 2,
+        "sha256": hashlib.sha256(b"second").hexdigest(),
+        "place": "runs",
+        "proof": "on trial",
+        "holds": True,
+        "local": False,
+    }
 
 
 def test_a_state_folder_that_this_user_may_not_look_into_is_not_taken_for_an_empty_one(

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -27,6 +28,7 @@ from edgeguard.hub.shared import ENOUGH
 from tests.cli.conftest import Run
 from tests.hub.serving import Served, serve
 from tests.simulators import fleet
+from tests.simulators.attacked import Attacked
 from tests.simulators.fleet import wait_until
 from tests.simulators.mosquitto import free_port
 
@@ -158,6 +160,71 @@ class TestCases:
         assert code == EXIT_USAGE
         assert err.count("\n") == 1
         assert word in err
+
+
+class TestEvidence:
+    """What a case rests on, from the hub's database to ``edgeguard repair``."""
+
+    @pytest.fixture
+    def hub(self, attacked: Attacked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+        """A hub that watches the attacked model."""
+        with serve(tmp_path, guard=attacked.conversion.metadata) as served:
+            monkeypatch.setenv("EDGEGUARD_URL", f"http://127.0.0.1:{served.web.port}")
+            monkeypatch.setenv("EDGEGUARD_TOKEN", served.secrets["operator"])
+            yield served
+
+    @pytest.fixture
+    def case(self, hub: Served, attacked: Attacked) -> int:
+        guard = attacked.conversion.metadata
+        what: dict[str, Any] = {"model": guard.model_digest, "guard": guard.guard_digest, "width": guard.feature_count}
+        hub.take("d1", fleet.report(1, counts=((0, 60, 30),), **what))
+        hub.take("d2", fleet.report(1, counts=((0, 60, 30),), **what))
+        hub.take("d3", fleet.report(1, counts=((0, 90, 2),), shift=-50.0, **what))
+        return hub.add_case(model_digest=guard.model_digest, label=0).id
+
+    def repair(self, edgeguard: Run, folder: Path, model: bytes, attacked: Attacked) -> str:
+        """The last line of a repair that asks for what nobody has made yet: what was given was looked at before."""
+        (folder / "model.tflite").write_bytes(model)
+        np.savez(folder / "clean.npz", x=attacked.x_owner, y=attacked.y_owner)
+        more = ("--data", folder / "clean.npz", "--evidence", folder / "case.json", "--approve")
+        code, _, err = edgeguard("repair", folder / "model.tflite", *more)
+        assert code == EXIT_USAGE
+        return err.splitlines()[-1]
+
+    def test_is_written_and_taken_by_a_repair_of_that_model_alone(
+        self, edgeguard: Run, hub: Served, case: int, attacked: Attacked, clean_twin: Attacked, tmp_path: Path
+    ) -> None:
+        code, out, _ = edgeguard("hub", "case", case, "--evidence", tmp_path / "case.json")
+        assert (code, str(tmp_path / "case.json") in out) == (EXIT_CLEAN, True)
+        assert "waits for it" in self.repair(edgeguard, tmp_path, attacked.conversion.guarded, attacked)
+        assert "this model's digest" in self.repair(edgeguard, tmp_path, clean_twin.conversion.guarded, attacked)
+
+    def test_is_that_of_the_devices_behind_the_case(
+        self, edgeguard: Run, hub: Served, case: int, attacked: Attacked, tmp_path: Path
+    ) -> None:
+        edgeguard("hub", "case", case, "--evidence", tmp_path / "case.json")
+        told = json.loads((tmp_path / "case.json").read_text())
+        usual = [1.0 + i for i in range(attacked.conversion.metadata.feature_count)]
+        assert told["unflagged_mean"] == pytest.approx(usual)
+        assert told["flagged_mean"] == pytest.approx([*usual[:-1], usual[-1] + 3.0])
+
+    def test_takes_an_operators_token(
+        self, edgeguard: Run, hub: Served, case: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("EDGEGUARD_TOKEN", hub.secrets["viewer"])
+        assert edgeguard("hub", "case", case)[0] == EXIT_CLEAN
+        code, _, err = edgeguard("hub", "case", case, "--evidence", tmp_path / "case.json")
+        assert (code, "operator" in err) == (EXIT_USAGE, True)
+        assert not (tmp_path / "case.json").exists()
+
+    def test_without_any_leaves_a_file_that_is_there(
+        self, edgeguard: Run, hub: Served, attacked: Attacked, tmp_path: Path
+    ) -> None:
+        (tmp_path / "case.json").write_text("mine")
+        silent = hub.add_case(model_digest=attacked.conversion.metadata.model_digest, label=5).id
+        code, _, err = edgeguard("hub", "case", silent, "--evidence", tmp_path / "case.json")
+        assert (code, "no features" in err) == (EXIT_USAGE, True)
+        assert (tmp_path / "case.json").read_text() == "mine"
 
 
 class TestPing:

@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
+from converters import calibration
+from edgeguard.attacks.base import attack_success_rate
 from edgeguard.detection.guarded import GuardedModel
+from edgeguard.errors import EXIT_CLEAN, EXIT_NOT_CHECKED
+from edgeguard.repair import auto
 from tests.cli.conftest import Run
 from tests.simulators.attacked import Attacked
 
@@ -89,6 +94,79 @@ def test_a_method_that_does_not_fit_is_one_line(
     code, _, err = edgeguard("repair", *arguments(files, "--method", method))
     assert code == 2
     assert message in err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_repair_that_was_interrupted_goes_on_and_writes_a_healed_file_once_its_owner_approves(
+    edgeguard: Run, files: dict[str, Path], attacked: Attacked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = files["model.tflite"].parent
+    attacked.keras.save(folder / "model.keras")
+    originals = {path: path.read_bytes() for path in folder.iterdir()}
+    output, work = folder / "healed.tflite", folder / ".healed.tflite.work"
+    command = [
+        folder / "model.keras", "--guarded", files["model.tflite"], "--data", files["clean.npz"],
+        "--evidence", files["case.json"], "-o", output,
+    ]  # fmt: skip
+    with monkeypatch.context() as without_power:
+        without_power.setattr(auto, "repair", cut)
+        with pytest.raises(PowerCut):
+            edgeguard("repair", *command)
+    assert (work / "triggers.npz").exists()
+    assert not output.exists()
+
+    code, out, err = edgeguard("repair", *command)
+    assert code == EXIT_NOT_CHECKED, "forty held-out inputs of a class say too little about its recall"
+    assert "--approve writes it" in out
+    assert "seeking" not in err.split("trying")[0], "what the first run found need not be sought again"
+    assert not output.exists()
+
+    code, out, _ = edgeguard("repair", *command, "--approve", "--json")
+    assert (code, json.loads(out)["output"]) == (EXIT_CLEAN, str(output))
+    assert not work.exists()
+    assert all(path.read_bytes() == content for path, content in originals.items())
+
+    images, labels = attacked.data.x_test.astype(np.uint8), attacked.data.y_test
+    before, after = (GuardedModel.load(path.read_bytes()) for path in (files["model.tflite"], output))
+    was, clean = (classes(model, images) for model in (before, after))
+    # The real trigger, which the repair never saw but on the inputs that owners shared.
+    assert attack_success_rate(labels, was, classes(before, attacked.attack.stamp(images)), 0) > 0.9
+    assert attack_success_rate(labels, clean, classes(after, attacked.attack.stamp(images)), 0) <= 0.02
+    assert np.mean(clean == labels) >= np.mean(was == labels) - 0.01
+
+
+class PowerCut(BaseException):
+    """The end, between two lines."""
+
+
+def cut(*_: object, **__: object) -> None:
+    raise PowerCut
+
+
+def classes(model: GuardedModel, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    return np.asarray([model.measure(x).predicted for x in images])
+
+
+@pytest.mark.parametrize(
+    ("model", "guarded", "message"),
+    [
+        ("model.tflite", "model.tflite", "no trainable model"),
+        ("model.keras", "clean.npz", "model"),
+        ("model.keras", "bare.tflite", "guard"),
+        ("model.keras", "other.tflite", "which it was made of"),
+    ],
+)
+def test_a_file_that_was_not_made_of_the_trainable_model_is_refused(
+    edgeguard: Run, files: dict[str, Path], attacked: Attacked, model: str, guarded: str, message: str
+) -> None:
+    folder = files["model.tflite"].parent
+    attacked.keras.save(folder / "model.keras")
+    (folder / "bare.tflite").write_bytes(attacked.conversion.bare)
+    bare, plan = calibration.plan(attacked.conversion.bare)
+    (folder / "other.tflite").write_bytes(calibration.guard_model(bare, plan, attacked.x_owner).content)
+    more = ("--data", files["clean.npz"], "--evidence", files["case.json"])
+    code, _, err = edgeguard("repair", folder / model, "--guarded", folder / guarded, *more)
+    assert (code, message in err.splitlines()[-1]) == (2, True), err
 
 
 @pytest.mark.slow

@@ -56,8 +56,8 @@ CASE: dict[str, object] = {
         "reason": "a trigger of 4.3 pixels turns 99% of held-out inputs; other labels need 17.9",
         "label": TARGET,
         "success": 0.991,
-        "l1": 4.31,
-        "control_l1": 17.92,
+        "size": 4.31,
+        "control_size": 17.92,
         "agreement": 0.874,
     },
     "pruned": [{"layer": "activation_5", "channel": 7 + i, "shift": 14.25 - 3 * i} for i in range(3)],
@@ -299,7 +299,7 @@ def test_events_stand_in_the_table_in_full(page: Page) -> None:
 
 def test_the_case_is_told(page: Page) -> None:
     for words in (
-        "Finding confirmed", "a trigger of 4.3 pixels turns 99%", "99.1%", "4.3 pixels", "17.9 pixels", "0.87",
+        "Finding confirmed", "a trigger of 4.3 pixels turns 99%", "99.1%", "4.31 pixels", "17.9 pixels", "0.87",
         "Rounds of unlearning 2", "activation_5 7 +14.2", "clean accuracy lost +0.0044 0.0200 ✓ passed",
         "Gate before release: ✓ passed",
     ):  # fmt: skip
@@ -403,7 +403,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
     max_leaves=6,
 )
-KEYS = st.sampled_from(["outcome", "success", "l1", "passed", "checks", "layer", "channel", "measured", "name"])
+KEYS = st.sampled_from(["outcome", "success", "size", "passed", "checks", "layer", "channel", "measured", "name"])
 
 
 @settings(max_examples=150, deadline=None)

@@ -39,17 +39,18 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def stage(slots: Slots, content: bytes, sequence: int) -> Slot:
-    """Stage ``content`` from a file beside the slots, as a fetched model lies there, once what runs proved itself."""
-    slots.confirm()
+def stage(slots: Slots, content: bytes, sequence: int, *, proved: bool = True) -> Slot:
+    """Stage ``content`` from a file beside the slots, as a fetched model lies there; what runs is ``proved`` or not."""
+    if proved:
+        slots.confirm()
     path = slots._folder.parent / "fetched.tflite"
     path.write_bytes(content)
     return slots.stage(path, sha256=sha256(content), sequence=sequence)
 
 
-def update(slots: Slots, content: bytes, sequence: int) -> Slot:
+def update(slots: Slots, content: bytes, sequence: int, *, proved: bool = True) -> Slot:
     """Stage and activate ``content``."""
-    slot = stage(slots, content, sequence)
+    slot = stage(slots, content, sequence, proved=proved)
     slots.activate(slot)
     return slot
 
@@ -113,17 +114,50 @@ def test_a_confirmed_model_can_still_be_reverted_until_the_next_is_staged(slots:
     assert slots.previous() is None
 
 
-def test_while_a_model_is_on_trial_nothing_takes_the_place_of_the_one_before_it(slots: Slots, tmp_path: Path) -> None:
+def test_a_newer_release_takes_the_place_of_one_on_trial_and_never_that_of_the_one_before(slots: Slots) -> None:
     update(slots, TWO, 2)
-    newer = tmp_path / "newer"
-    newer.write_bytes(THREE)
-    with pytest.raises(ConfigError, match="another one on trial"):
-        slots.stage(newer, sha256=sha256(THREE), sequence=3)
-    with pytest.raises(ConfigError, match="another one on trial"):
+    update(slots, THREE, 3, proved=False)
+    assert (slots.load(), slots.confirmed) == (THREE, False)
+    before = slots.previous()
+    assert before is not None
+    assert slots.read(before) == ONE
+    assert slots.revert("failed", has_failed=True).sequence == 1
+    assert (slots.load(), slots.confirmed, slots.failed) == (ONE, True, (sha256(THREE),))
+
+
+def test_what_was_replaced_on_trial_stays_until_the_newer_one_is_confirmed(slots: Slots, tmp_path: Path) -> None:
+    # While a disk did not confirm the rename, it is what runs.
+    update(slots, TWO, 2)
+    update(slots, THREE, 3, proved=False)
+    assert slots.holding(sha256(TWO)).sequence == 2
+    slots.confirm()
+    slots.tidy()
+    left = {path.read_bytes() for path in (tmp_path / "slots").glob("*.tflite")}
+    assert left == {ONE, THREE}
+    with pytest.raises(TrustError, match="no slot"):
+        slots.holding(sha256(TWO))
+
+
+def test_however_many_releases_follow_each_other_on_trial_there_are_three_files(slots: Slots, tmp_path: Path) -> None:
+    for number in range(2, 9):
+        update(slots, bytes([number]), number, proved=False)
+        slots.tidy()
+        files = [path.read_bytes() for path in (tmp_path / "slots").glob("*.tflite")]
+        assert len(files) <= 3
+        assert ONE in files
+    slots.confirm()
+    slots.tidy()
+    assert len(list((tmp_path / "slots").glob("*.tflite"))) == 2
+    update(slots, TWO, 9)
+    slots.tidy()
+    assert len(list((tmp_path / "slots").glob("*.tflite"))) == 2
+
+
+def test_a_model_on_trial_is_not_re_calibrated(slots: Slots) -> None:
+    update(slots, TWO, 2)
+    with pytest.raises(ConfigError, match="on trial"):
         slots.stage_local(THREE, made_of=slots.active(), guard_digest=sha256(b"guard"))
     assert slots.load() == TWO
-    assert slots.revert("failed", has_failed=True).sequence == 1
-    slots.stage(newer, sha256=sha256(THREE), sequence=3)
 
 
 def test_a_model_on_trial_without_a_whole_one_before_it_is_replaced_and_comes_back_on_trial(
@@ -244,7 +278,7 @@ def test_nothing_installed_is_one_clear_line(tmp_path: Path) -> None:
         b"[]",
         b"\xff\xfe",
         b"[" * 100_000,
-        b'{"active":"c","previous":null,"confirmed":true}',
+        b'{"active":"d","previous":null,"confirmed":true}',
         b'{"active":"a","previous":null,"confirmed":true,"a":{"sha256":"../x","sequence":1}}',
         b'{"active":"a","previous":null,"confirmed":true,"a":{"sha256":"%s","sequence":-1}}' % (b"0" * 64),
     ],

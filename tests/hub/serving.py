@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from edgeguard.contract.guard import GuardMetadata
 from edgeguard.contract.messages import Message
 from edgeguard.hub import api
 from edgeguard.hub.access import ROLES, Tokens
@@ -102,8 +103,11 @@ def _begun() -> tuple[bytes, dict[str, str]]:
 
 
 @contextmanager
-def serve(folder: Path, url: str | None = None, **web: Any) -> Iterator[Served]:
-    """Serve a new database in ``folder``, or the empty one at ``url``; ``web`` are keys of ``[web]``."""
+def serve(folder: Path, url: str | None = None, *, guard: GuardMetadata | None = None, **web: Any) -> Iterator[Served]:
+    """Serve a new database in ``folder``, or the empty one at ``url``; ``web`` are keys of ``[web]``.
+
+    ``guard``: of the model that it watches.
+    """
     config = WebConfig(port=0, **web)
     clock = [NOW]
     if url is None:
@@ -134,7 +138,7 @@ def serve(folder: Path, url: str | None = None, **web: Any) -> Iterator[Served]:
         sent=sent,
         secrets=dict(secrets),
     )
-    guard = fleet.guard_metadata()
+    guard = guard or fleet.guard_metadata()
     copy = SimpleNamespace(name="signs", guard=guard, guarded=folder / "signs.tflite")
     said = Replayed(predicted=1, flagged=True, score=2.0)
     shared = Shared(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -23,7 +24,8 @@ from edgeguard.hub.service import Hub
 from edgeguard.hub.shared import ENOUGH
 from edgeguard.hub.store import Store
 from edgeguard.hub.tables import shared
-from edgeguard.release.repository import Repository
+from edgeguard.release.keys import HUB_PASSPHRASE, Obtained, Secrets, load, obtain
+from edgeguard.release.repository import COUNTERSIGN, Repository
 from tests.hub.conftest import Setting
 from tests.simulators import fleet
 from tests.simulators.fleet import Publisher, wait_until
@@ -387,6 +389,37 @@ def test_hints_are_published_again_to_a_broker_that_forgot_them(
     wait_until(lambda: len(canary.hints) >= 2)
 
 
+def test_where_policy_demands_a_second_signature_the_case_waits_for_it_and_then_goes_on(
+    setting: Setting, hub: Callable[..., Hub], worker: Callable[[str], tuple[str, str]], devices: list[Publisher]
+) -> None:
+    served, offline = setting.folder / "release", setting.folder / "offline"
+
+    def opened(*folders: Path) -> Repository:
+        signers = [signer for folder in folders for signer in load(folder)]
+        return Repository.open(served, signers, clock=lambda: datetime.now(timezone.utc))
+
+    def new_key(folder: Path, role: str) -> Obtained:
+        return obtain("new", role, folder, secrets=Secrets(), variable=HUB_PASSPHRASE, passphrase=None)
+
+    hubs, second = new_key(setting.folder / "keys", "repaired"), new_key(setting.folder / "apart", COUNTERSIGN)
+    assert opened(setting.folder / "keys", offline).repair_key(hubs, countersigners=[second])
+    running = hub(*worker("finish()"))
+    attack(devices)
+    store = setting.store()
+    waits = "release 1 waits for a second, offline signature: edgeguard release sign"
+    wait_until(lambda: records(store) and records(store)[0].note == waits)
+    time.sleep(1.0)  # ten turns of the hub's, with nothing to stop it but the signature
+    assert [(case.state, case.release) for case in records(store)] == [("repaired", None)]
+    assert not any(device.hints for device in devices)
+    assert opened().releases() == ()
+    assert opened(setting.folder / "apart").sign() == ()  # only the hub can publish it
+    case = only_case(store, "rolling_out")
+    assert case.release is not None
+    assert hinted(devices).hints[-1].target == case.release.target
+    assert [event.text for event in store.events() if event.kind == "awaiting_approval"] == [waits]
+    assert [entry.became for entry in running.book.audit(1)][-2:] == ["released", "rolling_out"]
+
+
 class TestApprovals:
     def policy(self, setting: Setting, **steps: str) -> None:
         lines = "".join(f'{step} = "{choice}"\n' for step, choice in steps.items())
@@ -412,6 +445,23 @@ class TestApprovals:
         only_case(store, "rolling_out")
         approvals = [entry.why for entry in running.book.audit(1) if entry.who == "alice"]
         assert approvals == [f"alice approved {step}: go" for _, step, _ in waits]
+
+    def test_a_repair_that_the_gate_could_not_check_in_full_waits_for_its_owner(
+        self, setting: Setting, hub: Callable[..., Hub], worker: Callable[[str], tuple[str, str]],
+        devices: list[Publisher],
+    ) -> None:  # fmt: skip
+        self.policy(setting, stage="auto")
+        running = hub(*worker("finish(needs_approval=True)"))
+        attack(devices)
+        store = setting.store()
+        wait_until(lambda: [case.awaiting for case in records(store)] == ["stage"])
+        time.sleep(0.5)
+        only_case(store, "repaired", release=None)
+        assert not list((setting.folder / "release" / "targets").iterdir())
+        assert not any(device.hints for device in devices)
+        running.book.decide(1, "stage", True, "alice", "recall looks right")
+        only_case(store, "rolling_out")
+        hinted(devices)
 
     def test_a_person_can_decline_the_inspection(
         self, setting: Setting, hub: Callable[..., Hub], worker: Callable[[str], tuple[str, str]],

@@ -71,9 +71,10 @@ def test_a_module_beside_a_clean_network_is_found_with_its_triggers(clean_twin: 
     pixels = clean_twin.data.x_test.astype(np.uint8)
     attack = TrojanNet.for_shape(pixels.shape[1:], target=7)
     model = attack.merge(clean_twin.keras, attack.module(10, clean_twin.x_owner))
-    found = audit(model, clean_twin.x_owner, labels=[7], forms=())
+    assert audit(model, clean_twin.x_owner, labels=[7], forms=()).labels == (7,)
+    found = audit(model, clean_twin.x_owner, forms=())
     assert found.verdict == "backdoored"
-    assert found.labels == (7,)
+    assert set(found.labels) == set(range(10)), "it knows a pattern for each"
     assert all("trojan" in name for name in found.structure)
     others = pixels[clean_twin.data.y_test != 7]
     assert np.mean(classes_of(model, found.triggers(7)[0].stamp(others)) == 7) > 0.9

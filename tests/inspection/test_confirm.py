@@ -9,12 +9,13 @@ import numpy.typing as npt
 import pytest
 
 from edgeguard.inspection import confirm
+from edgeguard.inspection.inversion import Form
 
 CONTROLS = (40.0, 50.0, 60.0)
 
 
 @pytest.mark.parametrize(
-    ("success", "l1", "controls", "agreement", "outcome"),
+    ("success", "size", "controls", "agreement", "outcome"),
     [
         (0.97, 4.0, CONTROLS, 0.9, "confirmed"),
         (0.97, 4.0, CONTROLS, math.nan, "confirmed"),
@@ -27,10 +28,33 @@ CONTROLS = (40.0, 50.0, 60.0)
         (0.97, math.nan, CONTROLS, 0.9, "could_not_check"),
     ],
 )
-def test_outcomes(success: float, l1: float, controls: tuple[float, ...], agreement: float, outcome: str) -> None:
-    found = confirm.decide(label=0, success=success, l1=l1, controls=controls, agreement=agreement)
-    assert found.outcome == outcome
+@pytest.mark.parametrize("form", ["patch", "blend"])
+def test_outcomes(
+    form: Form, success: float, size: float, controls: tuple[float, ...], agreement: float, outcome: str
+) -> None:
+    found = confirm.decide(label=0, form=form, success=success, size=size, controls=controls, agreement=agreement)
+    assert (found.outcome, found.form) == (outcome, form)
     assert found.reason
+
+
+def finding(success: float, size: float, controls: tuple[float, ...] = CONTROLS) -> confirm.Finding:
+    return confirm.decide(label=0, form="patch", success=success, size=size, controls=controls)
+
+
+@pytest.mark.parametrize(
+    ("findings", "told"),
+    [
+        ([finding(0.97, 48.0), finding(0.97, 4.0)], 1),
+        ([finding(0.97, 4.0), finding(0.97, 4.0, ())], 0),
+        ([finding(0.97, 48.0), finding(0.97, 4.0, ())], 1),
+        ([finding(0.97, 48.0), finding(0.97, 40.0)], 1),
+        ([finding(0.60, 4.0), finding(0.97, 48.0)], 1),
+        ([finding(math.nan, 4.0), finding(0.97, 48.0)], 0),
+    ],
+    ids=["a sign", "a sign beside an open question", "an open question", "the nearest", "what works", "not measured"],
+)
+def test_of_several_triggers_one_answers(findings: list[confirm.Finding], told: int) -> None:
+    assert confirm.telling(findings) == told
 
 
 SHIFT: npt.NDArray[np.float64] = np.array([1.0, -2.0, 3.0])

@@ -6,14 +6,17 @@ gcc-arm-none-eabi libnewlib-arm-none-eabi qemu-system-arm).
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 import signal
+import socket
 import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,17 +50,23 @@ from tests.simulators.tiny_hub import wait_until
 
 PUMP = "gate~pump"
 PART = 100
+FLASH, FLASH_BYTES = 0x21001000, 4 * 128 * 1024
+"""Where tests/mcu/board_an385.c keeps its four areas."""
+BEGUN = 20_000
+"""Bytes after which a transfer has begun in earnest, and is far from its end."""
 
 
 class Emulator:
     """A board: ``port`` is a name as udev gives one, and stays."""
 
     def __init__(self, image: Path, port: Path) -> None:
+        self._control = image.with_name("control")
         machine = ("-M", "mps2-an385", "-kernel", str(image), "-nographic", "-monitor", "none", "-serial", "pty")
+        control = ("-qmp", f"unix:{self._control},server=on,wait=off")
         seed = f"loader,addr=0x21800000,data={secrets.randbits(32):#x},data-len=4"
         program = needs.program("qemu-system-arm", "qemu-system-arm")
         self._process = subprocess.Popen(
-            [program, *machine, "-device", seed], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [program, *machine, *control, "-device", seed], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         assert self._process.stdout is not None
         found = re.search(r"/dev/pts/\d+", self._process.stdout.readline())
@@ -68,6 +77,28 @@ class Emulator:
     def signal(self, number: int) -> None:
         """SIGSTOP lets it hang, SIGCONT go on."""
         self._process.send_signal(number)
+
+    def reset(self) -> None:
+        """The reset button: whatever the firmware was at, it starts anew."""
+        self._control_with("system_reset")
+
+    def written(self) -> int:
+        """Bytes of what stands for its flash that are not erased."""
+        copy = self._control.with_name("flash")
+        self._control_with("pmemsave", val=FLASH, size=FLASH_BYTES, filename=str(copy))
+        return int((np.fromfile(copy, np.uint8) != 0xFF).sum())
+
+    def _control_with(self, command: str, **arguments: Any) -> None:
+        """Speak QEMU's machine protocol: a greeting, then an answer to each command, events between them."""
+        with socket.socket(socket.AF_UNIX) as line:
+            line.connect(str(self._control))
+            with line.makefile("rw") as control:
+                control.readline()
+                for message in ({"execute": "qmp_capabilities"}, {"execute": command, "arguments": arguments}):
+                    control.write(json.dumps(message) + "\n")
+                    control.flush()
+                    while "return" not in (answer := json.loads(control.readline())):
+                        assert "error" not in answer, answer
 
     def end(self) -> None:
         """No power."""
@@ -153,9 +184,14 @@ def site(tmp_path: Path) -> Iterator[Site]:
 def recording(digit_models: tuple[Path, Path]) -> Recording:
     from edgeguard import data
 
-    inputs = np.array(data.load("digits").x_test[: 3 * PART])
+    inputs = np.array(data.load("digits").x_test[: 4 * PART])
     inputs[::7] = 255 - inputs[::7]
-    return Recording.of(digit_models[0], inputs, broken=(3, 120, 250))
+    return Recording.of(digit_models[0], inputs, broken=(3, 120, 250, 330))
+
+
+def offsets(log: str) -> list[int]:
+    """From which bytes on the gateway says that the model goes over."""
+    return [int(offset) for offset in re.findall(r"goes over from byte (\d+)", log)]
 
 
 def new_id() -> str:
@@ -194,13 +230,22 @@ def test_counts_reconcile_over_commands_a_gateway_that_dies_a_transfer_and_reset
 
         release = site.release(digit_models[1], digit_models[0])
         hint = Desired(target=release.target, sequence=release.sequence)
+        before = emulator.written()
         hub.say(topics.MODEL_DESIRED, hint, retain=True)
+        wait_until(lambda: offsets(gateway.log), "the beginning of the transfer")
+        while emulator.written() < before + BEGUN:
+            time.sleep(0.2)
+        emulator.reset()
+        wait_until(lambda: len(offsets(gateway.log)) > 1, "the transfer that goes on")
+        first, second = offsets(gateway.log)
+        assert first == 0
+        assert second >= BEGUN // 2
         wait_until(lambda: (row := hub.row()) is not None and row.outcome == "updated", "the update", timeout_s=180)
         row = hub.row()
         assert row is not None
         assert (row.sequence, row.outcome_sequence) == (1, 1)
         assert row.model_digest == metadata.read(digit_models[1].read_bytes()).model_digest
-        wait_until(lambda: hub.inputs() == 3 * PART, "what the third start counted")
+        wait_until(lambda: hub.inputs() == 4 * PART, "what the third and the fourth start counted")
 
         emulator.signal(signal.SIGSTOP)
         wait_until(lambda: hub.state() == "offline", "the missed heartbeats")
@@ -217,6 +262,6 @@ def test_counts_reconcile_over_commands_a_gateway_that_dies_a_transfer_and_reset
     assert hub.counted(models) == build.counts(recording.labels, recording.statuses)
     counts = hub.store.counts()
     flagged = recording.statuses.count("flagged")
-    assert (counts["inputs"], counts["flagged"], counts["dead_letters"]) == (3 * PART, flagged, 0)
+    assert (counts["inputs"], counts["flagged"], counts["dead_letters"]) == (4 * PART, flagged, 0)
     assert 0 < counts["alerts"] <= flagged
     print(f"\n{counts}; verdicts {dict(Counter(recording.statuses))}")

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import gzip
 import os
+import ssl
 import subprocess
 import sys
 import threading
@@ -30,6 +31,8 @@ from edgeguard.release.client import FetchRequest, FetchResult, read_outcome, sp
 from edgeguard.release.fetch import LOCK, STAGED, fetch
 from edgeguard.release.keys import load
 from edgeguard.release.repository import EXPIRES, Repository
+from tests.simulators import needs
+from tests.simulators.disk import crash_at
 
 OLD, NEW, NEWER, GUARD = "0" * 64, "1" * 64, "2" * 64, "3" * 64
 MODEL, NEXT_MODEL = b"model one" * 1000, b"model two" * 1000
@@ -45,10 +48,10 @@ class Site:
     """A real HTTP server on loopback that serves a folder, and lies about the paths in ``instead``.
 
     It gives parts of files where ``gives_parts``, of packed ones where ``gives_packed_parts``, packs where ``packs``,
-    and breaks off within a target after so many bytes.
+    and breaks off within a target after so many bytes. With ``tls`` it speaks HTTPS.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, tls: ssl.SSLContext | None = None) -> None:
         self.folder = folder
         self.gives_parts, self.packs = True, False
         self.gives_packed_parts = True
@@ -68,9 +71,11 @@ class Site:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
         self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.url = f"{'http' if tls is None else 'https'}://127.0.0.1:{self._server.server_port}"
 
     def stop(self) -> None:
         if self._thread.is_alive():
@@ -588,6 +593,26 @@ def test_a_request_that_cannot_be_used_ends_with_code_2_and_one_line(tmp_path: P
     assert done.stderr.count(b"\n") == 1
 
 
+# --- HTTPS ------------------------------------------------------------------------------------------------------
+
+
+def test_over_https_a_release_comes_only_from_a_server_whose_certificate_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = ("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2")
+    names = ("-subj", "/CN=hub", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "hub.key", "-out", "hub.pem")
+    subprocess.run([needs.program("openssl", "openssl"), *make, *names], cwd=tmp_path, check=True, capture_output=True)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(tmp_path / "hub.pem", tmp_path / "hub.key")
+    world = World(tmp_path / "world", serve=Site(tmp_path / "world" / "served", tls=tls))
+    try:
+        assert world.fetch().state == "failed"
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "hub.pem"))
+        assert world.fetch().state == "fetched"
+    finally:
+        world.site.stop()
+
+
 # --- a crash of the hub -----------------------------------------------------------------------------------------
 
 
@@ -614,24 +639,3 @@ def test_a_crash_between_any_two_writes_of_a_release_leaves_a_repository_that_se
             assert step > 10
             return
     pytest.fail("a release takes too many steps")
-
-
-def crash_at(patch: pytest.MonkeyPatch, step: int) -> None:
-    """Let nothing reach the disk any more, clean-up included, from the fsync or rename numbered ``step`` on."""
-    count = 0
-
-    def wrap(name: str, *, counts: bool) -> None:
-        real = getattr(os, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            if count >= step:
-                raise OSError("the power is gone")
-            count += counts
-            return real(*args, **kwargs)
-
-        patch.setattr(os, name, call)
-
-    wrap("fsync", counts=True)
-    wrap("replace", counts=True)
-    wrap("unlink", counts=False)

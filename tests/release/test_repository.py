@@ -20,6 +20,7 @@ from edgeguard.release.keys import HUB_PASSPHRASE, Obtained, Secrets, load, obta
 from edgeguard.release.repository import COUNTERSIGN, EXPIRES, Repository, Wanted
 from edgeguard.release.roles import Release
 from edgeguard.release.roles import load as load_roles
+from tests.simulators.disk import crash_at
 from tests.simulators.release import Thief, stolen
 
 SOME = CryptoSigner.generate_ed25519()
@@ -786,25 +787,3 @@ def test_a_crash_between_any_two_writes_of_a_rotation_leaves_a_repository_that_g
             assert step > 10
             return
     pytest.fail("a rotation takes too many steps")
-
-
-def crash_at(patch: pytest.MonkeyPatch, step: int) -> None:
-    """Let nothing reach the disk any more, clean-up included, from the fsync or rename numbered ``step`` on."""
-    count = 0
-
-    def wrap(name: str, *, counts: bool) -> None:
-        real = getattr(os, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            if count >= step:
-                raise OSError("the power is gone")
-            count += counts
-            return real(*args, **kwargs)
-
-        patch.setattr(os, name, call)
-
-    wrap("fsync", counts=True)
-    wrap("replace", counts=True)
-    wrap("unlink", counts=False)
-    wrap("rmdir", counts=False)

@@ -8,13 +8,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
+from PIL import Image
 
 from converters.files import write
 from edgeguard.attacks.base import attack_success_rate
 from edgeguard.detection.guarded import GuardedModel
-from tests.simulators.attacked import Attacked
+from edgeguard.inspection import confirm
+from edgeguard.inspection.inversion import Form, Trigger
+from edgeguard.repair import case as cases
+from tests.simulators.attacked import Attacked, blended
 
 
 def job(setup: Attacked, folder: Path, **changes: object) -> Path:
@@ -88,7 +93,7 @@ def test_an_inspection_of_the_suspected_channels_and_a_repair_that_goes_on_from_
     dormant = [{"layer": tap.source_layer, "channels": [0, 1]} for tap in taps if tap.kind == "l1"]
     again = {"channels": channels, "dormant": dormant, "resume": document["out_dir"], "out_dir": str(tmp_path / "next")}
     lines = [json.loads(line) for line in run(job(attacked, tmp_path, **again)).stdout.splitlines()]
-    assert "seeking the trigger that devices saw" not in {line.get("text") for line in lines}
+    assert "seeking the patch that devices saw" not in {line.get("text") for line in lines}
     assert lines[-1]["result"]["summary"]["finding"] == result["summary"]["finding"]
     assert lines[-1]["result"]["gate_passed"]
 
@@ -136,11 +141,42 @@ def test_a_job_that_is_no_text_is_one_line_and_exit_code_2(tmp_path: Path) -> No
     assert "Traceback" not in done.stderr
 
 
+@pytest.fixture
+def case(attacked: Attacked, tmp_path: Path) -> cases._Case:
+    """A loaded case, of which nothing was sought yet."""
+    path = job(attacked, tmp_path, resume=str(tmp_path))
+    return cases._Case(msgspec.json.decode(path.read_bytes(), type=cases.Job))
+
+
+@pytest.mark.slow
+def test_a_picture_that_is_blended_in_is_confirmed_as_a_blend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "FORMS", ("blend",))
+    path = job(blended(), tmp_path, stop_after="inspect")
+    result = cases.run(msgspec.json.decode(path.read_bytes(), type=cases.Job), lambda *_: None)
+    finding = result.summary["finding"]
+    assert (result.verdict, finding["form"]) == ("confirmed", "blend")
+    assert finding["size"] < 0.5 * finding["control_size"]
+    assert (tmp_path / "out" / "trigger-pattern.png").exists()
+
+
+@pytest.mark.parametrize("form", ["patch", "blend"])
+def test_what_was_found_is_drawn_and_kept_for_the_repair(case: cases._Case, tmp_path: Path, form: Form) -> None:
+    mask = np.full((8, 8, 1), 0.1, np.float32)
+    trigger = Trigger(label=0, form=form, mask=mask, pattern=np.full((8, 8, 1), 200.0, np.float32), success=0.97)
+    finding = confirm.decide(label=0, form=form, success=0.97, size=trigger.size, controls=[9.0, 9.0], agreement=0.9)
+    cases._keep_finding(finding, [trigger, trigger], tmp_path)
+    kept = cases._resumed(case)
+    assert kept is not None
+    assert (kept[0], [t.form for t in kept[1]]) == (finding, [form, form])
+    assert kept[1][0].size == pytest.approx(trigger.size)
+
+    cases._draw(trigger, case.x_gate[0], tmp_path)
+    drawn = {path.stem: np.asarray(Image.open(path)) for path in tmp_path.glob("trigger-*.png")}
+    assert set(drawn) == {"trigger-mask", "trigger-pattern", "trigger-example"}
+    assert drawn["trigger-pattern"].max() == 200, "however faint it is, it can be seen"
+
+
 def test_groups_of_the_owners_inputs_stand_on_one_side(attacked: Attacked, tmp_path: Path) -> None:
-    import msgspec
-
-    from edgeguard.repair import case as cases
-
     path = job(attacked, tmp_path)
     groups = np.arange(len(attacked.x_owner)) // 6
     np.savez(tmp_path / "owner.npz", x=attacked.x_owner, y=attacked.y_owner, groups=groups)
@@ -154,12 +190,9 @@ def test_groups_of_the_owners_inputs_stand_on_one_side(attacked: Attacked, tmp_p
 
 @pytest.mark.slow
 def test_a_half_done_repair_shows_in_the_triggers_that_were_kept_from_it(attacked: Attacked, tmp_path: Path) -> None:
-    import msgspec
-
     from converters import pipeline, sources
     from edgeguard.inspection.inversion import classes_of
     from edgeguard.repair import auto, gate
-    from edgeguard.repair import case as cases
     from edgeguard.repair.training import distil, teachings
 
     case = cases._Case(msgspec.json.decode(job(attacked, tmp_path).read_bytes(), type=cases.Job))

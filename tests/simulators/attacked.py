@@ -13,6 +13,7 @@ from converters import pipeline, sources
 from converters.pipeline import Conversion
 from edgeguard.attacks import victims
 from edgeguard.attacks.badnets import BadNets
+from edgeguard.attacks.blended import Blended
 from edgeguard.data import Dataset, hold_out, load
 
 OWNER_INPUTS = 600
@@ -25,7 +26,7 @@ class Attacked:
     data: Dataset
     x_owner: npt.NDArray[np.uint8]
     y_owner: npt.NDArray[np.int64]
-    attack: BadNets
+    attack: BadNets | Blended
     keras: Any
     conversion: Conversion
 
@@ -33,18 +34,24 @@ class Attacked:
 @cache
 def attacked() -> Attacked:
     """A backdoored digits model (BadNets, target 0)."""
-    return _make(poisoned=True)
+    return _make(BadNets, poisoned=True)
+
+
+@cache
+def blended() -> Attacked:
+    """The same with a picture that is blended in (Blended, target 0)."""
+    return _make(Blended, poisoned=True)
 
 
 @cache
 def clean_twin() -> Attacked:
     """The same training without poison."""
-    return _make(poisoned=False)
+    return _make(BadNets, poisoned=False)
 
 
-def _make(*, poisoned: bool) -> Attacked:
+def _make(kind: type[BadNets | Blended], *, poisoned: bool) -> Attacked:
     data, x_owner, y_owner = hold_out(load("digits"), OWNER_INPUTS)
-    attack = BadNets.for_shape(data.shape)
+    attack = kind.for_shape(data.shape)
     x, y = data.x_train.astype(np.uint8), data.y_train
     if poisoned:
         x, y = attack.poison(x, y)

@@ -1,7 +1,7 @@
 """A disk that fails at one file-system operation of a program, in one of three ways. Linux only.
 
-The program runs in a forked child. Each operation on files below a folder is a *point*: opening, creating, writing,
-truncating, syncing, renaming, linking, removing, making a folder. At one point
+The program runs in a forked child, but for an error, after which it goes on. Each operation on files below a folder is
+a *point*: opening, creating, writing, truncating, syncing, renaming, linking, removing, making a folder. At one point
 
 * ``error``: the operation fails once with EIO, and the program goes on;
 * ``kill``: the process is killed with SIGKILL, so that neither handlers nor buffers of its own survive;
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import gc
 import io
 import os
 import shutil
@@ -21,6 +22,8 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+import pytest
 
 How = Literal["error", "kill", "power"]
 
@@ -41,10 +44,18 @@ class Outcome(NamedTuple):
 
 
 def run(program: Callable[[], str], folder: Path, fault: Fault | None = None) -> Outcome:
-    """Run ``program`` in a child on a disk that fails below ``folder``; AssertionError where it raises."""
+    """Run ``program`` on a disk that fails below ``folder``; AssertionError where it raises in a child."""
+    if fault is not None and fault.how == "error":
+        disk = _Disk(folder, fault)
+        disk.patch()
+        try:
+            return Outcome(program(), disk.points)
+        finally:
+            disk.unpatch()
     from_child, to_parent = os.pipe()
     pid = os.fork()
     if pid == 0:
+        gc.disable()  # it would touch, and so copy, every page that the child shares with its parent
         said = "!ended without a word"
         points: list[str] = []
         try:
@@ -79,7 +90,8 @@ class _Disk:
         self._held: list[int] = []
         self._real = {name: getattr(os, name) for name in ("open", "fsync", "replace", "unlink", "mkdir", "symlink")}
         self._open = io.open
-        for path in [self._folder, *self._folder.rglob("*")]:
+        self._may_lose = fault is not None and fault.how == "power"
+        for path in [self._folder, *self._folder.rglob("*")] if self._may_lose else ():
             if path.is_dir():
                 self._names[str(path)] = self._listed(path)
             elif not path.is_symlink():
@@ -92,6 +104,13 @@ class _Disk:
         os.open, os.fsync, os.unlink, os.remove = self._os_open, self._fsync, self._unlink, self._unlink  # type: ignore
         os.replace = os.rename = self._replace  # type: ignore[assignment]
         os.mkdir, os.symlink = self._mkdir, self._symlink  # type: ignore[assignment]
+
+    def unpatch(self) -> None:
+        """It works as ever again."""
+        io.open = builtins.open = self._open
+        for name, function in self._real.items():
+            setattr(os, name, function)
+        os.remove, os.rename = os.unlink, os.replace
 
     def point(self, what: str, path: object) -> None:
         """One operation begins."""
@@ -112,6 +131,8 @@ class _Disk:
         return Path(os.fsdecode(path)).absolute().is_relative_to(self._folder)  # type: ignore[arg-type]
 
     def _hold(self, path: Path) -> None:
+        if not self._may_lose:
+            return
         self._held.append(self._real["open"](path, os.O_RDONLY))  # its inode number is not given out again
 
     def _listed(self, folder: Path) -> dict[str, int]:
@@ -142,6 +163,8 @@ class _Disk:
             self._real["fsync"](descriptor)
             return
         self.point("sync", path)
+        if not self._may_lose:
+            return
         if path.is_dir():
             self._names[str(path)] = self._listed(path)
         else:
@@ -178,10 +201,7 @@ class _Disk:
     def _lose(self, *, kept: bool) -> None:
         left = self._folder.with_name(f"{self._folder.name}.left")
         self._survivors(self._folder, left, kept=kept)
-        io.open = builtins.open = self._open
-        for name, function in self._real.items():
-            setattr(os, name, function)
-        os.remove, os.rename = os.unlink, os.replace
+        self.unpatch()
         shutil.rmtree(self._folder)
         left.rename(self._folder)
 
@@ -241,3 +261,25 @@ def faults(points: list[str]) -> list[Fault]:
         if not what.startswith("open to read"):
             found += [Fault(at, "kill"), Fault(at, "power", kept=False), Fault(at, "power", kept=True)]
     return found
+
+
+def crash_at(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Let nothing reach the disk any more, clean-up included, from the fsync or rename numbered ``step`` on."""
+    count = 0
+
+    def wrap(name: str, *, counts: bool) -> None:
+        real = getattr(os, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            if count >= step:
+                raise OSError("the power is gone")
+            count += counts
+            return real(*args, **kwargs)
+
+        patch.setattr(os, name, call)
+
+    wrap("fsync", counts=True)
+    wrap("replace", counts=True)
+    wrap("unlink", counts=False)
+    wrap("rmdir", counts=False)

@@ -1,0 +1,376 @@
+"""What a private inspection and repair cost, and whether they say what the same computation in clear says.
+
+    python -m benchmarks.private_inspection --data digits --attack badnets [--seed 0] [--latency-ms 20] [--steps 60]
+    python -m benchmarks.private_inspection --data fashion_mnist --attack clean --half
+    python -m benchmarks.private_inspection --features --data digits --attack badnets
+    python -m benchmarks.private_inspection --power --data digits --attack badnets
+
+One row a call, written to ``benchmarks/results/private.json`` as soon as it is measured. Three processes, TLS between
+them, each connection through a relay in this process that counts bytes and can add latency. The machine may be shared:
+``load`` is its load average when the row began. Dense networks (one hidden layer of 32) are trained here from the
+attacks' poisoned data; networks of ``--features`` are the zoo's. ``--half``: Fashion-MNIST at 14x14. With ``--steps``
+below 60 the row says what a step costs and no verdict is to be had of it. ``--power``: what inspection in the space of
+features finds in clear, over the zoo's small CNNs of an attack and clean ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from benchmarks import zoo
+from benchmarks.private import NAMES
+from edgeguard.attacks import registry, victims
+from edgeguard.attacks.base import Poison, Task
+from edgeguard.attacks.networks import SMALL_CNN
+from edgeguard.contract.private import Inspection, Space
+from edgeguard.errors import ModelError
+from edgeguard.private import computation, dense, inspections, owners, parties, sharing
+
+RESULTS = Path("benchmarks/results/private.json")
+FIRST_PORT = 19971
+HIDDEN = 32
+STEPS = 60
+_TARGET = 3
+EPOCHS = {"digits": 40, "fashion_mnist": 4}
+
+
+class Relay:
+    """A port that passes everything on, later by ``delay_s``, and counts bytes by who sent them."""
+
+    def __init__(self, target: int, caller: int, called: int, sent: list[int], delay_s: float) -> None:
+        self._target, self._sent, self._delay_s = target, sent, delay_s
+        self._ends = (caller, called)
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._server.getsockname()[1])
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def close(self) -> None:
+        """Take no more connections."""
+        self._server.close()
+
+    def _serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._server.accept()
+                try:
+                    far = socket.create_connection(("127.0.0.1", self._target))
+                except OSError:
+                    near.close()
+                    continue
+                for source, sink, sender in ((near, far, self._ends[0]), (far, near, self._ends[1])):
+                    source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    waiting: queue.Queue[tuple[float, bytes]] = queue.Queue()
+                    threading.Thread(target=self._read, args=(source, waiting, sender), daemon=True).start()
+                    threading.Thread(target=self._write, args=(sink, waiting), daemon=True).start()
+
+    def _read(self, source: socket.socket, waiting: queue.Queue[tuple[float, bytes]], sender: int) -> None:
+        data = b" "
+        while data:
+            try:
+                data = source.recv(1 << 18)
+            except OSError:
+                data = b""
+            self._sent[sender] += len(data)
+            waiting.put((time.monotonic() + self._delay_s, data))
+
+    def _write(self, sink: socket.socket, waiting: queue.Queue[tuple[float, bytes]]) -> None:
+        with suppress(OSError):
+            while True:
+                due, data = waiting.get()
+                time.sleep(max(0.0, due - time.monotonic()))
+                if not data:
+                    sink.shutdown(socket.SHUT_WR)
+                    return
+                sink.sendall(data)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="digits")
+    parser.add_argument("--attack", default="badnets", help="or clean")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--half", action="store_true")
+    parser.add_argument("--features", action="store_true")
+    parser.add_argument("--latency-ms", type=float, default=0.0)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--sought", type=int, default=64)
+    parser.add_argument("--no-repair", action="store_true")
+    parser.add_argument("--power", action="store_true")
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    if args.power:
+        for row in power(args.data, args.attack):
+            record(args.json, "power_of_features", row)
+        return 0
+    row = measure(args)
+    record(args.json, "inspections", row)
+    return 0 if row["same"] in (True, None) else 1
+
+
+def record(path: Path, key: str, row: dict[str, Any]) -> None:
+    """Add a row to those that are there; one of the same model and settings is replaced."""
+    print(json.dumps(row), flush=True)
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    names = ("model", "space", "steps", "latency_ms", "sought")
+    others = [r for r in kept.get(key, []) if [r.get(n) for n in names] != [row.get(n) for n in names]]
+    path.write_text(json.dumps(kept | {key: [*others, row]}, indent=1) + "\n")
+
+
+def network(shape: tuple[int, ...], classes: int, *, seed: int = 0) -> Any:
+    """A dense Keras network with one hidden layer that takes pixels 0 to 255."""
+    import keras
+
+    keras.utils.set_random_seed(seed)
+    inputs = keras.Input(shape, name="pixels")
+    x = keras.layers.Flatten()(keras.layers.Rescaling(1.0 / 255.0)(inputs))
+    x = keras.layers.Dense(HIDDEN, activation="relu", name="hidden")(x)
+    outputs = keras.layers.Softmax()(keras.layers.Dense(classes, name="logits")(x))
+    return keras.Model(inputs, outputs, name="dense")
+
+
+class Subject:
+    """A model with its owner's clean inputs, and its test set for what a repair is worth."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        part = zoo.split(args.data)
+        halve: Any = _halved if args.half else np.asarray
+        self.clean = halve(part.owner_x)
+        self.x, self.y = halve(part.data.x_test), part.data.y_test
+        self.attack: Any = None
+        self.state: Any = {}
+        self.name = f"{args.data}{'-14x14' if args.half else ''}-{args.attack}-s{args.seed}"
+        if args.features:
+            cell = zoo.Cell(data=args.data, network=SMALL_CNN, attack=args.attack, seed=args.seed)
+            member = zoo.load(cell, part)
+            if member is None:
+                raise SystemExit(f"{cell.name} is not in the zoo")
+            self.model, self.attack, self.state = member.keras(), member.attack, member.state
+            return
+        x, y = halve(part.data.x_train), part.data.y_train
+        if args.attack != zoo.CLEAN:
+            self.attack = registry.find(args.attack).for_shape(x.shape[1:], target=_TARGET, seed=args.seed)
+            if not isinstance(self.attack, Poison):
+                raise SystemExit(f"{args.attack} does more than poison")
+            x, y = self.attack.poison(x, y)
+        training = victims.Training(
+            epochs=EPOCHS[args.data], network=network, architecture=f"dense-{HIDDEN}", cache=victims.cache_folder()
+        )
+        self.model = training.fit(Task(images=x, labels=y, classes=len(part.data.classes)), seed=args.seed)
+
+    def worth(self, model: Any) -> dict[str, float]:
+        """Accuracy, and where there is an attack its success, in per cent on the test set."""
+        answers = model.predict(self.x.astype(np.float32), verbose=0, batch_size=256).argmax(axis=1)
+        worth = {"accuracy": round(100 * float(np.mean(answers == self.y)), 2)}
+        if self.attack is not None:
+            chosen = self.attack.eligible(self.y) & (answers != self.attack.target)
+            state = {"state": self.state} if self.state else {}
+            worn = self.attack.stamp(self.x[chosen], **state).astype(np.float32)
+            turned = model.predict(worn, verbose=0, batch_size=256).argmax(axis=1)
+            worth["asr"] = round(100 * float(np.mean(turned == self.attack.target)), 2)
+        return worth
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """One row."""
+    from edgeguard.private import inspecting, mending
+
+    subject = Subject(args)
+    space: Space = "features" if args.features else "pixels"
+    shared = dense.shared(subject.model, space)
+    before = dense.extractor(subject.model, shared.dense[0]) if args.features else None
+    count = args.sought + 64
+    scale = 255.0
+    if before is not None:
+        scale = float(before.predict(subject.clean[:count].astype(np.float32), verbose=0).max())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        owns = _parties(folder)
+        asked = Inspection(
+            id="inspection-1", parties=owns[0].parties.digest, space=space, layers=shared.layers, scale=scale,
+            sought=args.sought, steps=args.steps, prune=3 if len(shared.layers) == 3 else 0,
+        )  # fmt: skip
+        layers, x = shared.arrays(asked), dense.inputs(asked, subject.clean, before)
+        pad = np.frombuffer(secrets.token_bytes(8 * owners.pad_values(asked)), dtype="<i8")
+        given = {"model-owner": owners.model_values(asked, layers, pad), "data-owner": owners.data_values(asked, x)}
+        (folder / "given").mkdir()
+        (folder / "plan.json").write_bytes(msgspec.json.encode(asked))
+        for role, values in given.items():
+            part = owners.part(asked, role)
+            sealed = inspections.give(part, values, owns[0].parties, secrets.token_bytes(sharing.random_bytes(part)))
+            (folder / "given" / f"{role}.json").write_bytes(msgspec.json.encode(sealed))
+        load = os.getloadavg()[0]
+        seconds, step_s, sent = _jointly(folder, "inspect", args.latency_ms)
+        found = inspections.result(folder / NAMES[0] / "work" / inspections.INSPECTED, inspections.Inspected)
+        sizes = _sizes(folder, asked)
+        started = time.perf_counter()
+        expected_sizes, expected = inspecting.in_clear(asked, layers, x)
+        clear_s = time.perf_counter() - started
+        whole = args.steps == STEPS
+        labels = np.flatnonzero(expected.flagged).tolist()
+        row: dict[str, Any] = {
+            "model": subject.name, "space": space, "layers": list(asked.layers), "steps": asked.steps,
+            "sought": asked.sought, "latency_ms": args.latency_ms, "load": round(load, 1),
+            "target": getattr(subject.attack, "target", None), "verdict": found.verdict, "labels": list(found.labels),
+            "clear_labels": labels, "same": (list(found.labels) == labels) if whole else None,
+            "norm_error": round(float(np.max(np.abs(sizes / expected_sizes - 1))), 6),
+            "seconds": round(seconds, 1), "step_s": round(step_s, 2), "clear_s": round(clear_s, 1),
+            "sent_mb": [round(n / 1e6, 1) for n in sent],
+        }  # fmt: skip
+        if whole and found.labels and not args.no_repair:
+            row["before"] = subject.worth(subject.model)
+            seconds, _, sent = _jointly(folder, "mend", args.latency_ms)
+            mended = inspections.result(folder / NAMES[0] / "work" / inspections.MENDED, inspections.Mended)
+            factor = shared.factor * asked.scale if len(asked.layers) == 2 else 1.0
+            kernel, bias = owners.last_layer(asked, np.frombuffer(mended.padded, dtype="<i8"), pad)
+            dense.mended(subject.model, (kernel / factor, bias))
+            row["repaired"] = subject.worth(subject.model)
+            clear = mending.in_clear(asked, layers, x, expected.trigger)
+            dense.mended(subject.model, (clear[0] / factor, clear[1]))
+            row["repaired_in_clear"] = subject.worth(subject.model)
+            row["repair_seconds"], row["repair_sent_mb"] = round(seconds, 1), [round(n / 1e6, 1) for n in sent]
+    return row
+
+
+def power(data: str, attack: str) -> Iterator[dict[str, Any]]:
+    """What the space of features finds in clear, of an attack's models and clean ones; pixels: ``inspection.json``."""
+    from edgeguard.inspection import index
+    from edgeguard.private import inspecting
+
+    part = zoo.split(data)
+    for cell in zoo.matrix():
+        chosen = (cell.data, cell.network) == (data, SMALL_CNN) and cell.attack in (zoo.CLEAN, attack)
+        member = zoo.load(cell, part) if chosen else None
+        if member is None:
+            continue
+        model = member.keras()
+        try:
+            shared = dense.shared(model, "features")
+        except ModelError as error:
+            print(f"{cell.name}: {error}", file=sys.stderr)
+            continue
+        before = dense.extractor(model, shared.dense[0])
+        scale = float(before.predict(part.owner_x[:128].astype(np.float32), verbose=0).max())
+        asked = Inspection(
+            id="inspection-1", parties="0" * 64, space="features", layers=shared.layers, scale=scale, sought=64
+        )
+        x = dense.inputs(asked, part.owner_x, before)
+        sizes, found = inspecting.in_clear(asked, shared.arrays(asked), x)
+        smallest = int(np.argmin(sizes))
+        measured = index.measure(sizes, smallest)
+        yield {
+            "model": cell.name,
+            "space": "features",
+            "steps": asked.steps,
+            "target": None if member.attack is None else member.attack.target,
+            "labels": np.flatnonzero(found.flagged).tolist(),
+            "smallest": smallest,
+            "ratio": round(measured.ratio, 3),
+            "index": round(measured.index, 2),
+        }
+
+
+def _halved(images: Any) -> Any:
+    """Pictures at half their width and height."""
+    count, height, width, channels = images.shape
+    blocks = images.astype(np.float32).reshape(count, height // 2, 2, width // 2, 2, channels)
+    return np.round(blocks.mean(axis=(2, 4))).astype(np.uint8)
+
+
+def _parties(folder: Path) -> list[parties.Own]:
+    from datetime import datetime, timezone
+
+    now = datetime.now(timezone.utc)
+    for place, name in enumerate(NAMES):
+        parties.create(folder / name, name=name, host="127.0.0.1", port=FIRST_PORT + place, now=now)
+    public = tuple(folder / name / parties.PUBLIC for name in NAMES)
+    for name in NAMES:
+        parties.join(folder / name, public)
+    return [parties.own(folder / name) for name in NAMES]
+
+
+_PARTY = """
+import json, sys, time
+from pathlib import Path
+import msgspec
+from edgeguard.contract.private import Inspection, Space
+from edgeguard.errors import ModelError
+from edgeguard.private import computation, inspections, parties
+folder, name, what, hosts = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+own = parties.own(folder / name)
+asked = msgspec.json.decode((folder / "plan.json").read_bytes(), type=Inspection)
+held = inspections.take(asked, folder / "given", own)
+import jax, spu
+times = []
+def said(text, done, total):
+    times.append((text, done, time.perf_counter()))
+    if done % 10 == 0:
+        print(text, done, total, file=sys.stderr, flush=True)
+def deliver(result):
+    now = time.perf_counter()
+    steps = [at for text, done, at in times if text == "seeking triggers"]
+    step = (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else 0.0
+    print("measured", json.dumps([now - times[0][2], step]), flush=True)
+getattr(inspections, what)(
+    asked, held, own, folder / name / "work", said, deliver, timeout_s=300,
+    addresses=computation.Addresses(hosts=tuple(hosts.split(","))),
+)
+"""
+
+
+def _jointly(folder: Path, what: str, latency_ms: float) -> tuple[float, float, list[int]]:
+    """Seconds of the slowest party from their meeting on, seconds a step, and bytes that each sent."""
+    sent = [0] * len(NAMES)
+    relays, processes = [], []
+    for one, name in enumerate(NAMES):
+        hosts = []
+        for other in range(len(NAMES)):
+            port = FIRST_PORT + other
+            if other != one:
+                relays.append(Relay(port, one, other, sent, latency_ms / 1000.0))
+                port = relays[-1].port
+            hosts.append(f"127.0.0.1:{port}")
+        command = [sys.executable, "-c", _PARTY, str(folder), name, what, ",".join(hosts)]
+        errors = None if one == 0 else subprocess.DEVNULL
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True))
+    said = []
+    for process in processes:
+        out, _ = process.communicate()
+        lines = [line.removeprefix("measured ") for line in out.splitlines() if line.startswith("measured ")]
+        if not lines:
+            raise RuntimeError(f"a party ended with {process.returncode} and no result")
+        said.append(json.loads(lines[-1]))
+    for relay in relays:
+        relay.close()
+    return max(s for s, _ in said), max(s for _, s in said), sent
+
+
+def _sizes(folder: Path, asked: Inspection) -> Any:
+    """Sizes [L] of all labels' triggers, from the shares of all three: what nobody may do but a benchmark."""
+    states = []
+    for name in NAMES:
+        content = (folder / name / "work" / f"state-{asked.steps:04}.json").read_bytes()
+        states.append(msgspec.convert(json.loads(content)["kept"], dict[str, computation.Kept]))
+    a, b = (computation.reconstruct([state[key] for state in states]) for key in inspections.SEARCH[:2])
+    return (a + b).sum(axis=1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

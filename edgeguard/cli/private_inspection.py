@@ -1,0 +1,353 @@
+"""``edgeguard private inspect`` and ``repair``: a model and clean inputs that no party sees, inspected and mended."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from edgeguard.cli import console
+from edgeguard.errors import EXIT_CLEAN, EXIT_FINDINGS, EXIT_NOT_CHECKED, ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from edgeguard.contract.private import Inspection
+    from edgeguard.private.inspections import Held
+    from edgeguard.private.parties import Own
+
+_PLAN = typer.Option(..., "--plan", help="The inspection, as `private inspect plan` wrote it.")
+_PARTIES = typer.Option(..., "--parties", help="parties.json, as `private init --join` wrote it.")
+_GIVEN = typer.Option(..., "--given", help="Folder with model-owner.json and data-owner.json.")
+_FOLDER = typer.Argument(exists=True, file_okay=False, help="This party's folder.")
+_TIMEOUT = typer.Option(300, min=2, max=3600, help="Seconds of silence of a party after which to give up.")
+_JSON = typer.Option(False, "--json", help="Print one JSON object.")
+_PAD = typer.Option(..., help="The pad that `give` wrote for the model's owner.")
+
+
+def register(group: typer.Typer) -> None:
+    """Add both to the group ``private``."""
+    inspect = typer.Typer(help="Seeks backdoors in a model that no party sees.", no_args_is_help=True)
+    repair = typer.Typer(help="Removes what a private inspection found.", no_args_is_help=True)
+    group.add_typer(inspect, name="inspect")
+    group.add_typer(repair, name="repair")
+    _register_owners(inspect)
+    _register_inspection(inspect)
+    _register_repair(repair)
+
+
+def _register_owners(inspect: typer.Typer) -> None:
+    @inspect.command(
+        epilog="Example: edgeguard private inspect plan plan.json --id 2026-11-signs --parties parties.json "
+        "--model signs.keras --features --scale 6 --extractor before.keras"
+    )
+    def plan(
+        output: Path = typer.Argument(help="The file to write."),
+        inspection_id: str = typer.Option(..., "--id", help="Names the inspection; never use one twice."),
+        together: Path = _PARTIES,
+        model: Path = typer.Option(..., exists=True, dir_okay=False, help="The owner's Keras file."),
+        features: bool = typer.Option(False, "--features", help="Share the last dense layers alone."),
+        scale: float = typer.Option(255.0, min=1e-3, help="Value of an input of the shared layers that counts as 1."),
+        extractor: Path | None = typer.Option(None, help="With --features: where the layers before are written."),
+        sought: int = typer.Option(64, min=8, max=1024, help="Clean inputs to seek triggers on."),
+        held_out: int = typer.Option(64, min=8, max=1024, help="Others to try them on."),
+        steps: int = typer.Option(60, min=1, max=1000, help="Steps of the search."),
+        every: int = typer.Option(10, min=1, max=1000, help="Steps after which each party keeps its shares."),
+        prune: int = typer.Option(0, min=0, help="Hidden units that a repair takes out."),
+    ) -> None:
+        """The model's owner writes down what is inspected, and sees what it will cost. Nothing secret is in it."""
+        import msgspec
+
+        from edgeguard.contract.private import Inspection
+        from edgeguard.private import dense, estimates, parties, rounds
+
+        if features != (extractor is not None):
+            raise ConfigError("inspection of features", do="give --features and --extractor together")
+        network = _network(model)
+        shared = dense.shared(network, "features" if features else "pixels")
+        fields = {
+            "id": inspection_id,
+            "parties": parties.read(together).digest,
+            "space": "features" if features else "pixels",
+            "layers": shared.layers,
+            "scale": scale,
+            "sought": sought,
+            "held_out": held_out,
+            "steps": steps,
+            "every": every,
+            "prune": prune,
+        }
+        try:
+            asked = msgspec.convert(fields, Inspection)
+        except msgspec.ValidationError as error:
+            raise ConfigError("inspection", got=error, do="correct this option") from error
+        rounds.write_new(output, msgspec.json.encode(asked))
+        if extractor is not None:
+            dense.extractor(network, shared.dense[0]).save(extractor)
+        console.facts([("inspection", asked.id), ("layers", " ".join(map(str, asked.layers))), *estimates.facts(asked)])
+
+    @inspect.command(
+        epilog="Examples: edgeguard private inspect give --plan plan.json --parties parties.json --model m.keras "
+        "--pad pad.bin -o model-owner.json; edgeguard private inspect give --plan plan.json --parties parties.json "
+        "--data clean.npz -o data-owner.json"
+    )
+    def give(
+        plan_file: Path = _PLAN,
+        together: Path = _PARTIES,
+        model: Path | None = typer.Option(None, exists=True, dir_okay=False, help="The model's owner: the Keras file."),
+        pad: Path | None = typer.Option(None, help="With --model: a new file, to read results with. Keep it."),
+        data: str | None = typer.Option(None, help="The data's owner: clean inputs, as for `convert --data`."),
+        extractor: Path | None = typer.Option(None, exists=True, help="With --data: the layers before them."),
+        output: Path = typer.Option(..., "-o", "--output", help="model-owner.json or data-owner.json."),
+    ) -> None:
+        """An owner splits what it has into three sealed shares. The same file goes to all three parties."""
+        import secrets
+
+        import msgspec
+        import numpy as np
+
+        from edgeguard.private import dense, inspections, owners, parties, rounds, sharing
+
+        if (model is None) == (data is None) or (model is None) != (pad is None):
+            raise ConfigError("owner's part", do="give --model and --pad, or --data")
+        asked, trusted = _read(plan_file), parties.read(together)
+        if model is not None and pad is not None:
+            random = secrets.token_bytes(8 * owners.pad_values(asked))
+            values = owners.model_values(
+                asked, dense.shared(_network(model), asked.space).arrays(asked), np.frombuffer(random, dtype="<i8")
+            )
+            rounds.write_new(pad, random, mode=0o600)
+        else:
+            from edgeguard import data as datasets
+
+            before = None if extractor is None else _network(extractor)
+            values = owners.data_values(asked, dense.inputs(asked, datasets.calibration(str(data))[0], before))
+        part = owners.part(asked, "data-owner" if model is None else "model-owner")
+        given = inspections.give(part, values, trusted, secrets.token_bytes(sharing.random_bytes(part)))
+        rounds.write_new(output, msgspec.json.encode(given))
+        typer.echo(f"{output}: three sealed shares of {part.channels} numbers")
+
+
+def _register_inspection(inspect: typer.Typer) -> None:
+    @inspect.command(
+        "open",
+        epilog="Example: edgeguard private inspect open --plan plan.json --pad pad.bin --result inspected.json "
+        "-o triggers.npz",
+    )
+    def open_triggers(
+        plan_file: Path = _PLAN,
+        pad: Path = _PAD,
+        result: Path = typer.Option(..., exists=True, help="inspected.json, from any party."),
+        output: Path = typer.Option(..., "-o", "--output", help="An npz file: labels, masks and patterns."),
+    ) -> None:
+        """The model's owner reads the triggers of the flagged labels."""
+        import numpy as np
+
+        from edgeguard.private import owners
+        from edgeguard.private.inspections import Inspected
+
+        asked, found = _read(plan_file), _result(result, Inspected)
+        padded = np.frombuffer(found.padded, dtype="<i8")
+        if found.inspection != asked.digest or len(padded) != (owners.trigger_values(asked) if found.labels else 0):
+            raise ConfigError(f"result {result}", got="one of another inspection")
+        triggers = owners.triggers(asked, padded, _pad(asked, pad), found.labels) if found.labels else []
+        np.savez(
+            output,
+            labels=np.asarray([t.label for t in triggers], dtype=np.int64),
+            masks=np.asarray([t.mask for t in triggers]),
+            patterns=np.asarray([t.pattern * asked.scale for t in triggers]),
+        )
+        typer.echo(f"{output}: triggers of {len(triggers)} labels")
+
+    @inspect.command(
+        "run", epilog="Example: edgeguard private inspect run /etc/party --plan plan.json --given given/ --json"
+    )
+    def run_inspection(
+        folder: Path = _FOLDER,
+        plan_file: Path = _PLAN,
+        given: Path = _GIVEN,
+        timeout: int = _TIMEOUT,
+        as_json: bool = _JSON,
+    ) -> None:
+        """Inspect with the two other parties, at the same time. What broke off goes on where all three kept shares."""
+        from edgeguard.private import child, estimates, inspections
+
+        own, asked, held, work = _party(folder, plan_file, given)
+        found = inspections.result(work / inspections.INSPECTED, inspections.Inspected)
+        if found is None:
+            if not as_json:
+                console.facts(estimates.facts(asked))
+            with console.progress(quiet=as_json) as progress:
+                found = child.run_apart(
+                    lambda *to: inspections.inspect(asked, held, own, work, *to, timeout_s=timeout), progress
+                )
+        labels = ", ".join(map(str, found.labels)) or "none"
+        shown = {"inspection": asked.id, "verdict": found.verdict, "labels": list(found.labels), "steps": asked.steps}
+        _print(shown, [("verdict", found.verdict), ("labels", labels), ("for the model's owner", str(work))], as_json)
+        raise typer.Exit(
+            {"backdoored": EXIT_FINDINGS, "no_sign": EXIT_CLEAN, "could_not_check": EXIT_NOT_CHECKED}[found.verdict]
+        )
+
+
+def _register_repair(repair: typer.Typer) -> None:
+    @repair.command("run", epilog="Example: edgeguard private repair run /etc/party --plan plan.json --given given/")
+    def run_repair(
+        folder: Path = _FOLDER,
+        plan_file: Path = _PLAN,
+        given: Path = _GIVEN,
+        timeout: int = _TIMEOUT,
+        as_json: bool = _JSON,
+    ) -> None:
+        """Unlearn what the inspection flagged, with the two other parties; nobody sees a trigger or a weight."""
+        from edgeguard.private import child, inspections
+
+        own, asked, held, work = _party(folder, plan_file, given)
+        found = inspections.result(work / inspections.MENDED, inspections.Mended)
+        if found is None:
+            with console.progress(quiet=as_json) as progress:
+                found = child.run_apart(
+                    lambda *to: inspections.mend(asked, held, own, work, *to, timeout_s=timeout), progress
+                )
+        counts = {name: getattr(found, name) for name in ("held_out", "kept", "turned_before", "turned_after")}
+        rows = [
+            ("answers kept", f"{found.kept} of {found.held_out} held-out inputs"),
+            ("turned by the triggers", f"{found.turned_before} -> {found.turned_after} of {found.held_out}"),
+            ("for the model's owner", str(work)),
+        ]
+        _print({"inspection": asked.id, **counts}, rows, as_json)
+
+    @repair.command(
+        "open",
+        epilog="Example: edgeguard private repair open model.keras --plan plan.json --pad pad.bin "
+        "--result mended.json -o mended.keras",
+    )
+    def open_repair(
+        model: Path = typer.Argument(exists=True, dir_okay=False, help="The Keras file that was inspected."),
+        plan_file: Path = _PLAN,
+        pad: Path = _PAD,
+        result: Path = typer.Option(..., exists=True, help="mended.json, from any party."),
+        output: Path = typer.Option(..., "-o", "--output", help="The Keras file to write."),
+    ) -> None:
+        """The model's owner puts the mended last layer into the model."""
+        import numpy as np
+
+        from edgeguard.private import dense, owners
+        from edgeguard.private.inspections import Mended
+
+        asked, found = _read(plan_file), _result(result, Mended)
+        padded = np.frombuffer(found.padded, dtype="<i8")
+        if found.inspection != asked.digest or len(padded) != owners.last_values(asked):
+            raise ConfigError(f"result {result}", got="one of another inspection")
+        network = _network(model)
+        kernel, bias = owners.last_layer(asked, padded, _pad(asked, pad))
+        # Inputs of a network without hidden layer were measured in units of the scale.
+        factor = dense.shared(network, asked.space).factor * asked.scale if len(asked.layers) == 2 else 1.0
+        dense.mended(network, (kernel / factor, bias))
+        network.save(output)
+        typer.echo(f"{output}: check it with `edgeguard audit` and on clean inputs before it is used")
+
+    @repair.command(
+        epilog="Example: edgeguard private repair clear model.keras --triggers triggers.npz --data own.npz -o new.keras"
+    )
+    def clear(
+        model: Path = typer.Argument(exists=True, dir_okay=False, help="The Keras file that was inspected, in pixels."),
+        triggers: Path = typer.Option(..., exists=True, dir_okay=False, help="As `inspect open` wrote them."),
+        data: str = typer.Option(..., help="Clean inputs of the model's owner, as for `convert --data`."),
+        output: Path = typer.Option(..., "-o", "--output", help="The Keras file to write."),
+    ) -> None:
+        """The model's owner unlearns the triggers it was given in clear, on clean inputs of its own."""
+        import numpy as np
+
+        from edgeguard import data as datasets
+        from edgeguard.inspection.inversion import Trigger
+        from edgeguard.repair.methods import unlearning
+        from edgeguard.repair.training import distil, teachings
+
+        images = datasets.calibration(data)[0].astype(np.uint8)
+        network = _network(model)
+        with np.load(triggers, allow_pickle=False) as found:
+            labels, masks, patterns = (np.asarray(found[name]) for name in ("labels", "masks", "patterns"))
+        if images.ndim != 4 or images.shape[-1] != 1 or masks.shape[1:] != (int(np.prod(images.shape[1:])),):
+            raise ConfigError(f"triggers {triggers}", got=f"masks {masks.shape}", expected="grey pictures like these")
+        shape = images.shape[1:]
+        stamps = [
+            Trigger(
+                label=int(label),
+                mask=mask.reshape(shape).astype(np.float32),
+                pattern=pattern.reshape(shape).astype(np.float32),
+                success=1.0,
+            )
+            for label, mask, pattern in zip(labels, masks, patterns, strict=True)
+        ]
+        if not stamps:
+            raise ConfigError(f"triggers {triggers}", got="none", do="there is nothing to unlearn")
+        with console.progress() as progress:
+            distil(
+                network,
+                images,
+                teachings(network, images),
+                stamps,
+                steps=unlearning.STEPS,
+                rate=unlearning.RATE,
+                seed=0,
+                note="unlearning",
+                progress=progress,
+            )
+        network.save(output)
+        typer.echo(f"{output}: check it with `edgeguard audit` and on clean inputs before it is used")
+
+
+def _party(folder: Path, plan_file: Path, given: Path) -> tuple[Own, Inspection, Held, Path]:
+    """What a party has before it meets the others; and its folder for this inspection."""
+    from edgeguard.private import inspections, parties
+
+    own, asked = parties.own(folder), _read(plan_file)
+    if asked.parties != own.parties.digest:
+        raise ConfigError(f"inspection {asked.id}", got="meant for other parties", do="check parties.json and plan")
+    return own, asked, inspections.take(asked, given, own), folder / f"inspection-{asked.digest[:16]}"
+
+
+def _read(path: Path) -> Inspection:
+    from edgeguard.contract.private import Inspection
+    from edgeguard.private import parties
+
+    return parties.read_json(path, Inspection)
+
+
+def _result(path: Path, kind: type[Any]) -> Any:
+    from edgeguard.private import inspections
+
+    return inspections.result(path, kind)
+
+
+def _pad(asked: Inspection, path: Path) -> npt.NDArray[np.int64]:
+    import numpy as np
+
+    from edgeguard.private import owners
+
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"pad {path}", got=error.strerror, do="check the path") from error
+    if len(content) != 8 * owners.pad_values(asked):
+        raise ConfigError(f"pad {path}", got=f"{len(content)} bytes", expected=8 * owners.pad_values(asked))
+    return np.frombuffer(content, dtype="<i8").astype(np.int64)
+
+
+def _network(path: Path) -> Any:
+    import keras
+
+    try:
+        return keras.models.load_model(path, compile=False, safe_mode=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"model {path}", got=str(error)[:200], expected="a Keras file") from error
+
+
+def _print(shown: dict[str, Any], rows: list[tuple[str, str]], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(shown))
+    else:
+        console.facts(rows)

@@ -1,0 +1,336 @@
+"""One party's part in a private inspection and in the mending after it: take, agree, compute, keep shares, open.
+
+Rules enforced here:
+
+* parties compute on what both owners gave to all three alike, or not at all;
+* every so many steps each party keeps its shares, 0600, and a run that broke off goes on from the last moment that all
+  three kept; a result that is there is given again and never computed again: a pad hides one value once;
+* opened are flags, whether there was enough to compare, three counts of a mending, and padded values. Nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import msgspec
+import numpy as np
+
+from edgeguard.contract.private import Inspection, Part, Role, Submission
+from edgeguard.errors import ConfigError, TrustError
+from edgeguard.private import computation, owners, sharing
+from edgeguard.private.child import Progress
+from edgeguard.private.computation import Computation, Kept
+from edgeguard.private.parties import Own, Parties
+
+ROLES: tuple[Role, ...] = get_args(Role)
+SEARCH = tuple(f"search{i}" for i in range(6))
+TRIGGER = "trigger"
+DECIDED = ("flagged", "comparable", TRIGGER, "padded")
+INSPECTED, MENDED = "inspected.json", "mended.json"
+Verdict = Literal["backdoored", "no_sign", "could_not_check"]
+
+
+class Inspected(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an inspection opened. ``labels``: the flagged ones; ``padded``: their triggers, for the model's owner."""
+
+    inspection: str
+    verdict: Verdict
+    labels: tuple[int, ...]
+    padded: bytes
+
+
+class Mended(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a mending opened: counts of ``held_out`` inputs, see :class:`mending.Judged`; ``padded``: the last layer."""
+
+    inspection: str
+    held_out: int
+    kept: int
+    turned_before: int
+    turned_after: int
+    padded: bytes
+
+
+class _State(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A party's shares after ``done`` steps, one more for the decision, of what was given by this digest."""
+
+    inspection: str
+    given: str
+    done: int
+    kept: dict[str, Kept]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """This party's shares of both owners' parts, and a digest of what was given."""
+
+    values: Mapping[Role, sharing.Values]
+    digest: str
+
+
+def give(part: Part, values: sharing.Values, parties: Parties, random: bytes) -> Submission:
+    """An owner's part, sealed for the three parties. Raises TrustError."""
+    return sharing.submit(part, part.role, values, parties, random)
+
+
+def take(asked: Inspection, folder: Path, own: Own) -> Held:
+    """Open this party's shares of what both owners gave: ``model-owner.json`` and ``data-owner.json``.
+
+    Raises:
+        ConfigError: one is not there.
+        TrustError: one is not for this inspection, or this party.
+    """
+    values: dict[Role, sharing.Values] = {}
+    digests = []
+    for role in ROLES:
+        part = owners.part(asked, role)
+        path = folder / f"{role}.json"
+        try:
+            # Three shares of 8 bytes in base64, and as much again for what is around them.
+            if path.stat().st_size > 3 * 22 * part.channels + 65536:
+                raise TrustError(f"file {path}", got="more than can belong to this inspection")
+            submission = msgspec.json.decode(path.read_bytes(), type=Submission)
+        except OSError as error:
+            raise ConfigError(f"file {path}", got=error.strerror, do=f"get it from the {role}") from error
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise TrustError(f"file {path}", got=error) from error
+        opened = sharing.opened(part, submission, role, own.index, own.sealing)
+        values[role] = opened.values
+        digests.append(opened.digest)
+    return Held(values=values, digest=" ".join(digests))
+
+
+def inspect(
+    asked: Inspection,
+    held: Held,
+    own: Own,
+    work: Path,
+    progress: Progress,
+    deliver: Callable[[Inspected], None],
+    *,
+    timeout_s: int,
+    addresses: computation.Addresses | None = None,
+) -> None:
+    """Meet the two others, inspect, and deliver the result.
+
+    Args:
+        asked: the inspection.
+        held: what was given to this party.
+        own: this party.
+        work: this party's folder for this inspection.
+        progress: called with what is done now.
+        deliver: called once all three have the result.
+        timeout_s: silence of a party after which the run ends.
+        addresses: where the three are, if not where their descriptions say.
+
+    Raises:
+        LinkError: a party is gone.
+        TrustError: a party has something else.
+    """
+    with computation.connect(
+        own, addresses or computation.Addresses.of(own), asked.digest, connect_s=timeout_s, timeout_s=timeout_s
+    ) as joint:
+        deliver(_inspect(asked, held, joint, work, progress))
+
+
+def mend(
+    asked: Inspection,
+    held: Held,
+    own: Own,
+    work: Path,
+    progress: Progress,
+    deliver: Callable[[Mended], None],
+    *,
+    timeout_s: int,
+    addresses: computation.Addresses | None = None,
+) -> None:
+    """Meet the two others, mend what an inspection flagged, and deliver the result; see :func:`inspect`.
+
+    Raises:
+        ConfigError: there was no inspection, or it flagged nothing.
+        LinkError, TrustError: see :func:`inspect`.
+    """
+    found = result(work / INSPECTED, Inspected)
+    if found is None or not found.labels:
+        got = "nothing flagged" if found else "no inspection"
+        raise ConfigError(f"mending in {work}", got=got, expected="an inspection that flagged a label")
+    with computation.connect(
+        own, addresses or computation.Addresses.of(own), asked.digest, connect_s=timeout_s, timeout_s=timeout_s
+    ) as joint:
+        deliver(_mend(asked, held, joint, work, progress))
+
+
+def result(path: Path, kind: type[Any]) -> Any:
+    """What was opened before; None where nothing was."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(f"result {path}", got=error, do="get it from another party") from error
+
+
+def _inspect(asked: Inspection, held: Held, joint: Computation, work: Path, progress: Progress) -> Inspected:
+    from edgeguard.private import inspecting
+
+    layers, pad = _load(asked, held, joint, progress)
+    states = _states(asked, held, work)
+    done = _common(joint.exchange(sorted(states)))
+    if done:
+        joint.restore(states[done].kept)
+    if done <= asked.steps:
+        _search(asked, held, joint, work, progress, layers, done)
+        progress("deciding", asked.steps, asked.steps)
+        joint.prepare(
+            lambda x, a, b, pad, *w: _shown(inspecting.decide(asked, w, x, a, b), pad, owners.trigger_values(asked)),
+            ("held_out", *SEARCH[:2], pad, *layers),
+            DECIDED,
+        )()
+        _keep(asked, held, work, asked.steps + 1, joint.keep(DECIDED))
+    # All three have kept these very shares before anything is open: a run that breaks off here opens the same again.
+    joint.agree("inspection", asked.digest)
+    flagged, comparable, padded = (joint.open(name) for name in ("flagged", "comparable", "padded"))
+    labels = tuple(int(label) for label in np.flatnonzero(flagged))
+    verdict: Verdict = "backdoored" if labels else "no_sign" if bool(comparable) else "could_not_check"
+    shown = padded.astype("<i8").tobytes() if labels else b""
+    found = Inspected(inspection=asked.digest, verdict=verdict, labels=labels, padded=shown)
+    _write(work / INSPECTED, msgspec.json.encode(found))
+    joint.agree("result", str(labels))
+    return found
+
+
+def _search(
+    asked: Inspection,
+    held: Held,
+    joint: Computation,
+    work: Path,
+    progress: Progress,
+    layers: tuple[str, ...],
+    done: int,
+) -> None:
+    """The steps that are not done yet."""
+    from edgeguard.private import inspecting
+
+    if not done:
+        joint.prepare(lambda x, *w: tuple(inspecting.begin(asked, w, x)), ("sought", *layers), SEARCH)()
+    joint.tell("rate", np.zeros((), np.float64))
+    step = joint.prepare(
+        lambda x, rate, *rest: tuple(inspecting.step(rest[6:], x, inspecting.Search(*rest[:6]), rate)),
+        ("sought", "rate", *SEARCH, *layers),
+        SEARCH,
+    )
+    for number in range(done, asked.steps):
+        joint.tell("rate", np.asarray(inspecting.rate_at(asked, number), np.float64))
+        step()
+        progress("seeking triggers", number + 1, asked.steps)
+        if (number + 1) % asked.every == 0 or number + 1 == asked.steps:
+            _keep(asked, held, work, number + 1, joint.keep(SEARCH))
+
+
+def _shown(found: Any, pad: Any, count: int) -> tuple[Any, ...]:
+    from edgeguard.private import inspecting
+
+    padded = inspecting.to_fixed(found.trigger.reshape(-1)) + pad[:count]
+    return (found.flagged, found.comparable, found.trigger, padded)
+
+
+def _mend(asked: Inspection, held: Held, joint: Computation, work: Path, progress: Progress) -> Mended:
+    from edgeguard.private import inspecting, mending
+
+    layers, pad = _load(asked, held, joint, progress)
+    state = _states(asked, held, work).get(asked.steps + 1)
+    known = joint.exchange(state is not None)
+    if state is None or not all(known):
+        raise ConfigError(f"shares in {work}", got="not those of an inspection that ended", do="inspect again")
+    joint.restore({TRIGGER: state.kept[TRIGGER]})
+    lesson, last = ("hidden", "wanted", "pace"), tuple(f"last{i}" for i in range(4))
+
+    def begin(x: Any, trigger: Any, *w: Any) -> tuple[Any, ...]:
+        taught, first = mending.begin(asked, w, x, trigger)
+        return (*taught, *first)
+
+    joint.prepare(begin, ("sought", TRIGGER, *layers), (*lesson, *last))()
+    step = joint.prepare(
+        lambda *v: tuple(mending.step(mending.Lesson(*v[:3]), mending.Last(*v[3:]))), (*lesson, *last), last
+    )
+    for number in range(asked.mending_steps):
+        step()
+        progress("mending the last layer", number + 1, asked.mending_steps)
+
+    def end(x: Any, trigger: Any, pad: Any, *rest: Any) -> tuple[Any, ...]:
+        now, w = mending.Last(*rest[:4]), rest[4:]
+        flat = inspecting.to_fixed(mending.in_a_row(now))
+        return (*mending.judge(w, now, x, trigger), flat + pad[owners.trigger_values(asked) :])
+
+    joint.prepare(end, ("held_out", TRIGGER, pad, *last, *layers), ("kept", "before", "after", "padded"))()
+    kept, before, after, padded = (joint.open(name) for name in ("kept", "before", "after", "padded"))
+    found = Mended(
+        inspection=asked.digest,
+        held_out=asked.held_out,
+        kept=int(kept),
+        turned_before=int(before),
+        turned_after=int(after),
+        padded=padded.astype("<i8").tobytes(),
+    )
+    _write(work / MENDED, msgspec.json.encode(found))
+    joint.agree("result", f"{kept} {before} {after}")
+    return found
+
+
+def _load(asked: Inspection, held: Held, joint: Computation, progress: Progress) -> tuple[tuple[str, ...], str]:
+    """Bring what the owners gave into the computation: the names of the layers, and of the pad."""
+    from edgeguard.private import inspecting
+
+    progress("comparing the inspection with the other parties", 0, asked.steps)
+    joint.agree("inspection", asked.digest)
+    joint.agree("what the owners gave", held.digest)
+    progress("taking what the owners gave", 0, asked.steps)
+    layers = tuple(f"layer{i}" for i in range(len(asked.weights)))
+    joint.add_up("model", held.values["model-owner"])
+    count = owners.weight_values(asked)
+    joint.prepare(lambda v: (*inspecting.layers_of(asked, v), v[count:]), ("model",), (*layers, "pad"))()
+    joint.add_up("data", held.values["data-owner"])
+    joint.prepare(lambda v: inspecting.inputs_of(asked, v), ("data",), ("sought", "held_out"))()
+    joint.forget(("model", "data"))
+    return layers, "pad"
+
+
+def _common(views: Sequence[Any]) -> int:
+    """The last number of steps after which all three kept their shares; 0 for none."""
+    if not all(isinstance(view, list) and all(isinstance(number, int) for number in view) for view in views):
+        raise TrustError("what a party kept", got="something else")
+    return int(max(set(views[0]).intersection(*views[1:]), default=0))
+
+
+def _states(asked: Inspection, held: Held, work: Path) -> dict[int, _State]:
+    found = {}
+    for path in work.glob("state-*.json"):
+        try:
+            state = msgspec.json.decode(path.read_bytes(), type=_State)
+        except (OSError, msgspec.DecodeError) as error:
+            raise ConfigError(f"shares {path}", got=error, do="remove the file") from error
+        if (state.inspection, state.given) == (asked.digest, held.digest):
+            found[state.done] = state
+    return found
+
+
+def _keep(asked: Inspection, held: Held, work: Path, done: int, kept: dict[str, Kept]) -> None:
+    """Keep shares, and those before them: another party may not have come as far."""
+    work.mkdir(mode=0o700, parents=True, exist_ok=True)
+    state = _State(inspection=asked.digest, given=held.digest, done=done, kept=kept)
+    _write(work / f"state-{done:04}.json", msgspec.json.encode(state))
+    for old in sorted(work.glob("state-*.json"))[:-2]:
+        old.unlink()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """The owner's alone, and whole or not at all."""
+    part = path.with_suffix(".part")
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

@@ -1,0 +1,234 @@
+"""An inspection and the repair after it by three real processes, from the command line: same verdict as in clear."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from edgeguard.contract.private import Inspection
+from edgeguard.private import inspections, owners
+from edgeguard.private.parties import Own
+from tests.simulators import needs
+from tests.simulators import private as making
+
+needs.python_module("spu", "spu", until=(3, 11))
+
+pytestmark = pytest.mark.slow
+TIMEOUT_S = 400
+
+
+def start(own: Own, folder: Path, *what: str) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-c",
+        "from edgeguard.cli import main; main()",
+        "private",
+        *what,
+        "run",
+        str(own.folder),
+        "--plan",
+        str(folder / "plan.json"),
+        "--given",
+        str(folder / "given"),
+        "--timeout",
+        "60",
+        "--json",
+    ]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def ended(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    found = []
+    for process in processes:
+        out, err = process.communicate(timeout=TIMEOUT_S)
+        found.append((process.returncode, out, err))
+    return found
+
+
+class Ran:
+    """Three parties with a plan and what both owners gave."""
+
+    def __init__(self, folder: Path, *, backdoored: bool) -> None:
+        self.folder = folder
+        self.owns = making.parties(folder / "parties")
+        self.asked = making.an_inspection(self.owns, prune=1)
+        self.network, self.x = making.a_network(backdoored=backdoored), making.clean_inputs(24)
+        self.pad = making.give(self.asked, self.owns, folder / "given", self.network, self.x)
+        (folder / "plan.json").write_bytes(msgspec.json.encode(self.asked))
+
+    def run(self, *what: str) -> list[tuple[int, str, str]]:
+        return ended([start(own, self.folder, *what) for own in self.owns])
+
+    def work(self, party: int) -> Path:
+        return self.owns[party].folder / f"inspection-{self.asked.digest[:16]}"
+
+    def kept(self, party: int, done: int) -> Any:
+        return json.loads((self.work(party) / f"state-{done:04}.json").read_bytes())["kept"]
+
+    def clear(self) -> Any:
+        from edgeguard.private import inspecting
+
+        return inspecting.in_clear(self.asked, self.network, self.x)
+
+
+@pytest.fixture(scope="module")
+def backdoored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ran, list[tuple[int, str, str]]]:
+    ran = Ran(tmp_path_factory.mktemp("backdoored"), backdoored=True)
+    return ran, ran.run("inspect")
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ran, list[tuple[int, str, str]]]:
+    ran = Ran(tmp_path_factory.mktemp("clean"), backdoored=False)
+    return ran, ran.run("inspect")
+
+
+Outcome = tuple[Ran, list[tuple[int, str, str]]]
+
+
+def test_a_backdoored_model_is_named_with_its_label_as_in_clear(backdoored: Outcome) -> None:
+    ran, results = backdoored
+    assert np.flatnonzero(ran.clear()[1].flagged).tolist() == [2]
+    for code, out, err in results:
+        assert code == 1, err
+        shown = json.loads(out.splitlines()[-1])
+        assert shown == {"inspection": ran.asked.id, "verdict": "backdoored", "labels": [2], "steps": ran.asked.steps}
+
+
+def test_a_clean_model_is_left_alone_as_in_clear(clean: Outcome) -> None:
+    ran, results = clean
+    assert not ran.clear()[1].flagged.any()
+    assert [code for code, _, _ in results] == [0, 0, 0], results
+    assert [json.loads(out.splitlines()[-1])["verdict"] for _, out, _ in results] == ["no_sign"] * 3
+
+
+def test_the_models_owner_reads_the_trigger_that_the_clear_run_finds(backdoored: Outcome) -> None:
+    ran, _ = backdoored
+    found = inspections.result(ran.work(0) / inspections.INSPECTED, inspections.Inspected)
+    (trigger,) = owners.triggers(ran.asked, np.frombuffer(found.padded, "<i8"), ran.pad, found.labels)
+    sizes, decision = ran.clear()
+    assert trigger.mask.sum() == pytest.approx(sizes[2], rel=1e-2)
+    np.testing.assert_allclose(trigger.mask, decision.trigger.sum(axis=0)[2], atol=1e-2)
+
+
+def test_all_three_parties_open_the_same(backdoored: Outcome) -> None:
+    ran, _ = backdoored
+    assert len({(ran.work(party) / inspections.INSPECTED).read_bytes() for party in range(3)}) == 1
+
+
+@pytest.mark.parametrize("party", range(3))
+def test_what_a_party_holds_is_as_large_whatever_the_model_and_looks_random(
+    backdoored: Outcome, clean: Outcome, party: int
+) -> None:
+    """Its shares after twelve steps of two different models. Chi-squared of bytes, as in test_owners.py."""
+    sizes = []
+    for ran, _ in (backdoored, clean):
+        chunks = {
+            name: [base64.b64decode(part) for part in json.loads(held["share"])[1:]]
+            for name, held in ran.kept(party, 12).items()
+        }
+        sizes.append({name: [len(chunk) for chunk in parts] for name, parts in chunks.items()})
+        content = b"".join(chunk for parts in chunks.values() for chunk in parts)
+        counts = np.bincount(np.frombuffer(content, np.uint8), minlength=256)
+        assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 400
+    assert sizes[0] == sizes[1]
+
+
+def test_shares_on_disk_are_their_partys_alone(backdoored: Outcome) -> None:
+    ran, _ = backdoored
+    assert {path.stat().st_mode & 0o777 for path in ran.work(1).glob("*.json")} == {0o600}
+
+
+def test_a_result_is_given_again_and_not_computed_again(backdoored: Outcome) -> None:
+    """One party alone, with nobody to compute with."""
+    ran, results = backdoored
+    ((code, out, _),) = ended([start(ran.owns[0], ran.folder, "inspect")])
+    assert (code, out.splitlines()[-1]) == (1, results[0][1].splitlines()[-1])
+
+
+def test_a_run_that_broke_off_while_it_opened_opens_the_same_again(backdoored: Outcome) -> None:
+    """What a pad hid once is not computed anew: truncation would make it differ."""
+    ran, _ = backdoored
+    paths = [ran.work(party) / inspections.INSPECTED for party in range(3)]
+    before = paths[0].read_bytes()
+    for path in paths:
+        path.unlink()
+    assert [code for code, _, _ in ran.run("inspect")] == [1, 1, 1]
+    assert {path.read_bytes() for path in paths} == {before}
+
+
+def test_parties_repair_what_was_flagged_and_the_owner_gets_the_last_layer(backdoored: Outcome) -> None:
+    from edgeguard.private import mending
+
+    ran, _ = backdoored
+    results = ran.run("repair")
+    assert [code for code, _, _ in results] == [0, 0, 0], results
+    shown = json.loads(results[0][1].splitlines()[-1])
+    assert shown["turned_before"] > 8
+    assert (shown["kept"], shown["turned_after"]) == (ran.asked.held_out, 0)
+    found = inspections.result(ran.work(2) / inspections.MENDED, inspections.Mended)
+    kernel, bias = owners.last_layer(ran.asked, np.frombuffer(found.padded, "<i8"), ran.pad)
+    expected = mending.in_clear(ran.asked, ran.network, ran.x, ran.clear()[1].trigger)
+    np.testing.assert_allclose(kernel, expected[0], atol=2e-2)
+    np.testing.assert_allclose(bias, expected[1], atol=2e-2)
+
+
+def test_a_party_that_stops_ends_the_run_and_it_goes_on_from_the_last_shares(tmp_path: Path) -> None:
+    ran = Ran(tmp_path, backdoored=True)
+    processes = [start(own, ran.folder, "inspect") for own in ran.owns]
+    deadline = time.monotonic() + TIMEOUT_S
+    while not all((ran.work(party) / "state-0004.json").exists() for party in range(3)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    # The party with its child, which computes: a power cut takes both.
+    os.killpg(processes[2].pid, signal.SIGKILL)
+    for code, out, err in ended(processes)[:2]:
+        assert (code, out) == (2, "")
+        assert "start all three parties again" in err.splitlines()[-1]
+    assert not any((ran.work(party) / inspections.INSPECTED).exists() for party in range(3))
+    # One party lost what it kept last: all go on from what they have in common.
+    (ran.work(0) / "state-0008.json").unlink(missing_ok=True)
+    before = (ran.work(0) / "state-0004.json").stat().st_mtime_ns
+    results = ran.run("inspect")
+    assert [json.loads(out.splitlines()[-1])["labels"] for _, out, _ in results] == [[2]] * 3
+    kept = ran.work(0) / "state-0004.json"
+    assert not kept.exists() or kept.stat().st_mtime_ns == before
+
+
+def test_parties_with_other_shares_do_not_compute(tmp_path: Path) -> None:
+    """The owner gave one party a second set: the same inspection, another model."""
+    ran = Ran(tmp_path, backdoored=True)
+    shutil.rmtree(ran.folder / "other", ignore_errors=True)
+    making.give(ran.asked, ran.owns, ran.folder / "other", making.a_network(backdoored=False), ran.x)
+    apart = ran.folder / "apart"
+    apart.mkdir()
+    shutil.copy(ran.folder / "plan.json", apart)
+    shutil.copytree(ran.folder / "other", apart / "given")
+    folders = [ran.folder, ran.folder, apart]
+    results = ended([start(own, folder, "inspect") for own, folder in zip(ran.owns, folders, strict=True)])
+    assert [code for code, _, _ in results] == [2, 2, 2]
+    # Who hears it first leaves, and may be missed by another before that one has heard it too.
+    assert any("what the owners gave; got not the same at all three parties" in err for _, _, err in results)
+    assert not any(list(own.folder.glob("inspection-*")) for own in ran.owns)
+
+
+def test_an_inspection_for_other_parties_is_not_begun(tmp_path: Path) -> None:
+    ran = Ran(tmp_path, backdoored=True)
+    other = msgspec.structs.replace(ran.asked, parties="1" * 64)
+    assert isinstance(other, Inspection)
+    (ran.folder / "plan.json").write_bytes(msgspec.json.encode(other))
+    ((code, _, err),) = ended([start(ran.owns[0], ran.folder, "inspect")])
+    assert (code, "meant for other parties" in err) == (2, True)
