@@ -487,13 +487,14 @@ def main() -> int:
             "postgresql": lambda: postgres.url(postgres.create()),
         }
         size = statistics.mean(len(encode(report(number))) for number in range(10))
-        found: dict[str, Any] = _kept(options.json) if options.part else {}
+        machine = {
+            "architecture": platform.machine(),
+            "cpus": os.cpu_count(),
+            "python": platform.python_version(),
+        }
+        found: dict[str, Any] = _kept(options.json, machine) if options.part else {}
         found |= {
-            "machine": {
-                "architecture": platform.machine(),
-                "cpus": os.cpu_count(),
-                "python": platform.python_version(),
-            },
+            "machine": machine,
             "broker": BROKER.strip(),
             "report_bytes": round(size, 1),
             "devices": DEVICES,
@@ -522,13 +523,12 @@ def main() -> int:
     return 0 if all(kept.values()) else 1
 
 
-def _kept(place: Path | None) -> dict[str, Any]:
-    """What an earlier run wrote."""
-    try:
-        found: dict[str, Any] = {} if place is None else json.loads(place.read_text())
-    except (OSError, ValueError):
+def _kept(place: Path | None, machine: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier run wrote; empty where there is none, or it ran on another machine."""
+    if place is None or not place.exists():
         return {}
-    return found
+    found: dict[str, Any] = json.loads(place.read_text())
+    return found if found.get("machine") == machine else {}
 
 
 def judge(found: Mapping[str, Any]) -> dict[str, bool]:

@@ -163,8 +163,10 @@ _TAIL = """## Published rows to beat
 reported label and move the channel norms as devices reported. `methods/unlearning.py` teaches the model to give the
 original's own clean answers with the trigger on. `auto.py` tries every method in order of cost and holds each result
 against `gate.py`: clean accuracy, recall of every class, recovered and kept triggers, quarantined inputs, a re-audit.
-The re-audit reads the guarded int8 file and looks at every label. With fewer than 100 held-out inputs of a class the
-recall rule cannot be checked, with three classes or fewer the re-audit: "needs approval".
+The re-audit reads the guarded int8 file. With a case of a trainable model it looks at the case's label, with a
+quarter of an audit's steps, and then seeks what devices reported, where a trigger of more than 1.5 times the size
+that the original had counts as another; else it looks at every label. With fewer than 100 held-out inputs of a class
+the recall rule cannot be checked, with three classes or fewer the re-audit: "needs approval".
 
 ## `edgeguard repair MODEL --data CLEAN --evidence CASE.json`
 

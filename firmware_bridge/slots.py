@@ -1,7 +1,7 @@
 """Model slots and one pointer: a device has a complete, verified model whenever the power fails.
 
 A folder holds ``slot-a.tflite``, ``slot-b.tflite`` and ``slots.json``, which says what lies in each slot and
-which one runs. A third slot, c, is there only where a release takes the place of one that is still on trial. Rules
+which one runs. A third slot, c, comes into use where a release takes the place of one that is still on trial. Rules
 enforced here:
 
 * a file appears whole or not at all: write beside it, fsync, rename, fsync the folder;
@@ -339,7 +339,10 @@ class Slots:
         return None if name is None else self._verified(name)
 
     def survey(self) -> tuple[Held, ...]:
-        """What each slot holds, the one that runs first. Every file is read."""
+        """What each slot holds, the one that runs first. Every file is read.
+
+        Raises PermissionError where one may not be read.
+        """
         state = self._state()
         found = [self._held(state, name, content) for name in NAMES if (content := state.content(name)) is not None]
         return tuple(sorted(found, key=lambda one: ("runs", "way back", "left").index(one.place)))
@@ -356,7 +359,9 @@ class Slots:
         try:
             self._verified(name)
             holds = True
-        except TrustError:
+        except TrustError as error:
+            if isinstance(error.__cause__, PermissionError):
+                raise error.__cause__ from None  # nothing was looked at
             holds = False
         return Held(
             name=name,
@@ -374,7 +379,8 @@ class Slots:
         Raises TrustError if none holds it.
         """
         state = self._state()
-        for name in NAMES:
+        # One file may lie in two: released again, the newer one runs, and the older is the way back.
+        for name in dict.fromkeys((state.active, *NAMES)):
             content = state.content(name)
             if content is not None and content.sha256 == sha256:
                 return self._verified(name)

@@ -131,8 +131,8 @@ def examine(
     if settings is None:
         found += _unchecked("needs the configuration", SLOTS, "broker", "certificates", "state folder", "local socket")
     else:
-        # A fetched model, and in the slots its place and that of one on trial, besides what runs.
-        needed = (settings.spool.max_mib + 3 * (settings.update.max_mib if settings.update else 0)) << 20
+        # A fetched model, the two slots besides the one that runs, and one that is being written.
+        needed = (settings.spool.max_mib + 4 * (settings.update.max_mib if settings.update else 0)) << 20
         found += [
             slots(_slots_folder(settings)),
             _broker(settings.broker),
@@ -254,14 +254,14 @@ def slots(folder: Path) -> Check:
         held = Slots(folder).survey()
     except OSError as error:
         do = "run this command as the agent's user or as root"
-        return Check(name=SLOTS, status="failed", found=f"{folder}: {error.strerror}", do=do)
+        status: Status = "not checked" if isinstance(error, PermissionError) else "failed"
+        return Check(name=SLOTS, status=status, found=f"{folder}: {error.strerror}", do=do)
     except EdgeGuardError as error:
         return _failed(SLOTS, error)
     runs = [one for one in held if one.place == "runs"]
     back = [one for one in held if one.place == "way back"]
     told = "; ".join(_slot(one) for one in held) + ("" if back else "; no way back")
-    status: Status = "ok"
-    do = ""
+    status, do = "ok", ""
     if not runs or not runs[0].holds:
         status = "failed"
         do = "restart the agent: it takes the way back" if back and back[0].holds else "fetch or copy the model again"

@@ -4,7 +4,7 @@ The reporter's thread calls this; the loop only takes a ``successor`` between tw
 enforced here:
 
 * a new model is opened, and run once, before the loop sees it, so that the loop itself loads nothing and runs nothing
-  but inputs;
+  but inputs. It is run when its first start is on disk and the record names it: what kills the process is counted;
 * one model waits for the loop at most; until it was taken nothing else is begun;
 * a newer release may take the place of one that is on trial: a device without inputs would wait for ever. The way back
   stays the model before, until the newer one proved itself;
@@ -152,16 +152,20 @@ class Succession:
     def admit(self, done: Calibrated) -> None:
         """Check and stage a re-calibrated model. Raises EdgeGuardError on any doubt; then the old one runs on."""
         model = recalibration.admit(done, self.running.model, load=self._load)
-        _run_once(model)
-        slot = self._slots.stage_local(
-            done.content,
-            made_of=done.made_of,
-            guard_digest=model.metadata.guard_digest,
-            sidecar=None if done.sidecar is None else self._slots.keep(done.sidecar),
-            anchor=self._anchor(done.made_of),
-        )
-        self._trial.first(slot.sha256)
-        self._slots.activate(slot)
+        try:
+            slot = self._slots.stage_local(
+                done.content,
+                made_of=done.made_of,
+                guard_digest=model.metadata.guard_digest,
+                sidecar=None if done.sidecar is None else self._slots.keep(done.sidecar),
+                anchor=self._anchor(done.made_of),
+            )
+            self._trial.first(slot.sha256)
+            self._slots.activate(slot)
+            self._warm(model)
+        except EdgeGuardError:
+            self._look_back()
+            raise
         self._offer(model, slot.sequence)
 
     def close(self) -> None:
@@ -213,13 +217,16 @@ class Succession:
                 fetched,
                 self._slots,
                 trial=self._trial,
-                load=self._opened,
+                load=self._load,
                 anchor=self._anchor(self._slots.holding(self.running.model.file_digest)),
                 sidecar_of=partial(startup.sidecar_of, self._config),
             )
+            self._warm(running.model)
         except (TrustError, ModelError) as error:
+            self._look_back()
             self._tell(self._updater.defer(fetched.sequence, "refused", str(error), now_s=now_s))
         except ConfigError as error:
+            self._look_back()
             self._tell(self._updater.defer(fetched.sequence, "failed", str(error), now_s=now_s))
         else:
             self._successor, self.waits = running, True
@@ -234,13 +241,17 @@ class Succession:
 
     def _take(self, slot: Slot) -> None:
         """Let the loop take the model that the record names. Raises EdgeGuardError if it does not load."""
-        self._offer(self._opened(self._slots.read(slot)), slot.sequence)
-
-    def _opened(self, content: bytes) -> GuardedModel:
-        """Open a model, and run it once: the first inference takes longer. Raises ModelError as the model's loader."""
-        model = self._load(content)
+        model = self._load(self._slots.read(slot))
         _run_once(model)
-        return model
+        self._offer(model, slot.sequence)
+
+    def _warm(self, model: GuardedModel) -> None:
+        """Run a model that was just put in place; where that fails, the one before stays. Raises EdgeGuardError."""
+        try:
+            _run_once(model)
+        except ModelError as error:
+            self._slots.revert(str(error), has_failed=True)
+            raise
 
     def _offer(self, model: GuardedModel, sequence: int) -> None:
         held = startup.sidecar_of(self._config, model.metadata)
@@ -253,5 +264,6 @@ class Succession:
 
 
 def _run_once(model: GuardedModel) -> None:
+    """The first inference takes longer. Raises ModelError as ``infer``."""
     expected = model.metadata.input
     model.infer(np.zeros(expected.shape, expected.dtype))

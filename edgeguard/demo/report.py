@@ -202,8 +202,8 @@ def _case(case: Mapping[str, object]) -> dict[str, Any]:
     unit = " of full strength" if finding.get("form") == "blend" else " pixels"
     numbers = (
         ("Success on inputs it was not made from", "success", ".1%", ""),
-        ("Size of the recovered trigger", "size", ".3g", unit),
-        ("Size that other labels need (median)", "control_size", ".3g", unit),
+        ("Size of the recovered trigger", "size", ".2f", unit),
+        ("Size that other labels need (median)", "control_size", ".2f", unit),
         ("Agreement with the devices' evidence, 1 is full", "agreement", ".2f", ""),
     )
     return {

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -102,4 +103,10 @@ def open_interpreter(content: bytes, *, threads: int = 1, name: str | None = Non
         raise ModelError(
             "model file", got=f"refused by {chosen.name}: {str(error)[:200]}", do="convert the model again"
         ) from error
-    return interpreter, RuntimeInfo(chosen.name, importlib.metadata.version(chosen.distribution), threads)
+    return interpreter, RuntimeInfo(chosen.name, _version(chosen.distribution), threads)
+
+
+@functools.cache
+def _version(distribution: str) -> str:
+    """Looked up once: it reads files, which an agent that swaps models need not do again."""
+    return importlib.metadata.version(distribution)

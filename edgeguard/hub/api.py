@@ -278,7 +278,7 @@ def _add_reading(app: FastAPI, parts: Parts) -> None:
 
     @app.get("/v1/cases/{case}/evidence", tags=["cases"])
     def evidence(case: views.Id) -> views.Evidence:
-        """What the devices behind a case sent of its label, pooled, as `edgeguard repair --evidence` reads it."""
+        """What devices sent of a case's label, pooled, as `edgeguard repair --evidence` reads it."""
         found = _found(parts.book.get(case), f"case {case}")
         model = _found(dict(parts.models()).get(found.model_digest), f"model of case {case}")
         pooled = parts.book.evidence(found, model.guard, parts.policy)

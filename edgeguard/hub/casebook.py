@@ -228,7 +228,10 @@ class Casebook:
             return trust.standing(self._trust(db, model_digest), self._clock_ms())
 
     def evidence(self, case: Case, guard: GuardMetadata, policy: PolicyConfig) -> LabelEvidence | None:
-        """What the devices behind a record sent of its label of late, pooled; None where none did under this guard."""
+        """What the devices behind a record sent of its label of late, pooled; None where nobody did under this guard.
+
+        Where none of them did, as after a change of guard, it is what other devices sent of the label.
+        """
         digest = case.model_digest
         rows = self._store.label_features(digest, guard.guard_digest, case.label, enough=policy.min_flagged)
         # Others see no trigger, and would hide its channels.

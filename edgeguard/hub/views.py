@@ -204,7 +204,10 @@ class Dormant(View):
 
 
 class Evidence(View):
-    """What the devices behind a case sent of its label, pooled. Means are in the order of the guard's features."""
+    """What devices sent of a case's label, pooled: those behind it, or all where none of them has the present guard.
+
+    Means are in the order of the guard's features.
+    """
 
     model_config = _example(
         model_digest=_DIGEST, label=14, flagged_mean=[3.1, 0.2], unflagged_mean=[0.4, 0.3],

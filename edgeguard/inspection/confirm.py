@@ -96,13 +96,13 @@ def decide(
     if size > MAX_SIZE_RATIO * median:
         return finding(
             "not_confirmed",
-            f"its smallest trigger is {_sized(form, size)}, those of other labels {median:.3g}: no outlier",
+            f"its smallest trigger is {_sized(form, size)}, those of other labels {_number(form, median)}: no outlier",
         )
     if not math.isnan(agreement) and agreement < MIN_AGREEMENT:
         return finding("not_confirmed", f"the trigger moves other channels than devices reported ({agreement:.2f})")
     return finding(
         "confirmed",
-        f"{_sized(form, size)} turns {success:.0%} of held-out inputs; other labels need {median:.3g}",
+        f"{_sized(form, size)} turns {success:.0%} of held-out inputs; other labels need {_number(form, median)}",
     )
 
 
@@ -118,7 +118,12 @@ def telling(findings: Sequence[Finding]) -> int:
 
 
 def _sized(form: Form, size: float) -> str:
-    return f"a patch of {size:.3g} pixels" if form == "patch" else f"a blend of amplitude {size:.3g}"
+    number = _number(form, size)
+    return f"a patch of {number} pixels" if form == "patch" else f"a blend of amplitude {number}"
+
+
+def _number(form: Form, size: float) -> str:
+    return f"{size:.1f}" if form == "patch" else f"{size:.3f}"
 
 
 def agreement_of(

@@ -29,9 +29,9 @@ MAX_SHARE = 0.1
 RESTARTS, STEPS, RATE = 512, 100, 0.2
 MAX_CODED = 16
 """So many pixels have 65536 black-and-white pictures. The published module reads as many."""
-_AT_ONCE = 4096
+_AT_ONCE, _VALUES_AT_ONCE = 4096, 1 << 24
 _BATCH = 64
-_SURE = 0.5
+_SURE, _CERTAIN = 0.5, 0.99
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ def triggers_of(model: Any, module: Module, images: npt.NDArray[np.uint8], *, se
         for label in labels:
             place = int(sure[:, label].argmax())
             if sure[place, label] > best.get(label, (_SURE,))[0]:
-                best[label] = float(sure[place, label]), patterns[place]
+                best[label] = float(sure[place, label]), patterns[place].copy()
 
     for patterns in _codes(region, shape):
         keep(patterns, range(classes))
@@ -118,7 +118,7 @@ def triggers_of(model: Any, module: Module, images: npt.NDArray[np.uint8], *, se
         largest = tf.reduce_max(tf.abs(gradient), axis=(1, 2, 3), keepdims=True)
         raw.assign_add(RATE * tf.math.divide_no_nan(gradient, largest))
 
-    for label in sorted(set(range(classes)) - set(best)):
+    for label in sorted(label for label in range(classes) if best.get(label, (0.0,))[0] < _CERTAIN):
         starts = rng.random((RESTARTS, *shape)) < rng.uniform(0.1, 0.9, (RESTARTS, 1, 1, 1))
         raw.assign(np.where(starts, 1.0, -1.0).astype(np.float32))
         for _ in range(STEPS):
@@ -132,8 +132,9 @@ def _codes(region: Floats, shape: tuple[int, ...]) -> Iterator[Floats]:
     rows, columns = np.nonzero(region[..., 0])
     if len(rows) > MAX_CODED:
         return
-    for start in range(0, 1 << len(rows), _AT_ONCE):
-        codes = np.arange(start, min(start + _AT_ONCE, 1 << len(rows)))
+    at_once = max(1, min(_AT_ONCE, _VALUES_AT_ONCE // int(np.prod(shape))))
+    for start in range(0, 1 << len(rows), at_once):
+        codes = np.arange(start, min(start + at_once, 1 << len(rows)))
         patterns = np.zeros((len(codes), *shape), np.float32)
         patterns[:, rows, columns] = 255.0 * (codes[:, np.newaxis] >> np.arange(len(rows)) & 1)[..., np.newaxis]
         yield patterns

@@ -43,6 +43,8 @@ from edgeguard.repair.methods.base import Bench, Dormant, Knowledge
 from edgeguard.repair.target import KerasTarget, Target, TfliteTarget
 
 FPR = 0.01
+COMPARED, MIN_ALIKE = 200, 0.9
+"""Clean inputs on which a guarded file is compared with the model that it is said to be made of."""
 FEATURE_INPUTS = 500
 TRAINABLE = (".keras", ".h5")
 _TRIGGERS, _TRIED, _OF = "triggers.npz", "tried.json", "of.json"
@@ -317,9 +319,9 @@ def _knowledge(
 
 def _open(order: Order, content: bytes, say: auto.Say) -> _Subject:
     """The model as a target and as a guarded file, and the clean data, checked against it."""
-    owned = owner.parts_of(order.data, fpr=FPR, seed=order.seed)
-    parts = vars(owned)
     say("confirming", "reading the model", 0, 1)
+    owned = owner.parts_of(order.data, fpr=_fpr_of(order, content), seed=order.seed)
+    parts = vars(owned)
     subject = _trainable(order, parts) if order.model.suffix in TRAINABLE else _flat(content, parts)
     classes = len(subject.metadata.classes)
     if not classes:
@@ -336,6 +338,20 @@ def _open(order: Order, content: bytes, say: auto.Say) -> _Subject:
     return subject
 
 
+def _fpr_of(order: Order, content: bytes) -> float:
+    """The false-positive rate of the file that devices run, which a repaired one shall have as well."""
+    if order.model.suffix in TRAINABLE and order.guarded is None:
+        return FPR
+    guarded = content if order.guarded is None else _read(order.guarded)
+    untrusted.probe(guarded)
+    try:
+        return metadata_reader.read(guarded).fpr
+    except ModelError:  # no guard is in it yet
+        if order.guarded is not None:
+            raise
+        return FPR
+
+
 def _trainable(order: Order, parts: dict[str, Any]) -> _Subject:
     import keras
 
@@ -348,7 +364,6 @@ def _trainable(order: Order, parts: dict[str, Any]) -> _Subject:
         guarded, metadata = done.guarded, done.metadata
     else:
         guarded = _read(order.guarded)
-        untrusted.probe(guarded)
         metadata = metadata_reader.read(guarded)
     try:
         model = keras.models.load_model(order.model, compile=False)
@@ -356,14 +371,30 @@ def _trainable(order: Order, parts: dict[str, Any]) -> _Subject:
         reason = str(error).split("\n", 1)[0][:200]
         raise ModelError(f"model {order.model}", got=reason, expected="a model that can be trained") from error
     target = KerasTarget(model)
-    layers = {tap.source_layer for tap in metadata.taps if tap.kind != "logit"}
-    if not layers <= set(target.tapped(metadata.taps)):
+    if order.guarded is not None and (why := _another(target, guarded, metadata, parts["x_gate"][:COMPARED])):
         raise ModelError(
-            f"guarded file {order.guarded}",
-            got=f"taps of {', '.join(sorted(layers)) or 'nothing'}",
-            expected=f"layers of {order.model.name}, which it was made of",
+            f"guarded file {order.guarded}", got=why, expected=f"the file that was made of {order.model.name}"
         )
     return _Subject(target=target, guarded=guarded, metadata=metadata, **parts)
+
+
+def _another(target: KerasTarget, guarded: bytes, metadata: GuardMetadata, images: npt.NDArray[np.uint8]) -> str:
+    """Why a guarded file was not made of a model; empty where it may have been."""
+    shape, classes = tuple(target.model.inputs[0].shape[1:]), int(target.model.outputs[0].shape[-1])
+    if (shape, classes) != (tuple(metadata.input.shape), len(metadata.classes)):
+        return f"inputs of {list(metadata.input.shape)} and {len(metadata.classes)} classes"
+    taps = [tap for tap in metadata.taps if tap.kind != "logit"]
+    known = set(target.tapped(metadata.taps))
+    for tap in taps:
+        if tap.source_layer not in known:
+            return f"a tap of {tap.source_layer}"
+        if target.model.get_layer(tap.source_layer).output.shape[-1] != tap.channels:
+            return f"{tap.channels} channels of {tap.source_layer}"
+    if tuple(images.shape[1:]) != shape:
+        return ""  # the data are refused, not the file
+    model = GuardedModel.load(guarded)
+    alike = float(np.mean(target.classes(images) == [model.measure(x).predicted for x in images]))
+    return "" if alike >= MIN_ALIKE else f"the same answer to {alike:.0%} of {len(images)} clean inputs"
 
 
 def _flat(content: bytes, parts: dict[str, Any]) -> _Subject:

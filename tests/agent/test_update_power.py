@@ -45,9 +45,9 @@ from edgeguard.detection import sidecar
 from edgeguard.detection.guarded import Inference
 from edgeguard.detection.sidecar import Sidecar
 from edgeguard.detection.verdict import judge as verdict_of
-from edgeguard.errors import EdgeGuardError, ModelError, TrustError
+from edgeguard.errors import ConfigError, EdgeGuardError, ModelError, TrustError
 from edgeguard.release.client import CUSTOM, FetchRequest, FetchResult, check_target
-from firmware_bridge.slots import Slots
+from firmware_bridge.slots import Slot, Slots
 from tests.simulators import disk
 from tests.simulators.disk import Fault
 
@@ -460,6 +460,69 @@ def test_a_change_of_the_record_that_the_disk_made_but_did_not_confirm_is_follow
     assert passed[renamed + 1] == "sync slots"
     victim = copied(whole, folder / "victim")
     assert disk.run(victim.life, victim.folder, Fault(renamed + 1, "error")).said == told
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+def test_a_model_that_kills_the_agent_when_it_is_first_run_is_counted_and_left(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = an_update(folder)
+    harmless = StandIn.infer
+
+    def infer(self: StandIn, x: Any) -> Inference:
+        if self.number == 3:
+            raise Killed
+        return harmless(self, x)
+
+    monkeypatch.setattr(StandIn, "infer", infer)
+    for _ in range(STARTS):
+        with pytest.raises(Killed):
+            device.life()
+    assert device.life() == "refused 2 2"
+    assert device.slots.failed == (digest(3),)
+
+
+def test_a_model_that_cannot_be_run_is_left_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = an_update(folder)
+    harmless = StandIn.infer
+
+    def infer(self: StandIn, x: Any) -> Inference:
+        if self.number == 3:
+            raise ModelError("model", got="a failure of the runtime")
+        return harmless(self, x)
+
+    monkeypatch.setattr(StandIn, "infer", infer)
+    assert device.life() == "refused 2 2"
+    assert (device.slots.confirmed, device.slots.failed) == (True, (digest(3),))
+
+
+def test_what_the_disk_put_in_place_though_it_said_no_is_taken_without_another_hint(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = an_update(folder)
+    state, models = device.start()
+    activate = Slots.activate
+
+    def unsure(self: Slots, slot: Slot) -> None:
+        activate(self, slot)
+        raise ConfigError("model slots", got="input/output error")
+
+    monkeypatch.setattr(Slots, "activate", unsure)
+    models.hint(Hint(Desired(target="m-3.tflite", sequence=3), fresh=True), now_s=0.0)
+    for turn in range(TURNS):
+        models.step(now_s=float(turn))
+    assert models.told is not None
+    assert models.told.state == "failed"
+    models.prove(Fared(healthy=NEEDED))
+    successor = models.successor()
+    assert successor is not None
+    models.swapped(successor)
+    assert (models.running.sequence, models.told.state) == (3, "updated")
+    models.close()
+    state.lock.close()
 
 
 def copied(device: Device, folder: Path) -> Device:

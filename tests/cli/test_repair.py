@@ -153,13 +153,21 @@ def classes(model: GuardedModel, images: npt.NDArray[np.uint8]) -> npt.NDArray[n
         ("model.tflite", "model.tflite", "no trainable model"),
         ("model.keras", "clean.npz", "model"),
         ("model.keras", "bare.tflite", "guard"),
-        ("model.keras", "other.tflite", "which it was made of"),
+        ("model.keras", "other.tflite", "made of model.keras"),
+        ("model.keras", "twin.tflite", "made of model.keras"),
     ],
 )
 def test_a_file_that_was_not_made_of_the_trainable_model_is_refused(
-    edgeguard: Run, files: dict[str, Path], attacked: Attacked, model: str, guarded: str, message: str
+    edgeguard: Run,
+    files: dict[str, Path],
+    attacked: Attacked,
+    clean_twin: Attacked,
+    model: str,
+    guarded: str,
+    message: str,
 ) -> None:
     folder = files["model.tflite"].parent
+    (folder / "twin.tflite").write_bytes(clean_twin.conversion.guarded)
     attacked.keras.save(folder / "model.keras")
     (folder / "bare.tflite").write_bytes(attacked.conversion.bare)
     bare, plan = calibration.plan(attacked.conversion.bare)

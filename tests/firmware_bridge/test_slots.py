@@ -153,6 +153,12 @@ def test_however_many_releases_follow_each_other_on_trial_there_are_three_files(
     assert len(list((tmp_path / "slots").glob("*.tflite"))) == 2
 
 
+def test_of_two_slots_with_one_file_the_one_that_runs_counts(slots: Slots) -> None:
+    update(slots, TWO, 2)
+    update(slots, ONE, 3, proved=False)
+    assert (slots.holding(sha256(ONE)).name, slots.holding(sha256(ONE)).sequence) == (slots.active().name, 3)
+
+
 def test_a_model_on_trial_is_not_re_calibrated(slots: Slots) -> None:
     update(slots, TWO, 2)
     with pytest.raises(ConfigError, match="on trial"):
