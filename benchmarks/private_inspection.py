@@ -199,7 +199,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     count = args.sought + 64
     scale = 255.0
     if before is not None:
-        scale = float(before.predict(subject.clean[:count].astype(np.float32), verbose=0).max())
+        taken = subject.clean[dense.chosen(count, len(subject.clean))]
+        scale = float(before.predict(taken.astype(np.float32), verbose=0).max())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         owns = _parties(folder)
@@ -267,14 +268,16 @@ def power(data: str, attack: str) -> Iterator[dict[str, Any]]:
             print(f"{cell.name}: {error}", file=sys.stderr)
             continue
         before = dense.extractor(model, shared.dense[0])
-        scale = float(before.predict(part.owner_x[:128].astype(np.float32), verbose=0).max())
+        taken = part.owner_x[dense.chosen(128, len(part.owner_x))]
+        scale = float(before.predict(taken.astype(np.float32), verbose=0).max())
         asked = Inspection(
             id="inspection-1", parties="0" * 64, space="features", layers=shared.layers, scale=scale, sought=64
         )
         x = dense.inputs(asked, part.owner_x, before)
         sizes, found = inspecting.in_clear(asked, shared.arrays(asked), x)
-        smallest = int(np.argmin(sizes))
-        measured = index.measure(sizes, smallest)
+        known = np.where(found.working, sizes, np.inf)
+        smallest = int(np.argmin(known))
+        measured = index.measure(known, smallest)
         yield {
             "model": cell.name,
             "space": "features",

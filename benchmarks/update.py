@@ -41,7 +41,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.agent import MIB, Array, Daemon, Program, infrastructure, pictures, source_of
-from converters import pipeline, sources
+from converters import lowering, pipeline, sources
 from edgeguard.agent.inference import Engine, Running
 from edgeguard.contract.messages import Reported
 from edgeguard.detection import runtime as runtimes
@@ -97,7 +97,7 @@ def made_up(count: int) -> tuple[Array, Array]:
 
 
 def own(convolutions: tuple[tuple[int, int], ...], inputs: Array, labels: Array) -> Any:
-    """A network with random convolutions, and a last layer fitted by ridge regression, for the converter."""
+    """An int8 network with random convolutions and a last layer fitted by ridge regression, for the converter."""
     import keras
 
     keras.utils.set_random_seed(0)
@@ -116,7 +116,9 @@ def own(convolutions: tuple[tuple[int, int], ...], inputs: Array, labels: Array)
     wanted = 10.0 * np.eye(10)[labels] - 1.0
     weights = np.linalg.solve(scaled.T @ scaled + 10.0 * np.eye(len(mean)), scaled.T @ wanted)
     last.set_weights([weights / spread[:, np.newaxis], -(mean / spread) @ weights])
-    return sources.of_keras(model)
+    content = lowering.lower(sources.of_keras(model), inputs).int8_tflite
+    assert content is not None
+    return sources.Source(name="own", tflite=content)
 
 
 @contextmanager

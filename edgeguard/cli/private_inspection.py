@@ -114,12 +114,12 @@ def _register_owners(inspect: typer.Typer) -> None:
         if (model is None) == (data is None) or (model is None) != (pad is None):
             raise ConfigError("owner's part", do="give --model and --pad, or --data")
         asked, trusted = _read(plan_file), parties.read(together)
-        if model is not None and pad is not None:
+        random = b""
+        if model is not None:
             random = secrets.token_bytes(8 * owners.pad_values(asked))
             values = owners.model_values(
                 asked, dense.shared(_network(model), asked.space).arrays(asked), np.frombuffer(random, dtype="<i8")
             )
-            rounds.write_new(pad, random, mode=0o600)
         else:
             from edgeguard import data as datasets
 
@@ -127,6 +127,8 @@ def _register_owners(inspect: typer.Typer) -> None:
             values = owners.data_values(asked, dense.inputs(asked, datasets.calibration(str(data))[0], before))
         part = owners.part(asked, "data-owner" if model is None else "model-owner")
         given = inspections.give(part, values, trusted, secrets.token_bytes(sharing.random_bytes(part)))
+        if pad is not None:
+            rounds.write_new(pad, random, mode=0o600)
         rounds.write_new(output, msgspec.json.encode(given))
         typer.echo(f"{output}: three sealed shares of {part.channels} numbers")
 
@@ -150,9 +152,11 @@ def _register_inspection(inspect: typer.Typer) -> None:
         from edgeguard.private.inspections import Inspected
 
         asked, found = _read(plan_file), _result(result, Inspected)
-        padded = np.frombuffer(found.padded, dtype="<i8")
-        if found.inspection != asked.digest or len(padded) != (owners.trigger_values(asked) if found.labels else 0):
-            raise ConfigError(f"result {result}", got="one of another inspection")
+        _npz(output)
+        expected = owners.trigger_values(asked) if found.labels else 0
+        padded = _padded(result, asked, found, expected)
+        if not all(0 <= label < asked.classes for label in found.labels):
+            raise ConfigError(f"result {result}", got=f"labels {found.labels}", expected=f"0 to {asked.classes - 1}")
         triggers = owners.triggers(asked, padded, _pad(asked, pad), found.labels) if found.labels else []
         np.savez(
             output,
@@ -176,7 +180,7 @@ def _register_inspection(inspect: typer.Typer) -> None:
         from edgeguard.private import child, estimates, inspections
 
         own, asked, held, work = _party(folder, plan_file, given)
-        found = inspections.result(work / inspections.INSPECTED, inspections.Inspected)
+        found = inspections.result(work / inspections.INSPECTED, inspections.Inspected, held)
         if found is None:
             if not as_json:
                 console.facts(estimates.facts(asked))
@@ -205,7 +209,7 @@ def _register_repair(repair: typer.Typer) -> None:
         from edgeguard.private import child, inspections
 
         own, asked, held, work = _party(folder, plan_file, given)
-        found = inspections.result(work / inspections.MENDED, inspections.Mended)
+        found = inspections.result(work / inspections.MENDED, inspections.Mended, held)
         if found is None:
             with console.progress(quiet=as_json) as progress:
                 found = child.run_apart(
@@ -232,15 +236,11 @@ def _register_repair(repair: typer.Typer) -> None:
         output: Path = typer.Option(..., "-o", "--output", help="The Keras file to write."),
     ) -> None:
         """The model's owner puts the mended last layer into the model."""
-        import numpy as np
-
         from edgeguard.private import dense, owners
         from edgeguard.private.inspections import Mended
 
         asked, found = _read(plan_file), _result(result, Mended)
-        padded = np.frombuffer(found.padded, dtype="<i8")
-        if found.inspection != asked.digest or len(padded) != owners.last_values(asked):
-            raise ConfigError(f"result {result}", got="one of another inspection")
+        padded = _padded(result, asked, found, owners.last_values(asked))
         network = _network(model)
         kernel, bias = owners.last_layer(asked, padded, _pad(asked, pad))
         # Inputs of a network without hidden layer were measured in units of the scale.
@@ -266,10 +266,12 @@ def _register_repair(repair: typer.Typer) -> None:
         from edgeguard.repair.methods import unlearning
         from edgeguard.repair.training import distil, teachings
 
-        images = datasets.calibration(data)[0].astype(np.uint8)
+        labels, masks, patterns = _triggers(triggers)
+        given = datasets.calibration(data)[0]
+        if given.dtype != np.uint8 and (given.min() < 0 or given.max() > 255 or given.max() <= 1):
+            raise ConfigError(f"data {data}", got=f"{given.min():g} to {given.max():g}", expected="pixels 0 to 255")
+        images = given.astype(np.uint8)
         network = _network(model)
-        with np.load(triggers, allow_pickle=False) as found:
-            labels, masks, patterns = (np.asarray(found[name]) for name in ("labels", "masks", "patterns"))
         if images.ndim != 4 or images.shape[-1] != 1 or masks.shape[1:] != (int(np.prod(images.shape[1:])),):
             raise ConfigError(f"triggers {triggers}", got=f"masks {masks.shape}", expected="grey pictures like these")
         shape = images.shape[1:]
@@ -282,8 +284,6 @@ def _register_repair(repair: typer.Typer) -> None:
             )
             for label, mask, pattern in zip(labels, masks, patterns, strict=True)
         ]
-        if not stamps:
-            raise ConfigError(f"triggers {triggers}", got="none", do="there is nothing to unlearn")
         with console.progress() as progress:
             distil(
                 network,
@@ -321,6 +321,37 @@ def _result(path: Path, kind: type[Any]) -> Any:
     from edgeguard.private import inspections
 
     return inspections.result(path, kind)
+
+
+def _npz(path: Path) -> None:
+    if path.suffix != ".npz":
+        raise ConfigError(f"output {path}", expected="a name that ends in .npz")
+
+
+def _padded(path: Path, asked: Inspection, found: Any, expected: int) -> npt.NDArray[np.int64]:
+    import numpy as np
+
+    if found.inspection != asked.digest or len(found.padded) != 8 * expected:
+        raise ConfigError(f"result {path}", got="one of another inspection", do="check plan and result")
+    return np.frombuffer(found.padded, dtype="<i8").astype(np.int64)
+
+
+def _triggers(path: Path) -> tuple[npt.NDArray[Any], ...]:
+    """Labels [T], masks and patterns [T, D]."""
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            labels, masks, patterns = (np.asarray(found[name]) for name in ("labels", "masks", "patterns"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"triggers {path}", got=str(error)[:200], expected="as `inspect open` wrote them") from error
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
+        raise ConfigError(f"triggers {path}", got="no labels", do="there is nothing to unlearn")
+    if masks.ndim != 2 or masks.shape != patterns.shape or len(masks) != len(labels):
+        raise ConfigError(f"triggers {path}", got=f"masks {masks.shape}, patterns {patterns.shape}", expected="alike")
+    return labels, masks, patterns
 
 
 def _pad(asked: Inspection, path: Path) -> npt.NDArray[np.int64]:

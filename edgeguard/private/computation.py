@@ -249,7 +249,7 @@ def connect(
         options.verify.ca_file_path = str(own.folder / PEERS)
         options.verify.verify_depth = 1
     context = Computation._call(link.create_brpc, description, own.index)
-    yield Computation(context, own.index)
+    yield Computation._call(Computation, context, own.index)
     # In order, with each waiting for the others' last word. Not after an error, where that would never come.
     context.stop_link()
 

@@ -3,7 +3,8 @@
 Rules enforced here:
 
 * what cannot be computed jointly as it stands is refused: shared are one or two dense layers with a ReLU between them,
-  and for an inspection in pixels nothing but scaling and reshaping comes before.
+  and for an inspection in pixels nothing but scaling and reshaping comes before;
+* inputs are taken from all over the file, whatever its order, and those of another range are refused.
 """
 
 from __future__ import annotations
@@ -52,18 +53,23 @@ def shared(model: Any, space: Space) -> Shared:
     """
     dense: list[Any] = []
     factor = 1.0
-    relu = False
+    relu = scaled = False
     for layer in reversed(model.layers):
         kind, activation = type(layer).__name__, getattr(getattr(layer, "activation", None), "__name__", "linear")
-        if kind == "Dense" and len(dense) < 2 and (activation == "relu" or relu if dense else not relu):
+        if kind == "Dense" and len(dense) < 2 and _joins(activation, relu, bool(dense)):
+            if scaled:
+                raise _refused(layer, "a scale after it")
             if layer.bias is None or (not dense and activation not in ("softmax", "linear")):
                 raise _refused(layer, f"{activation}, bias {layer.bias is not None}")
             dense.insert(0, layer)
             relu = False
-        elif kind == "ReLU" and len(dense) == 1 and layer.max_value is None and not layer.negative_slope:
+        elif kind == "ReLU" and len(dense) == 1 and _plain(layer):
             relu = True
         elif kind == "Rescaling" and space == "pixels" and dense and not np.any(layer.offset):
+            if np.ndim(layer.scale):
+                raise _refused(layer, "a scale for each channel")
             factor *= float(layer.scale)
+            scaled = True
         elif kind not in _IDLE and not (kind == "Softmax" and not dense):
             if space == "features" and dense:
                 break
@@ -94,7 +100,11 @@ def inputs(asked: Inspection, images: npt.NDArray[Any], before: Any | None) -> n
     count = asked.sought + asked.held_out
     if len(images) < count:
         raise ModelError("clean inputs", got=len(images), expected=f"{count} for this inspection")
-    taken = np.asarray(images[:count], np.float32)
+    if images.dtype != np.uint8 and (asked.space == "features" or asked.scale > 1) and images.max() <= 1:
+        raise ModelError("clean inputs", got=f"up to {images.max():g}", expected="pixels from 0 to 255")
+    if asked.space == "pixels" and images.max() > asked.scale:
+        raise ModelError("clean inputs", got=f"up to {images.max():g}", expected=f"0 to {asked.scale:g}, as planned")
+    taken = np.asarray(images[chosen(count, len(images))], np.float32)
     if asked.space == "features":
         if before is None or taken.shape[1:] != tuple(before.inputs[0].shape[1:]):
             raise ModelError(
@@ -107,9 +117,23 @@ def inputs(asked: Inspection, images: npt.NDArray[Any], before: Any | None) -> n
     return np.minimum(flat, 1.0)
 
 
+def chosen(count: int, available: int) -> npt.NDArray[np.int64]:
+    """Places [count] of the inputs to share: a file may be sorted by class."""
+    return np.random.default_rng(0).permutation(available)[:count]
+
+
 def mended(model: Any, last: Sequence[npt.NDArray[Any]]) -> None:
     """Put a mended last layer into a network, in place."""
     next(layer for layer in reversed(model.layers) if type(layer).__name__ == "Dense").set_weights(list(last))
+
+
+def _joins(activation: str, relu: bool, before_another: bool) -> bool:
+    """Whether one ReLU, and nothing else, comes after a dense layer; none after the last."""
+    return (activation, relu) in (("relu", False), ("linear", True), ("relu", True)) if before_another else not relu
+
+
+def _plain(layer: Any) -> bool:
+    return layer.max_value is None and not layer.negative_slope and not layer.threshold
 
 
 def _refused(layer: Any, got: str) -> ModelError:

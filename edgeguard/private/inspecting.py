@@ -5,7 +5,8 @@ inputs. Per label two arrays, ``a`` and ``b`` [L, D], how far each value is take
 
     x' = (1 - a - b) x + a,   a, b >= 0;   mask a + b, pattern a / (a + b), size sum(a + b)
 
-A step goes down the gradient of sum_j sigmoid(z_j - z_label), with momentum, the sigmoid made of three straight pieces;
+A step goes down the gradient of sum_j softplus(z_j - z_label), whose derivative, the sigmoid, is made of three
+straight pieces; with momentum;
 takes a constant from both arrays, which is the step of an l1 norm (Parikh and Boyd, Proximal Algorithms, 2014, 6.5.2);
 and brings them back into their range. The constant is a weight per label that grows by what the success is above
 :data:`TARGET_SUCCESS` and shrinks by what it is below: Neural Cleanse's schedule (Wang et al., S&P 2019) without its
@@ -56,11 +57,13 @@ class Search(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """``flagged`` bool [L]; ``comparable``: enough labels have triggers that work; ``trigger`` float [2, L, D]."""
+    """``flagged`` bool [L]; ``comparable``: enough labels have triggers that work; ``trigger`` float [2, L, D],
+    zero where not flagged; ``working`` bool [L]: whose triggers work, which is not opened."""
 
     flagged: Any
     comparable: Any
     trigger: Any
+    working: Any
 
 
 def from_fixed(values: Any) -> Any:
@@ -145,9 +148,11 @@ def decide(asked: Inspection, layers: Sequence[Any], x: Any, a: Any, b: Any) -> 
         a: see the module.
         b: likewise.
     """
-    flagged, comparable = stands_out(jnp.sum(a + b, axis=1), works(layers, x, a, b), max_ratio(asked))
+    working, known = works(layers, x, a, b)
+    flagged, comparable = stands_out(jnp.sum(a + b, axis=1), working, max_ratio(asked))
+    flagged, comparable = flagged & known, comparable & known
     shown = flagged.astype(a.dtype)[:, None]
-    return Decision(flagged, comparable, jnp.stack([a * shown, b * shown]))
+    return Decision(flagged, comparable, jnp.stack([a * shown, b * shown]), working)
 
 
 def max_ratio(asked: Inspection) -> float:
@@ -247,14 +252,16 @@ def stamped(layers: Sequence[Any], x: Any, a: Any, b: Any) -> Any:
     return (x @ kernel + bias)[:, None, :] - (x @ masked).reshape(-1, labels, width) + (a @ kernel)[None]
 
 
-def works(layers: Sequence[Any], x: Any, a: Any, b: Any) -> Any:
-    """Which labels' triggers turn enough of the inputs [B, D] that the network does not call the label anyway."""
+def works(layers: Sequence[Any], x: Any, a: Any, b: Any) -> tuple[Any, Any]:
+    """Which labels' triggers turn enough of the inputs [B, D] that the network does not call the label anyway, [L];
+    and whether there are such inputs for every label."""
     anyway = called(logits(layers, x @ layers[0] + layers[1]))
     turned = _first(logits(layers, stamped(layers, x, a, b)))
     counted = jnp.sum(1 - anyway, axis=0)
     hits = jnp.sum(turned * (1 - anyway), axis=0)
     hundredths = round(100 * MIN_SUCCESS)
-    return (100 * hits >= hundredths * counted) & (counted > 0)
+    known = jnp.sum((counted == 0).astype(jnp.int64)) == 0
+    return (100 * hits >= hundredths * counted) & (counted > 0), known
 
 
 def called(z: Any) -> Any:

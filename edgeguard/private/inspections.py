@@ -4,13 +4,17 @@ Rules enforced here:
 
 * parties compute on what both owners gave to all three alike, or not at all;
 * every so many steps each party keeps its shares, 0600, and a run that broke off goes on from the last moment that all
-  three kept; a result that is there is given again and never computed again: a pad hides one value once;
-* opened are flags, whether there was enough to compare, three counts of a mending, and padded values. Nothing else.
+  three kept in the same run; a result is kept by all three before it is opened, and given again instead of computed
+  again, for what it was computed from alone: a pad hides one value once;
+* opened are flags, whether there was enough to compare, three counts of a mending, and padded values: of triggers only
+  where a label is flagged. Nothing else.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,14 +34,17 @@ ROLES: tuple[Role, ...] = get_args(Role)
 SEARCH = tuple(f"search{i}" for i in range(6))
 TRIGGER = "trigger"
 DECIDED = ("flagged", "comparable", TRIGGER, "padded")
+JUDGED = ("kept", "before", "after", "padded")
 INSPECTED, MENDED = "inspected.json", "mended.json"
 Verdict = Literal["backdoored", "no_sign", "could_not_check"]
 
 
 class Inspected(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an inspection opened. ``labels``: the flagged ones; ``padded``: their triggers, for the model's owner."""
+    """What an inspection opened. ``given``: digest of what it was computed from; ``labels``: the flagged ones;
+    ``padded``: their triggers, for the model's owner."""
 
     inspection: str
+    given: str
     verdict: Verdict
     labels: tuple[int, ...]
     padded: bytes
@@ -47,6 +54,7 @@ class Mended(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """What a mending opened: counts of ``held_out`` inputs, see :class:`mending.Judged`; ``padded``: the last layer."""
 
     inspection: str
+    given: str
     held_out: int
     kept: int
     turned_before: int
@@ -55,10 +63,12 @@ class Mended(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class _State(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A party's shares after ``done`` steps, one more for the decision, of what was given by this digest."""
+    """A party's shares after ``done`` steps, one more for the decision and two for a mending, of what was given by this
+    digest. Shares of two runs do not fit each other: ``run`` is what the three drew together at its beginning."""
 
     inspection: str
     given: str
+    run: str
     done: int
     kept: dict[str, Kept]
 
@@ -150,10 +160,10 @@ def mend(
     """Meet the two others, mend what an inspection flagged, and deliver the result; see :func:`inspect`.
 
     Raises:
-        ConfigError: there was no inspection, or it flagged nothing.
+        ConfigError: there was no inspection of what was given, or it flagged nothing.
         LinkError, TrustError: see :func:`inspect`.
     """
-    found = result(work / INSPECTED, Inspected)
+    found = result(work / INSPECTED, Inspected, held)
     if found is None or not found.labels:
         got = "nothing flagged" if found else "no inspection"
         raise ConfigError(f"mending in {work}", got=got, expected="an inspection that flagged a label")
@@ -163,40 +173,47 @@ def mend(
         deliver(_mend(asked, held, joint, work, progress))
 
 
-def result(path: Path, kind: type[Any]) -> Any:
-    """What was opened before; None where nothing was."""
+def result(path: Path, kind: type[Any], held: Held | None = None) -> Any:
+    """What was opened before; None where nothing was.
+
+    Raises:
+        ConfigError: it cannot be read, or was computed from something else than ``held``.
+    """
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        found = msgspec.json.decode(path.read_bytes(), type=kind)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"result {path}", got=error, do="get it from another party") from error
+    if held is not None and found.given != held.digest:
+        raise ConfigError(f"result {path}", got="one of other shares", do="make a new plan")
+    return found
 
 
 def _inspect(asked: Inspection, held: Held, joint: Computation, work: Path, progress: Progress) -> Inspected:
     from edgeguard.private import inspecting
 
     layers, pad = _load(asked, held, joint, progress)
-    states = _states(asked, held, work)
-    done = _common(joint.exchange(sorted(states)))
-    if done:
-        joint.restore(states[done].kept)
+    run, state = _chosen(asked, held, joint, work, 1, asked.steps + 1)
+    if state is not None:
+        joint.restore(state.kept)
+    done = 0 if state is None else state.done
     if done <= asked.steps:
-        _search(asked, held, joint, work, progress, layers, done)
+        _search(asked, held, run, joint, work, progress, layers, done)
         progress("deciding", asked.steps, asked.steps)
         joint.prepare(
             lambda x, a, b, pad, *w: _shown(inspecting.decide(asked, w, x, a, b), pad, owners.trigger_values(asked)),
             ("held_out", *SEARCH[:2], pad, *layers),
             DECIDED,
         )()
-        _keep(asked, held, work, asked.steps + 1, joint.keep(DECIDED))
+        _keep(asked, held, run, work, asked.steps + 1, joint.keep(DECIDED))
     # All three have kept these very shares before anything is open: a run that breaks off here opens the same again.
     joint.agree("inspection", asked.digest)
-    flagged, comparable, padded = (joint.open(name) for name in ("flagged", "comparable", "padded"))
+    flagged, comparable = joint.open("flagged"), joint.open("comparable")
     labels = tuple(int(label) for label in np.flatnonzero(flagged))
     verdict: Verdict = "backdoored" if labels else "no_sign" if bool(comparable) else "could_not_check"
-    shown = padded.astype("<i8").tobytes() if labels else b""
-    found = Inspected(inspection=asked.digest, verdict=verdict, labels=labels, padded=shown)
+    shown = joint.open("padded").astype("<i8").tobytes() if labels else b""
+    found = Inspected(inspection=asked.digest, given=held.digest, verdict=verdict, labels=labels, padded=shown)
     _write(work / INSPECTED, msgspec.json.encode(found))
     joint.agree("result", str(labels))
     return found
@@ -205,6 +222,7 @@ def _inspect(asked: Inspection, held: Held, joint: Computation, work: Path, prog
 def _search(
     asked: Inspection,
     held: Held,
+    run: str,
     joint: Computation,
     work: Path,
     progress: Progress,
@@ -227,7 +245,7 @@ def _search(
         step()
         progress("seeking triggers", number + 1, asked.steps)
         if (number + 1) % asked.every == 0 or number + 1 == asked.steps:
-            _keep(asked, held, work, number + 1, joint.keep(SEARCH))
+            _keep(asked, held, run, work, number + 1, joint.keep(SEARCH))
 
 
 def _shown(found: Any, pad: Any, count: int) -> tuple[Any, ...]:
@@ -238,14 +256,37 @@ def _shown(found: Any, pad: Any, count: int) -> tuple[Any, ...]:
 
 
 def _mend(asked: Inspection, held: Held, joint: Computation, work: Path, progress: Progress) -> Mended:
+    layers, pad = _load(asked, held, joint, progress)
+    run, state = _chosen(asked, held, joint, work, asked.steps + 1, asked.steps + 2)
+    if state is None:
+        raise ConfigError(f"shares in {work}", got="not those of an inspection that ended", do="make a new plan")
+    if state.done == asked.steps + 2:
+        joint.restore(state.kept)
+    else:
+        joint.restore({TRIGGER: state.kept[TRIGGER]})
+        _unlearn(asked, joint, progress, layers, pad)
+        _keep(asked, held, run, work, asked.steps + 2, joint.keep(JUDGED))
+    # As for an inspection: what is opened is kept by all three.
+    joint.agree("mending", run)
+    kept, before, after, padded = (joint.open(name) for name in JUDGED)
+    found = Mended(
+        inspection=asked.digest,
+        given=held.digest,
+        held_out=asked.held_out,
+        kept=int(kept),
+        turned_before=int(before),
+        turned_after=int(after),
+        padded=padded.astype("<i8").tobytes(),
+    )
+    _write(work / MENDED, msgspec.json.encode(found))
+    joint.agree("result", f"{kept} {before} {after}")
+    return found
+
+
+def _unlearn(asked: Inspection, joint: Computation, progress: Progress, layers: tuple[str, ...], pad: str) -> None:
+    """Mend the last layer, judge it and pad it: the secrets :data:`JUDGED`."""
     from edgeguard.private import inspecting, mending
 
-    layers, pad = _load(asked, held, joint, progress)
-    state = _states(asked, held, work).get(asked.steps + 1)
-    known = joint.exchange(state is not None)
-    if state is None or not all(known):
-        raise ConfigError(f"shares in {work}", got="not those of an inspection that ended", do="inspect again")
-    joint.restore({TRIGGER: state.kept[TRIGGER]})
     lesson, last = ("hidden", "wanted", "pace"), tuple(f"last{i}" for i in range(4))
 
     def begin(x: Any, trigger: Any, *w: Any) -> tuple[Any, ...]:
@@ -265,19 +306,7 @@ def _mend(asked: Inspection, held: Held, joint: Computation, work: Path, progres
         flat = inspecting.to_fixed(mending.in_a_row(now))
         return (*mending.judge(w, now, x, trigger), flat + pad[owners.trigger_values(asked) :])
 
-    joint.prepare(end, ("held_out", TRIGGER, pad, *last, *layers), ("kept", "before", "after", "padded"))()
-    kept, before, after, padded = (joint.open(name) for name in ("kept", "before", "after", "padded"))
-    found = Mended(
-        inspection=asked.digest,
-        held_out=asked.held_out,
-        kept=int(kept),
-        turned_before=int(before),
-        turned_after=int(after),
-        padded=padded.astype("<i8").tobytes(),
-    )
-    _write(work / MENDED, msgspec.json.encode(found))
-    joint.agree("result", f"{kept} {before} {after}")
-    return found
+    joint.prepare(end, ("held_out", TRIGGER, pad, *last, *layers), JUDGED)()
 
 
 def _load(asked: Inspection, held: Held, joint: Computation, progress: Progress) -> tuple[tuple[str, ...], str]:
@@ -298,32 +327,62 @@ def _load(asked: Inspection, held: Held, joint: Computation, progress: Progress)
     return layers, "pad"
 
 
-def _common(views: Sequence[Any]) -> int:
-    """The last number of steps after which all three kept their shares; 0 for none."""
-    if not all(isinstance(view, list) and all(isinstance(number, int) for number in view) for view in views):
-        raise TrustError("what a party kept", got="something else")
-    return int(max(set(views[0]).intersection(*views[1:]), default=0))
+def _chosen(
+    asked: Inspection, held: Held, joint: Computation, work: Path, least: int, most: int
+) -> tuple[str, _State | None]:
+    """The run, and the state of it that all three go on from; where there is none, the name of a new run.
+
+    Once all three are done here, none has a state left that another may take for one of this run.
+    """
+    drawn = hashlib.sha256(" ".join(map(str, joint.exchange(secrets.token_hex(16)))).encode()).hexdigest()
+    states = _states(asked, held, work)
+    common = _common(joint.exchange(sorted(key for key in states if least <= key[0] <= most)))
+    # Nothing to mend: what there is stays as it is.
+    if common is None and least > 1:
+        return drawn, None
+    ends = {asked.steps + 1, asked.steps + 2} if common is not None and common[0] == most else set()
+    staying = {
+        f"state-{done:04}.json"
+        for done, run in states
+        if common in ((done, run), (most, run)) and (done in ends or (done, run) == common)
+    }
+    for path in work.glob("state-*.json"):
+        if path.name not in staying:
+            path.unlink()
+    joint.agree("where to go on", str(common))
+    return (drawn, None) if common is None else (common[1], states[common])
 
 
-def _states(asked: Inspection, held: Held, work: Path) -> dict[int, _State]:
+def _common(views: Sequence[Any]) -> tuple[int, str] | None:
+    """The last steps done, and their run, that all three kept their shares of; None for none."""
+    try:
+        seen = [set(msgspec.convert(view, list[tuple[int, str]])) for view in views]
+    except msgspec.ValidationError as error:
+        raise TrustError("what a party kept", got="something else") from error
+    return max(set.intersection(*seen), default=None)
+
+
+def _states(asked: Inspection, held: Held, work: Path) -> dict[tuple[int, str], _State]:
+    """This party's states of what was given, by steps done and run."""
     found = {}
     for path in work.glob("state-*.json"):
         try:
             state = msgspec.json.decode(path.read_bytes(), type=_State)
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"shares {path}", got=error, do="remove the file") from error
         if (state.inspection, state.given) == (asked.digest, held.digest):
-            found[state.done] = state
+            found[state.done, state.run] = state
     return found
 
 
-def _keep(asked: Inspection, held: Held, work: Path, done: int, kept: dict[str, Kept]) -> None:
+def _keep(asked: Inspection, held: Held, run: str, work: Path, done: int, kept: dict[str, Kept]) -> None:
     """Keep shares, and those before them: another party may not have come as far."""
     work.mkdir(mode=0o700, parents=True, exist_ok=True)
-    state = _State(inspection=asked.digest, given=held.digest, done=done, kept=kept)
+    state = _State(inspection=asked.digest, given=held.digest, run=run, done=done, kept=kept)
     _write(work / f"state-{done:04}.json", msgspec.json.encode(state))
-    for old in sorted(work.glob("state-*.json"))[:-2]:
-        old.unlink()
+    earlier = sorted(number for number, of in _states(asked, held, work) if of == run and number < done)
+    for old in earlier[:-1]:
+        (work / f"state-{old:04}.json").unlink()
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -34,7 +34,8 @@ KEPT_SEED = 1000
 RESIDUAL_SUCCESS = 0.1
 """A residual trigger that turns less than this is left to the gate."""
 GROWN = 1.5
-"""A trigger that is so many times larger than the smallest that the original has of its form is another trigger.
+"""A trigger that is so many times larger than the original's of its form is another trigger: to be judged, than the
+smallest of the original's; to be unlearnt, where one too many does little harm, than the largest.
 
 On digits under BadNets, Blended, SIG and Refool what other seeds found in the original lay within 1.1 of it, one patch
 of eleven at 4.8; what was found after unlearning, and in clean twins, at 2.1 to 5.9, of warps at 1.5 to 1.9.
@@ -69,7 +70,7 @@ class Searches:
     seed: int = 0
     progress: Progress | None = None
     _nearest: float | None = field(default=None, init=False)
-    _sizes: dict[Form, float] = field(default_factory=dict, init=False)
+    _sizes: dict[Form, list[float]] = field(default_factory=dict, init=False)
     _forms: tuple[Form, ...] = field(default=FORMS, init=False)
     _rounds: int = field(default=0, init=False)
 
@@ -92,17 +93,17 @@ class Searches:
             self._nearest = distance(self.norms, shown[0], self.held_out, self.reported)
             self._forms = tuple(trigger.form for trigger in shown)
         for trigger in (*shown, *(each for each in kept if isinstance(each, Recovered))):
-            self._sizes[trigger.form] = min(trigger.size, self._sizes.get(trigger.form, math.inf))
+            self._sizes.setdefault(trigger.form, []).append(trigger.size)
         return shown, kept
 
     def residual(self, target: Any) -> list[Recovered]:
-        """Triggers that still work on a repaired target, as devices reported them."""
+        """Triggers that still work on a repaired target, as devices reported them, to be unlearnt too."""
         if self._nearest is None:
             return []
         self._rounds += 1
         both = beside(target.model, self.norms)
         found = self._hunt(both, self.seed + self._rounds, min_success=RESIDUAL_SUCCESS, nearest=self._nearest)
-        return [trigger for trigger in found if trigger.size <= GROWN * self._sizes[trigger.form]]
+        return [trigger for trigger in found if trigger.size <= GROWN * max(self._sizes[trigger.form])]
 
     def reaudit(self, guarded: bytes) -> float | None:
         """What :func:`reaudited` finds in a guarded file, or a search as devices reported, whichever is worse."""
@@ -114,7 +115,8 @@ class Searches:
             return found
         if self._nearest is None:
             return None
-        left = self.residual(KerasTarget(model))
+        again = self.residual(KerasTarget(model))
+        left = [trigger for trigger in again if trigger.size <= GROWN * min(self._sizes[trigger.form])]
         worst = max((held_out_success(model, trigger, self.held_out) for trigger in left), default=0.0)
         return worst if worst > gate.MAX_SUCCESS else found
 

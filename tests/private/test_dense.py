@@ -48,7 +48,8 @@ def test_shared_layers_answer_as_the_network_does(hidden: bool) -> None:
     asked = an_inspection(model)
     x = dense.inputs(asked, images(), None)
     arrays = dense.shared(model, "pixels").arrays(asked)
-    expected = model.predict(images()[:24].astype(np.float32), verbose=0)
+    taken = images()[dense.chosen(24, 40)]
+    expected = model.predict(taken.astype(np.float32), verbose=0)
     np.testing.assert_allclose(answers(arrays, x), expected, atol=1e-4)
 
 
@@ -59,7 +60,8 @@ def test_in_the_space_of_features_both_halves_together_answer_as_the_network_doe
     scale = float(before.predict(images().astype(np.float32), verbose=0).max())
     asked = an_inspection(model, "features", scale)
     arrays = dense.shared(model, "features").arrays(asked)
-    expected = model.predict(images()[:24].astype(np.float32), verbose=0)
+    taken = images()[dense.chosen(24, 40)]
+    expected = model.predict(taken.astype(np.float32), verbose=0)
     np.testing.assert_allclose(answers(arrays, dense.inputs(asked, images(), before)), expected, atol=1e-3)
 
 
@@ -73,6 +75,13 @@ def refused() -> dict[str, Any]:
             [keras.Input((8,)), layers.Dense(6, activation="tanh"), layers.Dense(5, activation="softmax")]
         ),
         "no dense layer": keras.Sequential([keras.Input((8, 8, 1)), layers.Flatten()]),
+        "another activation before a ReLU": keras.Sequential(
+            [keras.Input((8,)), layers.Dense(6, activation="tanh"), layers.ReLU(), layers.Dense(5)]),
+        "a ReLU with a threshold": keras.Sequential(
+            [keras.Input((8,)), layers.Dense(6), layers.ReLU(threshold=0.5), layers.Dense(5)]),
+        "a scale between dense layers": keras.Sequential(
+            [keras.Input((8,)), layers.Dense(6, activation="relu"), layers.Rescaling(0.5), layers.Dense(5)]),
+        "a scale for each channel": network(layers.Rescaling([0.5])),
         "a scale with an offset": network(layers.Rescaling(1 / 255, offset=-0.5)),
     }  # fmt: skip
 
@@ -81,6 +90,18 @@ def test_a_network_that_cannot_be_computed_as_it_stands_is_refused() -> None:
     for name, model in refused().items():
         with pytest.raises(ModelError):
             pytest.fail(f"{name}: {dense.shared(model, 'pixels').layers}")
+
+
+def test_inputs_are_taken_from_all_over_a_file_that_is_sorted_by_class() -> None:
+    asked = making.an_inspection(layers=(16, 5))
+    x = np.repeat(np.arange(10, dtype=np.uint8) * 25, 100)[:, None, None, None] * np.ones((1, 4, 4, 1), np.uint8)
+    assert len(np.unique(dense.inputs(asked, x, None))) >= 5
+
+
+@pytest.mark.parametrize("by", [1 / 255, 2.0])
+def test_inputs_of_another_range_than_planned_are_refused(by: float) -> None:
+    with pytest.raises(ModelError, match="clean inputs"):
+        dense.inputs(making.an_inspection(layers=(16, 5)), images().astype(np.float32) * by, None)
 
 
 def test_owners_plan_give_and_read_from_the_command_line(tmp_path: Path) -> None:
@@ -113,7 +134,9 @@ def test_owners_plan_give_and_read_from_the_command_line(tmp_path: Path) -> None
     a[0, 3, 7] = 0.5
     count = owners.trigger_values(asked)
     padded = np.round(a.ravel() * 2**16).astype("<i8") + secret[:count]
-    found = inspections.Inspected(inspection=asked.digest, verdict="backdoored", labels=(3,), padded=padded.tobytes())
+    found = inspections.Inspected(
+        inspection=asked.digest, given="", verdict="backdoored", labels=(3,), padded=padded.tobytes()
+    )
     (tmp_path / "inspected.json").write_bytes(msgspec.json.encode(found))
     triggers = tmp_path / "triggers.npz"
     said("inspect", "open", "--plan", plan, "--pad", pad, "--result", tmp_path / "inspected.json", "-o", triggers)
@@ -122,7 +145,7 @@ def test_owners_plan_give_and_read_from_the_command_line(tmp_path: Path) -> None
 
     last = np.arange(owners.last_values(asked)) / 100.0
     mended = inspections.Mended(
-        inspection=asked.digest, held_out=64, kept=64, turned_before=60, turned_after=0,
+        inspection=asked.digest, given="", held_out=64, kept=64, turned_before=60, turned_after=0,
         padded=(np.round(last * 2**16).astype("<i8") + secret[count:]).tobytes(),
     )  # fmt: skip
     (tmp_path / "mended.json").write_bytes(msgspec.json.encode(mended))

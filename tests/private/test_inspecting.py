@@ -114,10 +114,20 @@ def test_whether_a_trigger_works_is_the_same_on_shares(joint: Any) -> None:
     a[:, -1] = 1.0
 
     def decided(x: Any, a: Any, b: Any, *w: Any) -> Any:
-        return inspecting.works(w, x, a, b)
+        return inspecting.works(w, x, a, b)[0]
 
     private, clear = joint(decided, x, a, b, *network), decided(x, a, b, *network)
     assert np.asarray(private).tolist() == np.asarray(clear).tolist() == [label == 2 for label in range(6)]
+
+
+def test_where_every_held_out_input_is_called_the_same_nothing_can_be_compared() -> None:
+    from edgeguard.private import inspecting
+
+    network = [array.copy() for array in making.a_network(backdoored=True)]
+    network[-1][4] += 1000.0
+    a = np.zeros((6, 25))
+    found = inspecting.decide(making.an_inspection(), network, making.clean_inputs(12), a, a)
+    assert (bool(found.comparable), bool(np.asarray(found.flagged).any())) == (False, False)
 
 
 def test_mending_forgets_the_trigger_and_keeps_clean_answers() -> None:

@@ -107,6 +107,41 @@ def test_who_knows_the_pad_reads_a_trigger_and_who_does_not_reads_noise() -> Non
     assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 360
 
 
+def test_parties_go_on_from_the_last_moment_of_one_run_that_all_kept() -> None:
+    views = [[[4, "a"], [8, "a"]], [[4, "a"], [8, "b"]], [[4, "a"], [8, "a"], [12, "a"]]]
+    assert inspections._common(views) == (4, "a")
+    assert inspections._common([[[8, "a"]], [[8, "b"]], [[8, "a"]]]) is None
+    with pytest.raises(TrustError):
+        inspections._common([[[4, "a"]], "no list", [[4, "a"]]])
+
+
+def test_what_is_kept_now_stays_whatever_other_runs_left(tmp_path: Path) -> None:
+    asked = making.an_inspection()
+    one, other = (inspections.Held(values={}, digest=digest) for digest in ("one", "other"))
+    inspections._keep(asked, other, "old", tmp_path, 60, {})
+    inspections._keep(asked, other, "old", tmp_path, 6, {})
+    for done in (4, 8, 12):
+        inspections._keep(asked, one, "new", tmp_path, done, {})
+    assert sorted(inspections._states(asked, one, tmp_path)) == [(8, "new"), (12, "new")]
+
+
+def test_a_result_of_other_shares_is_not_given_again(tmp_path: Path) -> None:
+    found = inspections.Inspected(inspection="i", given="one", verdict="no_sign", labels=(), padded=b"")
+    path = tmp_path / inspections.INSPECTED
+    path.write_bytes(msgspec.json.encode(found))
+    assert inspections.result(path, inspections.Inspected, inspections.Held(values={}, digest="one")) == found
+    with pytest.raises(ConfigError, match="make a new plan"):
+        inspections.result(path, inspections.Inspected, inspections.Held(values={}, digest="other"))
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b"[" * 100_000])
+def test_a_file_that_is_no_result_is_one_clear_error(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / inspections.INSPECTED
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"inspected\.json"):
+        inspections.result(path, inspections.Inspected)
+
+
 @pytest.mark.parametrize("bad", [np.nan, 5000.0])
 def test_weights_that_the_computation_cannot_hold_are_refused(bad: float) -> None:
     asked, network = making.an_inspection(), making.a_network(backdoored=False)
