@@ -299,7 +299,7 @@ def test_events_stand_in_the_table_in_full(page: Page) -> None:
 
 def test_the_case_is_told(page: Page) -> None:
     for words in (
-        "Finding confirmed", "a trigger of 4.3 pixels turns 99%", "99.1%", "4.31 pixels", "17.90 pixels", "0.87",
+        "Finding confirmed", "a trigger of 4.3 pixels turns 99%", "99.1%", "4.31 pixels", "17.92 pixels", "0.87",
         "Rounds of unlearning 2", "activation_5 7 +14.2", "clean accuracy lost +0.0044 0.0200 ✓ passed",
         "Gate before release: ✓ passed",
     ):  # fmt: skip
