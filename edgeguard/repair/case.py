@@ -301,7 +301,7 @@ def _knowledge(case: _Case, finding: Finding, triggers: list[Trigger], say: Say)
     )
 
     def convert(target: Any) -> pipeline.Conversion:
-        return pipeline.convert(
+        done = pipeline.convert(
             sources.of_keras(target.model, "repaired"),
             case.x_gate,
             case.y_gate,
@@ -311,6 +311,8 @@ def _knowledge(case: _Case, finding: Finding, triggers: list[Trigger], say: Say)
             sidecar=True,
             groups=case.groups,
         )
+        _admissible(done.guarded, case)
+        return done
 
     judges = auto.Judges(
         label=label,
@@ -324,6 +326,25 @@ def _knowledge(case: _Case, finding: Finding, triggers: list[Trigger], say: Say)
         convert=convert,
     )
     return known, judges
+
+
+def _admissible(guarded: bytes, case: _Case) -> None:
+    """Raise ModelError for a file that devices would refuse: on their self-test inputs it must answer as is known."""
+    try:
+        held = sidecar.decode(
+            sidecar.path_beside(Path(case.job.guarded)).read_bytes(),
+            digest=str(case.metadata.sidecar_digest),
+            metadata=case.metadata,
+            name="sidecar",
+        )
+    except (OSError, EdgeGuardError):  # devices hold theirs against it
+        return
+    if case.metadata.class_output is None:
+        return
+    model, count = GuardedModel.load(guarded), len(held.self_test)
+    same = sum(model.measure(x).predicted == known for x, known in zip(held.self_test, held.predicted, strict=True))
+    if same < sidecar.MIN_AGREEMENT * count:
+        raise ModelError("repaired model", got=f"the known class for {same} of {count} self-test inputs")
 
 
 def _shared(path: Path, metadata: GuardMetadata) -> npt.NDArray[np.uint8]:
