@@ -65,6 +65,7 @@ LIMITS = {"rate_ratio": 0.70, "growth": 1.5, "memory_mib": 8.0}
 MIB = 1 << 20
 
 PARTS = ("rate", "latency", "two_workers", "memory", "growth")
+DATABASES = ("sqlite", "postgresql")
 
 Say = Callable[[str], None]
 
@@ -456,9 +457,12 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=1_000_000, help="of the growth run; 10000000 is the full one")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--part", action="append", choices=PARTS, help="only these; the file's other parts stay")
+    parser.add_argument("--database", choices=DATABASES, help="only this one, of --part other than rate; the rest stays")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.database and "rate" in (options.part or PARTS):
+        parser.error("--database goes with --part latency, two_workers, memory or growth: rates are compared in one run")
     if options.job:
         job = msgspec.json.decode(options.job, type=Job)
         (hub if job.url else bare)(job)
@@ -512,7 +516,8 @@ def main() -> int:
         for part, measure in parts.items():
             if part not in wanted:
                 continue
-            found[part] = {name: measure(make()) for name, make in databases.items()}
+            chosen = [options.database] if options.database else DATABASES
+            found[part] = found.get(part, {}) | {name: measure(databases[name]()) for name in chosen}
             say(f"{part}: {json.dumps(found[part])}")
     kept = judge(found)
     found["kept"] = kept
