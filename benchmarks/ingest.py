@@ -451,18 +451,7 @@ def copy_rows(store: Store, count: int) -> None:
 
 def main() -> int:
     """Measure, print, and write what was measured. 0 when every limit is kept."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few reports: shows that it works")
-    parser.add_argument("--reports", type=int, default=200_000, help="of the memory run; 10000000 is the full one")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="of the growth run; 10000000 is the full one")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--part", action="append", choices=PARTS, help="only these; the file's other parts stay")
-    parser.add_argument("--database", choices=DATABASES, help="only this one, of --part other than rate; the rest stays")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--job", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.database and "rate" in (options.part or PARTS):
-        parser.error("--database goes with --part latency, two_workers, memory or growth: rates are compared in one run")
+    options = _options()
     if options.job:
         job = msgspec.json.decode(options.job, type=Job)
         (hub if job.url else bare)(job)
@@ -526,6 +515,22 @@ def main() -> int:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(found, indent=2) + "\n")
     return 0 if all(kept.values()) else 1
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few reports: shows that it works")
+    parser.add_argument("--reports", type=int, default=200_000, help="of the memory run; 10000000 is the full one")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="of the growth run; 10000000 is the full one")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--part", action="append", choices=PARTS, help="only these; the file's other parts stay")
+    parser.add_argument("--database", choices=DATABASES, help="only this one; not with the rates")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.database and "rate" in (options.part or PARTS):
+        parser.error("--database needs a --part other than rate: rates are compared in one run")
+    return options
 
 
 def _kept(place: Path | None, machine: Mapping[str, Any]) -> dict[str, Any]:
