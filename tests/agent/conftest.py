@@ -135,7 +135,7 @@ class Device:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "edgeguard.agent", "--config", str(self.config()), *arguments],
                 stderr=log,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **(environment or {})},
                 preexec_fn=bound,  # noqa: PLW1509  (no other thread allocates between fork and exec here)
             )
         return self._process
@@ -159,7 +159,12 @@ class Device:
         """SIGTERM; the exit code."""
         assert self._process is not None
         self._process.send_signal(signal.SIGTERM)
-        return self._process.wait(30)
+        try:
+            return self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.send_signal(signal.SIGABRT)  # so that its log ends with where each thread stands
+            self._process.wait(15)
+            raise AssertionError(f"the agent does not stop:\n{self.log[-8000:]}") from None
 
     def end(self) -> None:
         """Whatever the test left running is killed."""
