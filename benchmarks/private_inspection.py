@@ -3,14 +3,16 @@
     python -m benchmarks.private_inspection --data digits --attack badnets [--seed 0] [--latency-ms 20] [--steps 60]
     python -m benchmarks.private_inspection --data fashion_mnist --attack clean --half
     python -m benchmarks.private_inspection --features --data digits --attack badnets
-    python -m benchmarks.private_inspection --power --data digits --attack badnets
+    python -m benchmarks.private_inspection --power --data digits [--attack badnets]
+    python -m benchmarks.private_inspection --growth
 
 One row a call, written to ``benchmarks/results/private.json`` as soon as it is measured. Three processes, TLS between
 them, each connection through a relay in this process that counts bytes and can add latency. The machine may be shared:
 ``load`` is its load average when the row began. Dense networks (one hidden layer of 32) are trained here from the
 attacks' poisoned data; networks of ``--features`` are the zoo's. ``--half``: Fashion-MNIST at 14x14. With ``--steps``
 below 60 the row says what a step costs and no verdict is to be had of it. ``--power``: what inspection in the space of
-features finds in clear, over the zoo's small CNNs of an attack and clean ones.
+features finds in clear, over the zoo's small CNNs of an attack and clean ones, or of all attacks; with 60 steps, and
+with 1,000. ``--growth``: what a step costs as the network and the number of inputs grow.
 """
 
 from __future__ import annotations
@@ -41,13 +43,24 @@ from edgeguard.attacks.base import Poison, Task
 from edgeguard.attacks.networks import SMALL_CNN
 from edgeguard.contract.private import Inspection, Space
 from edgeguard.errors import ModelError
-from edgeguard.private import computation, dense, inspections, owners, parties, sharing
+from edgeguard.private import computation, dense, estimates, inspections, owners, parties, sharing
 
 RESULTS = Path("benchmarks/results/private.json")
 FIRST_PORT = 19971
 HIDDEN = 32
-STEPS = 60
+STEPS, LONG = 60, 1000
 _TARGET = 3
+GROWTH_STEPS = 3
+GROWTH: tuple[tuple[tuple[int, ...], int], ...] = (
+    ((64, 32, 10), 64),
+    ((64, 32, 20), 64),
+    ((64, 32, 43), 64),
+    ((196, 32, 10), 64),
+    ((784, 32, 10), 64),
+    ((64, 64, 10), 64),
+    ((64, 128, 10), 64),
+    ((64, 32, 10), 128),
+)
 EPOCHS = {"digits": 40, "fashion_mnist": 4}
 
 
@@ -105,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits")
-    parser.add_argument("--attack", default="badnets", help="or clean")
+    parser.add_argument("--attack", help="or clean; badnets where nothing else is said")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--half", action="store_true")
     parser.add_argument("--features", action="store_true")
@@ -114,12 +127,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sought", type=int, default=64)
     parser.add_argument("--no-repair", action="store_true")
     parser.add_argument("--power", action="store_true")
+    parser.add_argument("--growth", action="store_true")
     parser.add_argument("--json", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     if args.power:
         for row in power(args.data, args.attack):
             record(args.json, "power_of_features", row)
         return 0
+    if args.growth:
+        for row in growth():
+            record(args.json, "growth", row)
+        return 0
+    args.attack = args.attack or "badnets"
     row = measure(args)
     record(args.json, "inspections", row)
     return 0 if row["same"] in (True, None) else 1
@@ -209,14 +228,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             sought=args.sought, steps=args.steps, prune=3 if len(shared.layers) == 3 else 0,
         )  # fmt: skip
         layers, x = shared.arrays(asked), dense.inputs(asked, subject.clean, before)
-        pad = np.frombuffer(secrets.token_bytes(8 * owners.pad_values(asked)), dtype="<i8")
-        given = {"model-owner": owners.model_values(asked, layers, pad), "data-owner": owners.data_values(asked, x)}
-        (folder / "given").mkdir()
-        (folder / "plan.json").write_bytes(msgspec.json.encode(asked))
-        for role, values in given.items():
-            part = owners.part(asked, role)
-            sealed = inspections.give(part, values, owns[0].parties, secrets.token_bytes(sharing.random_bytes(part)))
-            (folder / "given" / f"{role}.json").write_bytes(msgspec.json.encode(sealed))
+        pad = _give(folder, asked, owns[0].parties, layers, x)
         load = os.getloadavg()[0]
         seconds, step_s, sent = _jointly(folder, "inspect", args.latency_ms)
         found = inspections.result(folder / NAMES[0] / "work" / inspections.INSPECTED, inspections.Inspected)
@@ -231,6 +243,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "sought": asked.sought, "latency_ms": args.latency_ms, "load": round(load, 1),
             "target": getattr(subject.attack, "target", None), "verdict": found.verdict, "labels": list(found.labels),
             "clear_labels": labels, "same": (list(found.labels) == labels) if whole else None,
+            "long": clearly(msgspec.structs.replace(asked, steps=LONG), layers, x) if whole else None,
             "norm_error": round(float(np.max(np.abs(sizes / expected_sizes - 1))), 6),
             "seconds": round(seconds, 1), "step_s": round(step_s, 2), "clear_s": round(clear_s, 1),
             "sent_mb": [round(n / 1e6, 1) for n in sent],
@@ -250,14 +263,48 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
-def power(data: str, attack: str) -> Iterator[dict[str, Any]]:
-    """What the space of features finds in clear, of an attack's models and clean ones; pixels: ``inspection.json``."""
-    from edgeguard.inspection import index
-    from edgeguard.private import inspecting
+def growth() -> Iterator[dict[str, Any]]:
+    """What a step costs as labels, inputs, width and the number of inputs grow: of networks with random weights."""
+    rng = np.random.default_rng(0)
+    for layers, sought in GROWTH:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            owns = _parties(folder)
+            asked = Inspection(
+                id="inspection-1", parties=owns[0].parties.digest, space="pixels", layers=layers, scale=255.0,
+                sought=sought, steps=GROWTH_STEPS,
+            )  # fmt: skip
+            arrays = [rng.normal(0, shape[0] ** -0.5, shape) for shape in asked.weights]
+            _give(folder, asked, owns[0].parties, arrays, rng.random((sought + asked.held_out, asked.inputs)))
+            load = os.getloadavg()[0]
+            seconds, step_s, sent = _jointly(folder, "inspect", 0.0)
+        yield {
+            "model": "-".join(map(str, layers)), "steps": asked.steps, "sought": sought, "load": round(load, 1),
+            "seconds": round(seconds, 1), "step_s": round(step_s, 2), "sent_mb": [round(n / 1e6, 1) for n in sent],
+            "estimated_step_mb": round(estimates.step_bytes(asked) / 1e6, 1),
+        }  # fmt: skip
 
+
+def _give(folder: Path, asked: Inspection, trusted: parties.Parties, layers: Any, x: Any) -> Any:
+    """Write the plan and what both owners give, as the commands do; the pad."""
+    pad = np.frombuffer(secrets.token_bytes(8 * owners.pad_values(asked)), dtype="<i8")
+    given = {"model-owner": owners.model_values(asked, layers, pad), "data-owner": owners.data_values(asked, x)}
+    (folder / "given").mkdir()
+    (folder / "plan.json").write_bytes(msgspec.json.encode(asked))
+    for role, values in given.items():
+        part = owners.part(asked, role)
+        sealed = inspections.give(part, values, trusted, secrets.token_bytes(sharing.random_bytes(part)))
+        (folder / "given" / f"{role}.json").write_bytes(msgspec.json.encode(sealed))
+    return pad
+
+
+def power(data: str, attack: str | None) -> Iterator[dict[str, Any]]:
+    """What the space of features finds in clear, of an attack's models and clean ones; pixels: ``inspection.json``."""
     part = zoo.split(data)
     for cell in zoo.matrix():
-        chosen = (cell.data, cell.network) == (data, SMALL_CNN) and cell.attack in (zoo.CLEAN, attack)
+        chosen = (cell.data, cell.network) == (data, SMALL_CNN) and (
+            attack is None or cell.attack in (zoo.CLEAN, attack)
+        )
         member = zoo.load(cell, part) if chosen else None
         if member is None:
             continue
@@ -274,20 +321,35 @@ def power(data: str, attack: str) -> Iterator[dict[str, Any]]:
             id="inspection-1", parties="0" * 64, space="features", layers=shared.layers, scale=scale, sought=64
         )
         x = dense.inputs(asked, part.owner_x, before)
-        sizes, found = inspecting.in_clear(asked, shared.arrays(asked), x)
-        known = np.where(found.working, sizes, np.inf)
-        smallest = int(np.argmin(known))
-        measured = index.measure(known, smallest)
-        yield {
+        long = msgspec.structs.replace(asked, steps=LONG)
+        row = {
             "model": cell.name,
             "space": "features",
-            "steps": asked.steps,
             "target": None if member.attack is None else member.attack.target,
-            "labels": np.flatnonzero(found.flagged).tolist(),
-            "smallest": smallest,
-            "ratio": round(measured.ratio, 3),
-            "index": round(measured.index, 2),
+            **clearly(asked, shared.arrays(asked), x),
+            "long": clearly(long, shared.arrays(long), x),
         }
+        yield row | {"same_verdict": bool(row["labels"]) == bool(row["long"]["labels"])}
+
+
+def clearly(asked: Inspection, layers: Any, x: Any) -> dict[str, Any]:
+    """What an inspection finds in clear: flagged labels, and how far the smallest trigger stands out."""
+    from edgeguard.inspection import index
+    from edgeguard.private import inspecting
+
+    sizes, found = inspecting.in_clear(asked, layers, x)
+    known = np.where(found.working, sizes, np.inf)
+    smallest = int(np.argmin(known))
+    measured = index.measure(known, smallest)
+    compared = bool(found.comparable)
+    return {
+        "steps": asked.steps,
+        "labels": np.flatnonzero(found.flagged).tolist(),
+        "comparable": compared,
+        "smallest": smallest,
+        "ratio": round(measured.ratio, 3) if compared else None,
+        "index": round(measured.index, 2) if compared else None,
+    }
 
 
 def _halved(images: Any) -> Any:

@@ -37,7 +37,6 @@ import contextlib
 import hashlib
 import hmac
 import logging
-import os
 import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -47,6 +46,7 @@ from typing import IO, Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from edgeguard import disk
 from edgeguard.errors import ConfigError, TrustError
 
 FOLDER = "slots"
@@ -298,10 +298,10 @@ class Slots:
         if not (folder / RECORD).exists():
             with _disk_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                write_whole(_path(folder, "a"), content)
+                disk.write(_path(folder, "a"), content)
                 digest = hashlib.sha256(content).hexdigest()
                 first = Content(sha256=digest, sequence=sequence, sidecar=sidecar)
-                write_whole(
+                disk.write(
                     folder / RECORD,
                     msgspec.json.encode(State(active="a", previous=None, confirmed=True, a=first, highest=sequence)),
                 )
@@ -500,7 +500,7 @@ class Slots:
         """Put a sidecar here before the model that it belongs to; its digest. Raises ConfigError if it cannot be."""
         digest = hashlib.sha256(content).hexdigest()
         with _disk_errors(self._folder):
-            write_whole(self.sidecar(digest), content)
+            disk.write(self.sidecar(digest), content)
         return digest
 
     def tidy(self, *, also: Collection[str] = ()) -> None:
@@ -530,7 +530,7 @@ class Slots:
             self._write(emptied(state))
 
         with _disk_errors(self._folder):
-            write_whole(_path(self._folder, state.inactive), content, before=empty)
+            disk.write(_path(self._folder, state.inactive), content, before=empty)
             self._write(after)
         return self._verified(state.inactive)
 
@@ -549,7 +549,7 @@ class Slots:
         path = self._folder / KEY
         with _disk_errors(path):
             if not path.exists():
-                write_whole(path, secrets.token_bytes(_KEY_BYTES), mode=0o600)
+                disk.write(path, secrets.token_bytes(_KEY_BYTES), mode=0o600)
         return _read_key(path)
 
     def _state(self) -> State:
@@ -571,7 +571,7 @@ class Slots:
             ) from error
 
     def _write(self, state: State) -> None:
-        write_whole(self._folder / RECORD, msgspec.json.encode(state))
+        disk.write(self._folder / RECORD, msgspec.json.encode(state))
 
     def _verified(self, name: Name) -> Slot:
         known = _known(self._state(), name)
@@ -652,31 +652,3 @@ def _disk_errors(path: Path) -> Iterator[None]:
             got=error.strerror or str(error),
             do="check the disk's space and the folder's owner",
         ) from error
-
-
-def write_whole(
-    path: Path,
-    content: bytes | Iterable[bytes],
-    *,
-    before: Callable[[], None] = lambda: None,
-    mode: int = 0o666,
-) -> None:
-    """Write ``content`` beside ``path``; once it is safe on disk call ``before``, then rename it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
-            for block in [content] if isinstance(content, bytes) else content:
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        before()
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

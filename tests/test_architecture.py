@@ -11,10 +11,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TOP = ("edgeguard", "converters", "firmware_bridge")
-EVERYONE = {"edgeguard", "edgeguard.errors"}
+EVERYONE = {"edgeguard", "edgeguard.errors", "edgeguard.disk"}
 
 ALLOWED: dict[str, set[str]] = {
     "edgeguard.errors": set(),
+    "edgeguard.disk": set(),
     "edgeguard.contract": set(),
     "firmware_bridge": set(),
     "edgeguard.data": set(),

@@ -30,13 +30,11 @@ import msgspec
 import numpy as np
 
 from edgeguard.contract.messages import Digest
-from edgeguard.detection import sidecar
+from edgeguard.detection import replacement, sidecar
 from edgeguard.detection.guarded import GuardedModel
-from edgeguard.detection.sidecar import MIN_AGREEMENT, Sidecar
+from edgeguard.detection.sidecar import Sidecar
 from edgeguard.errors import EXIT_CLEAN, EXIT_USAGE, ConfigError, EdgeGuardError, ModelError, TrustError
 
-MIN_INPUTS = 10
-"""Fewer different self-test inputs say nothing about a share of 90%."""
 MAX_ANSWER_BYTES = 16 * 1024
 
 
@@ -77,6 +75,35 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     held: tuple[str, ...]
     runtime: str
     threads: int
+
+    @classmethod
+    def of(
+        cls,
+        fetched: Fetched,
+        *,
+        running: Path,
+        running_digest: str,
+        anchor: str | None = None,
+        held: tuple[str, ...],
+        runtime: str,
+        threads: int,
+    ) -> Question:
+        """Whether this fetched file may take the place of that running one."""
+        return cls(
+            fetched=str(fetched.path),
+            file_digest=fetched.file_digest,
+            model_digest=fetched.model_digest,
+            guard_digest=fetched.guard_digest,
+            sidecar=None if fetched.sidecar is None else str(fetched.sidecar),
+            sidecar_digest=fetched.sidecar_digest,
+            repair=fetched.repair,
+            running=str(running),
+            running_digest=running_digest,
+            anchor=anchor,
+            held=held,
+            runtime=runtime,
+            threads=threads,
+        )
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,14 +147,7 @@ def admit(
             raise TrustError(
                 f"fetched model: {name}", got=getattr(model.metadata, name), expected=getattr(fetched, name)
             )
-    for what, new, old in (
-        ("input and outputs", model.interface(), running.interface()),
-        ("input range", model.metadata.input, running.metadata.input),
-        ("classes", model.metadata.classes, running.metadata.classes),
-        ("class output", model.metadata.class_output, running.metadata.class_output),
-    ):
-        if new != old:
-            raise ModelError(f"fetched model: {what}", got=new, expected=f"{old}, as the running model")
+    replacement.check_interface(model, running, name="fetched model")
     model.infer(np.zeros(model.metadata.input.shape, model.metadata.input.dtype))
     _self_test(model, brought, fetched)
     _agreement(model, held, must=fetched.repair)
@@ -151,24 +171,24 @@ def _self_test(model: GuardedModel, brought: bytes | None, fetched: Fetched) -> 
 
 def _agreement(model: GuardedModel, held: Sidecar | None, *, must: bool) -> None:
     """Compare the model's classes with those that the anchor knows of its clean inputs."""
-    pairs = [] if held is None else zip(held.self_test, held.predicted.tolist(), strict=True)
-    known = {x.tobytes(): (x, label) for x, label in pairs}
-    count = len(known)
-    if count < MIN_INPUTS or model.metadata.class_output is None:
+    known = None
+    if held is not None and model.metadata.class_output is not None:
+        known = replacement.agreement(held, lambda x: model.infer(x).verdict.predicted)
+    if known is None or not known.says_something:
         if must:
             raise TrustError(
                 "repaired model",
-                got=f"{count} different self-test inputs of the last release signed offline to compare classes on",
-                expected=f"at least {MIN_INPUTS}",
+                got=f"{0 if known is None else known.count} different self-test inputs of the last release signed "
+                "offline to compare classes on",
+                expected=f"at least {replacement.MIN_KNOWN}",
                 do="put the installed model's sidecar NAME.guard.npz beside it, or sign the release offline",
             )
         return
-    same = sum(model.infer(x).verdict.predicted == label for x, label in known.values())
-    if same < MIN_AGREEMENT * count:
+    if not known.holds:
         raise TrustError(
             "fetched model",
-            got=f"the known class for {same} of {count} clean inputs",
-            expected=f"at least {MIN_AGREEMENT:.0%}",
+            got=f"the known class for {known.same} of {known.count} clean inputs",
+            expected=f"at least {sidecar.MIN_AGREEMENT:.0%}",
         )
 
 

@@ -35,6 +35,7 @@ from typing import Literal
 
 import msgspec
 
+from edgeguard import disk
 from edgeguard.agent import mcu
 from edgeguard.agent.admission import Fetched, Question, ask
 from edgeguard.agent.commands import FILE, Commands, Outcome
@@ -52,7 +53,6 @@ from edgeguard.contract.messages import Ack, Alert, Birth, Command, Health, Repo
 from edgeguard.detection import metadata, runtime, sidecar
 from edgeguard.errors import ConfigError, ModelError, TrustError
 from firmware_bridge.link import messages as wire
-from firmware_bridge.slots import write_whole
 
 FOLDER = "mcu"
 RUNTIME = "microcontroller"
@@ -374,15 +374,9 @@ class _Microcontroller:
         assert self._hello is not None
         digest = self._hello.file_digest.hex()
         running = self._running(digest)
-        question = Question(
-            fetched=str(fetched.path),
-            file_digest=fetched.file_digest,
-            model_digest=fetched.model_digest,
-            guard_digest=fetched.guard_digest,
-            sidecar=None if fetched.sidecar is None else str(fetched.sidecar),
-            sidecar_digest=fetched.sidecar_digest,
-            repair=fetched.repair,
-            running=str(running),
+        question = Question.of(
+            fetched,
+            running=running,
             running_digest=digest,
             held=(str(sidecar.path_beside(running)),),
             runtime=runtime.choose(self._config.runtime.name),
@@ -420,9 +414,9 @@ class _Microcontroller:
         # The next release is checked against this one, once it runs. An earlier one's sidecar is none of its own.
         beside = sidecar.path_beside(self._folder / _OFFERED)
         beside.unlink(missing_ok=True)
-        write_whole(self._folder / _OFFERED, content)
+        disk.write(self._folder / _OFFERED, content)
         if fetched.sidecar is not None:
-            write_whole(beside, fetched.sidecar.read_bytes())
+            disk.write(beside, fetched.sidecar.read_bytes())
         return content
 
     def _transferred(self, ended: mcu.Ended, now_s: float) -> None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta
 
+from edgeguard import disk
 from edgeguard.agent.commands import Outcome
 from edgeguard.contract.guard import GuardMetadata, Tap
 from edgeguard.contract.messages import Ballot, Digest, Features, Rank, Ranking, TapRanking, Vote
@@ -174,13 +174,8 @@ class Activations:
         if self._is_saved or now_s < self._due_s:
             return
         models = tuple(found for digest in self._models if (found := self.activity(digest)) is not None)
-        temporary = self._path.with_name(f".{self._path.name}.tmp")
         try:
-            with temporary.open("wb") as file:
-                file.write(msgspec.json.encode(_File(models=models)))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self._path)
+            disk.write(self._path, msgspec.json.encode(_File(models=models)))
         except OSError as error:
             raise ConfigError(
                 f"activations {self._path}",

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from edgeguard.agent.commands import Outcome
 from edgeguard.agent.config import RecalibrateConfig
 from edgeguard.contract.guard import GuardMetadata
-from edgeguard.detection import runtime, sidecar
+from edgeguard.detection import replacement, runtime, sidecar
 from edgeguard.detection.guarded import GuardedModel
 from edgeguard.detection.sidecar import Sidecar
 from edgeguard.detection.statistics import inputs_needed
@@ -200,15 +200,13 @@ def admit(done: Calibrated, running: GuardedModel, *, load: Callable[[bytes], Gu
     """
     model = load(done.content)
     new, old = model.metadata, running.metadata
-    for what, found, expected in (
-        ("model_digest", new.model_digest, old.model_digest),
-        ("input and outputs", model.interface(), running.interface()),
-        ("input range", new.input, old.input),
-        ("classes", new.classes, old.classes),
-        ("class output", new.class_output, old.class_output),
-    ):
-        if found != expected:
-            raise ModelError(f"re-calibrated model: {what}", got=found, expected=f"{expected}, as the running model")
+    if new.model_digest != old.model_digest:
+        raise ModelError(
+            "re-calibrated model: model_digest",
+            got=new.model_digest,
+            expected=f"{old.model_digest}, as the running model",
+        )
+    replacement.check_interface(model, running, name="re-calibrated model")
     model.infer(np.zeros(new.input.shape, new.input.dtype))
     if new.sidecar_digest is not None:
         held = sidecar.decode(done.sidecar or b"", digest=new.sidecar_digest, metadata=new)

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from edgeguard import broker
+from edgeguard import broker, disk
 from edgeguard.agent.config import AgentConfig, RecalibrateConfig, RuntimeConfig, UpdateConfig
 from edgeguard.agent.inference import Running
 from edgeguard.agent.sources import base, camera, folder, serial, stream, topic
@@ -30,7 +30,7 @@ from edgeguard.detection import runtime, sidecar
 from edgeguard.detection.guarded import GuardedModel
 from edgeguard.errors import ConfigError, EdgeGuardError, ModelError, TrustError
 from edgeguard.settings import BrokerConfig
-from firmware_bridge.slots import FOLDER, RECORD, Slots, write_whole
+from firmware_bridge.slots import FOLDER, RECORD, Slots
 
 SLOTS_FOLDER = FOLDER
 _LOCK_FILE = "lock"
@@ -150,7 +150,7 @@ def sidecar_of(config: AgentConfig, metadata: GuardMetadata) -> sidecar.Sidecar 
 def keep(path: Path, content: bytes) -> None:
     """Keep a copy in the state folder; without one the device does with what it has."""
     try:
-        write_whole(path, content)
+        disk.write(path, content)
     except OSError as error:
         log.warning("the sidecar is not kept: %s", error.strerror)
 

@@ -193,15 +193,9 @@ class Succession:
         model = self.running.model
         slot = self._slots.holding(model.file_digest)
         anchor = self._anchor(slot)
-        question = Question(
-            fetched=str(fetched.path),
-            file_digest=fetched.file_digest,
-            model_digest=fetched.model_digest,
-            guard_digest=fetched.guard_digest,
-            sidecar=None if fetched.sidecar is None else str(fetched.sidecar),
-            sidecar_digest=fetched.sidecar_digest,
-            repair=fetched.repair,
-            running=str(slot.path),
+        question = Question.of(
+            fetched,
+            running=slot.path,
             running_digest=slot.sha256,
             anchor=anchor,
             held=startup.places_of_sidecar(self._config, anchor) if anchor else (),

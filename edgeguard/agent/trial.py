@@ -24,10 +24,10 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta
 
+from edgeguard import disk
 from edgeguard.detection.guarded import Inference
 from edgeguard.detection.verdict import Verdict
 from edgeguard.errors import ConfigError
-from firmware_bridge.slots import write_whole
 
 STARTS = 3
 """Two power cuts before a model has shown anything may be chance."""
@@ -134,7 +134,7 @@ class Trial:
 
     def _write(self, record: _Record) -> None:
         try:
-            write_whole(self._path, msgspec.json.encode(record))
+            disk.write(self._path, msgspec.json.encode(record))
         except OSError as error:
             raise ConfigError(
                 f"count of starts {self._path}",

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from edgeguard import disk
 from edgeguard.demo import plots
 from edgeguard.demo.plots import MISSING, percent, plain
 from edgeguard.demo.record import CHECKED_DATA, Check, Metrics, Record, Samples
@@ -308,11 +309,7 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
                 os.fsync(file.fileno())
         for name in files:
             partial[name].replace(folder / name)
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        disk.sync(folder)
     except OSError as error:
         for path in partial.values():
             with contextlib.suppress(OSError):

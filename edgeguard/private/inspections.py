@@ -13,17 +13,17 @@ Rules enforced here:
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
 
-from edgeguard.contract.private import Inspection, Part, Role, Submission
+from edgeguard import disk
+from edgeguard.contract.private import Inspection, Part, Role, Submission, Verdict
 from edgeguard.errors import ConfigError, TrustError
 from edgeguard.private import computation, owners, sharing
 from edgeguard.private.child import Progress
@@ -36,7 +36,6 @@ TRIGGER = "trigger"
 DECIDED = ("flagged", "comparable", TRIGGER, "padded")
 JUDGED = ("kept", "before", "after", "padded")
 INSPECTED, MENDED = "inspected.json", "mended.json"
-Verdict = Literal["backdoored", "no_sign", "could_not_check"]
 
 
 class Inspected(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -214,7 +213,7 @@ def _inspect(asked: Inspection, held: Held, joint: Computation, work: Path, prog
     verdict: Verdict = "backdoored" if labels else "no_sign" if bool(comparable) else "could_not_check"
     shown = joint.open("padded").astype("<i8").tobytes() if labels else b""
     found = Inspected(inspection=asked.digest, given=held.digest, verdict=verdict, labels=labels, padded=shown)
-    _write(work / INSPECTED, msgspec.json.encode(found))
+    disk.write(work / INSPECTED, msgspec.json.encode(found), mode=0o600)
     joint.agree("result", str(labels))
     return found
 
@@ -278,7 +277,7 @@ def _mend(asked: Inspection, held: Held, joint: Computation, work: Path, progres
         turned_after=int(after),
         padded=padded.astype("<i8").tobytes(),
     )
-    _write(work / MENDED, msgspec.json.encode(found))
+    disk.write(work / MENDED, msgspec.json.encode(found), mode=0o600)
     joint.agree("result", f"{kept} {before} {after}")
     return found
 
@@ -379,17 +378,7 @@ def _keep(asked: Inspection, held: Held, run: str, work: Path, done: int, kept: 
     """Keep shares, and those before them: another party may not have come as far."""
     work.mkdir(mode=0o700, parents=True, exist_ok=True)
     state = _State(inspection=asked.digest, given=held.digest, run=run, done=done, kept=kept)
-    _write(work / f"state-{done:04}.json", msgspec.json.encode(state))
+    disk.write(work / f"state-{done:04}.json", msgspec.json.encode(state), mode=0o600)
     earlier = sorted(number for number, of in _states(asked, held, work) if of == run and number < done)
     for old in earlier[:-1]:
         (work / f"state-{old:04}.json").unlink()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """The owner's alone, and whole or not at all."""
-    part = path.with_suffix(".part")
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

@@ -9,27 +9,34 @@ Rules enforced here:
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
 import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from cryptography.x509.oid import NameOID
-from msgspec import Meta
 from nacl.public import PrivateKey
 
-from edgeguard.contract.private import PARTIES
+from edgeguard.contract.private import PARTIES, Finding, Parties, Party, Signed
 from edgeguard.contract.topics import check_fleet
 from edgeguard.errors import ConfigError
-from edgeguard.settings import Port
+
+__all__ = [
+    "MAX_BYTES", "OWN", "PEERS", "PUBLIC", "SEALING_KEY", "TLS_KEY", "TOGETHER", "VALID",
+    "Own", "Parties", "Party", "create", "join", "own", "read", "read_json", "sign",
+]  # fmt: skip
 
 OWN = "own.pem"
 PUBLIC, TLS_KEY, SEALING_KEY, TOGETHER, PEERS = "public.json", "tls.key", "sealing.key", "parties.json", "peers.pem"
@@ -38,28 +45,6 @@ MAX_BYTES = 1 << 20
 _EARLY = timedelta(days=1)
 
 T = TypeVar("T")
-Hex32 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
-
-
-class Party(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a party shows: name, where the two others reach it, its certificate (PEM), its sealing key (X25519)."""
-
-    name: Annotated[str, Meta(min_length=1, max_length=63)]
-    host: Annotated[str, Meta(min_length=1, max_length=253)]
-    port: Port
-    certificate: Annotated[str, Meta(max_length=10_000)]
-    sealing_key: Hex32
-
-
-class Parties(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All three, in the order that they agreed on."""
-
-    parties: Annotated[tuple[Party, ...], Meta(min_length=PARTIES, max_length=PARTIES)]
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over the three descriptions: what participants compare with each other."""
-        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +160,19 @@ def own(folder: Path) -> Own:
     (folder / PEERS).write_text(peers)
     (folder / OWN).write_text(mine.certificate)
     return Own(index=index, parties=parties, folder=folder, sealing=sealing)
+
+
+def sign(own: Own, finding: Finding) -> Signed:
+    """What this party found, under its own key. Raises ConfigError where the key cannot be read."""
+    path = own.folder / TLS_KEY
+    try:
+        key = load_pem_private_key(_secret(path), None)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"key {path}", got="no key", do="restore it from a backup") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ConfigError(f"key {path}", got="another kind of key", do="restore it from a backup")
+    signature = key.sign(finding.signed_bytes, ec.ECDSA(hashes.SHA256()))
+    return Signed(finding=finding, party=own.index, signature=signature.hex())
 
 
 def _certificate(party: Party) -> None:

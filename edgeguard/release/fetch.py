@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from edgeguard import disk
 from edgeguard.errors import EXIT_CLEAN, EXIT_USAGE, TrustError
 from edgeguard.release.client import (
     FLOOR,
@@ -130,7 +131,7 @@ def _fetch(request: FetchRequest, downloader: Downloader) -> FetchResult:
             target = updater.get_targetinfo(request.target)
         finally:
             _flush(metadata)
-        _write_whole(metadata / FLOOR, str(int(now_s)).encode())
+        disk.write(metadata / FLOOR, str(int(now_s)).encode())
         if target is None:
             raise TrustError(f"target {request.target}", got="no such target in the signed metadata")
         signed = check_target(
@@ -193,7 +194,7 @@ def _download(updater: Updater, downloader: Downloader, target: TargetFile, path
     found = _digest(path)
     if found != digest:
         raise TrustError(f"target {target.path}", got=f"SHA-256 {found} on disk", expected=digest)
-    _sync(path.parent)
+    disk.sync(path.parent)
 
 
 def _digest(path: Path) -> str:
@@ -210,26 +211,7 @@ def _flush(folder: Path) -> None:
     """TUF renames without fsync; its memory against rollback must outlive a power cut."""
     history = folder / "root_history"
     for path in [*folder.glob("*.json"), *history.glob("*.json"), *([history] if history.exists() else []), folder]:
-        _sync(path)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Replace a small file at once; after a power cut it is the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        disk.sync(path)
 
 
 _MEANINGS = {

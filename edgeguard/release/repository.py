@@ -34,6 +34,7 @@ import msgspec
 from securesystemslib.signer import Key, Signer
 from tuf.api.metadata import Metadata, TargetFile
 
+from edgeguard import disk
 from edgeguard.errors import ConfigError
 from edgeguard.release import keys as keyring
 from edgeguard.release import roles as known
@@ -42,7 +43,7 @@ from edgeguard.release.keys import HUB_PASSPHRASE, OFFLINE_PASSPHRASE, Obtained,
 from edgeguard.release.roles import DRAFTED, OFFLINE, ONLINE, REPAIRS, ROOT, TARGETS, Release, Roles
 from edgeguard.release.signing import COUNTERSIGN, EXPIRES, Clock, Signing, delegators, keyids, sensible, unshared
 from edgeguard.release.status import Draft, Status, status_of
-from edgeguard.release.storage import Storage, apart, disk_errors, new_folder, write
+from edgeguard.release.storage import Storage, apart, disk_errors, write
 
 __all__ = ["COUNTERSIGN", "EXPIRES", "Clock", "Draft", "Release", "Repository", "Rotated", "Status", "Wanted"]
 
@@ -116,9 +117,9 @@ class Repository:
         secrets = secrets or Secrets()
         with (
             disk_errors(folder),
-            new_folder(folder) as made,  # appears last, when there are keys for it
-            new_folder(keys) as new_keys,
-            new_folder(offline) as new_offline,
+            disk.new_folder(folder) as made,  # appears last, when there are keys for it
+            disk.new_folder(keys) as new_keys,
+            disk.new_folder(offline) as new_offline,
         ):
             held: dict[str, list[Obtained]] = {}
             for role, some in plan.items():

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from typing import Any
 
 from tuf.api.metadata import Metadata
 
+from edgeguard import disk
 from edgeguard.errors import ConfigError
 from edgeguard.release import roles as known
 from edgeguard.release.roles import Roles
@@ -70,7 +70,7 @@ class Storage:
         commit = self.path / "commit"
         whole = any(name.endswith(".root.json") for name, _ in files)
         if whole:
-            with new_folder(commit) as folder:
+            with disk.new_folder(commit) as folder:
                 for name, content in files:
                     write(folder / name, content)
         for name, content in files:
@@ -99,7 +99,7 @@ class Storage:
     def _drop(self, commit: Path) -> None:
         done = Path(tempfile.mkdtemp(prefix=".done.", dir=self.path))
         commit.replace(done)
-        _sync(self.path)
+        disk.sync(self.path)
         shutil.rmtree(done, ignore_errors=True)
 
 
@@ -122,42 +122,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise ConfigError(f"repository {path}", got=str(error), do="check its disk and owner") from error
 
 
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which appears under its name when all went well, and not at all otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
 def write(path: Path, content: bytes) -> None:
     """Write a file, whole or not at all; its folder is made where there is none."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        if not path.parent.exists():
-            path.parent.mkdir()
-            _sync(path.parent.parent)
-        temporary.write_bytes(content)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if not path.parent.exists():
+        path.parent.mkdir()
+        disk.sync(path.parent.parent)
+    disk.write(path, content)

@@ -39,6 +39,7 @@ from edgeguard.inspection.confirm import Finding
 from edgeguard.inspection.inversion import Evidence, Form, Trigger, held_out_success, invert
 from edgeguard.repair import auto, owner
 from edgeguard.repair.auto import Say
+from edgeguard.repair.deployable import Running
 from edgeguard.repair.methods.base import Bench, Dormant, Knowledge
 from edgeguard.repair.recover import Reported
 from edgeguard.repair.search import Searches
@@ -106,6 +107,7 @@ class _Case:
         self.job = job
         self.content = _read(Path(job.guarded))
         self.guarded = GuardedModel.load(self.content)
+        self.running = Running.at(Path(job.guarded), self.guarded)
         self.metadata: GuardMetadata = self.guarded.metadata
         # Any trigger that works moves the logits alike: they say nothing about which channels carry it.
         norms = [tap.columns for tap in self.metadata.taps if tap.kind != "logit"]
@@ -120,12 +122,7 @@ class _Case:
         self.quarantined = None if job.quarantined is None else _shared(Path(job.quarantined), self.metadata)
         self.target = KerasTarget(self.original)
         parts = owner.parts_of(job.data, fpr=self.metadata.fpr, seed=job.seed)
-        if parts.shape != self.metadata.input.shape:
-            raise ModelError(
-                f"clean data {job.data}",
-                got=f"uint8{list(parts.shape)}",
-                expected=f"uint8{list(self.metadata.input.shape)}",
-            )
+        parts.check(job.data, self.metadata.input.shape, self.target.classes, classes=len(self.metadata.classes))
         self.x_repair, self.x_gate, self.y_gate, self.groups = parts.x_repair, parts.x_gate, parts.y_gate, parts.groups
         own = [self.guarded.infer(x) for x in self.x_repair[:FEATURE_INPUTS]]
         self.features = np.asarray([i.features for i in own], dtype=np.float64)
@@ -311,7 +308,7 @@ def _knowledge(case: _Case, finding: Finding, triggers: list[Trigger], say: Say)
             sidecar=True,
             groups=case.groups,
         )
-        _admissible(done.guarded, case)
+        case.running.check(done.guarded)
         return done
 
     judges = auto.Judges(
@@ -328,31 +325,12 @@ def _knowledge(case: _Case, finding: Finding, triggers: list[Trigger], say: Say)
     return known, judges
 
 
-def _admissible(guarded: bytes, case: _Case) -> None:
-    """Raise ModelError for a file that devices would refuse: on their self-test inputs it must answer as is known."""
-    try:
-        held = sidecar.decode(
-            sidecar.path_beside(Path(case.job.guarded)).read_bytes(),
-            digest=str(case.metadata.sidecar_digest),
-            metadata=case.metadata,
-            name="sidecar",
-        )
-    except (OSError, EdgeGuardError):  # devices hold theirs against it
-        return
-    if case.metadata.class_output is None:
-        return
-    model, count = GuardedModel.load(guarded), len(held.self_test)
-    same = sum(model.measure(x).predicted == known for x, known in zip(held.self_test, held.predicted, strict=True))
-    if same < sidecar.MIN_AGREEMENT * count:
-        raise ModelError("repaired model", got=f"the known class for {same} of {count} self-test inputs")
-
-
 def _shared(path: Path, metadata: GuardMetadata) -> npt.NDArray[np.uint8]:
     """Inputs that owners shared, as the hub wrote them: ``inputs`` [M, H, W, C]."""
     try:
         with np.load(path) as file:
             inputs = file["inputs"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ConfigError(f"shared inputs {path}", got=error, do="share them again") from error
     if inputs.dtype != np.uint8 or inputs.shape[1:] != metadata.input.shape:
         raise ModelError(
@@ -395,7 +373,7 @@ def _resumed(case: _Case) -> tuple[Finding, list[Trigger]] | None:
                     kept["masks"], kept["patterns"], kept["success"], kept["forms"], strict=True
                 )
             ]
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         return None
     return (finding, triggers) if finding.label == case.job.label and triggers else None
 

@@ -38,6 +38,7 @@ from edgeguard.detection.guarded import GuardedModel
 from edgeguard.errors import ConfigError, ModelError
 from edgeguard.inspection.inversion import Stamp
 from edgeguard.repair import auto, gate, owner
+from edgeguard.repair.deployable import Running
 from edgeguard.repair.methods import METHODS
 from edgeguard.repair.methods.base import Bench, Dormant, Knowledge
 from edgeguard.repair.target import KerasTarget, Target, TfliteTarget
@@ -124,6 +125,8 @@ class _Subject:
 
     target: Target
     guarded: bytes
+    place: Path | None
+    """Of the file that devices run, None where it was made here."""
     metadata: GuardMetadata
     x_repair: npt.NDArray[np.uint8]
     y_repair: npt.NDArray[np.int64]
@@ -131,9 +134,11 @@ class _Subject:
     y_gate: npt.NDArray[np.int64]
     groups: npt.NDArray[np.int64] | None
     features: npt.NDArray[np.float64] = field(init=False)
+    running: Running = field(init=False)
 
     def __post_init__(self) -> None:
         model = GuardedModel.load(self.guarded)
+        self.running = Running(model, None) if self.place is None else Running.at(self.place, model)
         found = [model.measure(x).features for x in self.x_repair[:FEATURE_INPUTS]]
         self.features = np.asarray(found, dtype=np.float64)
 
@@ -144,9 +149,15 @@ class _Subject:
         return np.asarray(np.maximum(spread, max(0.05 * float(spread.mean()), 1e-6)))
 
     def convert(self, target: Any) -> _Made:
-        """A repaired target as a guarded file of the same kind, with the same taps, but those that were cut out."""
-        if isinstance(target, TfliteTarget):
-            return _guarded(target, self)
+        """A repaired target as a guarded file of the same kind, with the same taps, but those that were cut out.
+
+        Raises ModelError where devices would refuse it.
+        """
+        made = _guarded(target, self) if isinstance(target, TfliteTarget) else self._quantised(target)
+        self.running.check(made.guarded)
+        return made
+
+    def _quantised(self, target: Any) -> _Made:
         from converters import pipeline, sources
 
         done = pipeline.convert(
@@ -192,7 +203,7 @@ def run(order: Order, say: auto.Say) -> Report:
         )
     subject = _open(order, content, say)
     case = None if order.evidence is None else _evidence(order.evidence, subject.metadata)
-    quarantined = None if case is None else _quarantined(case, order, subject.metadata)
+    quarantined = None if case is None else _quarantined(case, order, subject)
     work = order.output.with_name(f".{order.output.name}.work")
     of = _digest_of(order, content, subject, quarantined)
     report = _waiting(work, of)
@@ -323,19 +334,11 @@ def _open(order: Order, content: bytes, say: auto.Say) -> _Subject:
     say("confirming", "reading the model", 0, 1)
     owned = owner.parts_of(order.data, fpr=_fpr_of(order, content), seed=order.seed)
     parts = vars(owned)
-    subject = _trainable(order, parts) if order.model.suffix in TRAINABLE else _flat(content, parts)
+    subject = _trainable(order, parts) if order.model.suffix in TRAINABLE else _flat(order.model, content, parts)
     classes = len(subject.metadata.classes)
     if not classes:
         raise ModelError(f"model {order.model}", got="no classes", expected="a classifier")
-    if subject.metadata.input.shape != owned.shape:
-        raise ModelError(
-            f"clean data {order.data}", got=f"{list(owned.shape)}", expected=f"{list(subject.metadata.input.shape)}"
-        )
-    highest = int(max(owned.y_repair.max(), owned.y_gate.max()))
-    if highest >= classes:
-        raise ModelError(
-            f"clean data {order.data}", got=f"label {highest}", expected=f"0 to {classes - 1}, the model's classes"
-        )
+    owned.check(order.data, subject.metadata.input.shape, subject.target.classes, classes=classes)
     return subject
 
 
@@ -376,7 +379,7 @@ def _trainable(order: Order, parts: dict[str, Any]) -> _Subject:
         raise ModelError(
             f"guarded file {order.guarded}", got=why, expected=f"the file that was made of {order.model.name}"
         )
-    return _Subject(target=target, guarded=guarded, metadata=metadata, **parts)
+    return _Subject(target=target, guarded=guarded, place=order.guarded, metadata=metadata, **parts)
 
 
 def _another(target: KerasTarget, guarded: bytes, metadata: GuardMetadata, images: npt.NDArray[np.uint8]) -> str:
@@ -404,7 +407,7 @@ def _another(target: KerasTarget, guarded: bytes, metadata: GuardMetadata, image
     return "" if alike >= MIN_ALIKE else f"activations that are correlated by {alike:.2f} with those of the model"
 
 
-def _flat(content: bytes, parts: dict[str, Any]) -> _Subject:
+def _flat(path: Path, content: bytes, parts: dict[str, Any]) -> _Subject:
     untrusted.probe(content)
     target = TfliteTarget(content)
     try:
@@ -412,8 +415,8 @@ def _flat(content: bytes, parts: dict[str, Any]) -> _Subject:
     except ModelError:
         bare, plan = calibration.plan(target.content)
         made = calibration.guard_model(bare, plan, parts["x_gate"], groups=parts["groups"])
-        return _Subject(target=target, guarded=made.content, metadata=made.metadata, **parts)
-    return _Subject(target=target, guarded=content, metadata=described, **parts)
+        return _Subject(target=target, guarded=made.content, place=None, metadata=made.metadata, **parts)
+    return _Subject(target=target, guarded=content, place=path, metadata=described, **parts)
 
 
 def _guarded(target: TfliteTarget, subject: _Subject) -> _Made:
@@ -454,19 +457,29 @@ def _evidence(path: Path, metadata: GuardMetadata) -> Case:
     return case
 
 
-def _quarantined(case: Case, order: Order, metadata: GuardMetadata) -> npt.NDArray[np.uint8] | None:
+def _quarantined(case: Case, order: Order, subject: _Subject) -> npt.NDArray[np.uint8] | None:
+    """Shared inputs that the untouched file calls the target: others are no proof of anything."""
     if case.quarantined is None:
         return None
     assert order.evidence is not None
     path = order.evidence.parent / case.quarantined
     inputs, _, _ = datasets.calibration(str(path))
-    if inputs.dtype != np.uint8 or inputs.shape[1:] != metadata.input.shape or not len(inputs):
+    shape = subject.metadata.input.shape
+    if inputs.dtype != np.uint8 or inputs.shape[1:] != shape or not len(inputs):
         raise ModelError(
             f"quarantined inputs {path}",
             got=f"{inputs.dtype}{list(inputs.shape)}",
-            expected=f"uint8 images {list(metadata.input.shape)}",
+            expected=f"uint8 images {list(shape)}",
         )
-    return inputs.astype(np.uint8)
+    images = inputs.astype(np.uint8)
+    triggered = np.asarray([subject.running.model.measure(x).predicted == case.label for x in images])
+    if not triggered.any():
+        raise ModelError(
+            f"quarantined inputs {path}",
+            got="none that the model calls the label",
+            expected=f"inputs that it calls {case.label}",
+        )
+    return images[triggered]
 
 
 def _digest_of(order: Order, content: bytes, subject: _Subject, quarantined: npt.NDArray[np.uint8] | None) -> str:

@@ -6,14 +6,17 @@ untouched file as the reference: the same inputs through both, so that limits ap
 
 Rules enforced here:
 
-* clean accuracy falls by at most 1 point;
+* clean accuracy falls by at most 1 point, on labels of which the untouched file gives at least half: on others a loss
+  says nothing;
 * no class, the target included, loses more than 3 points of recall. With fewer than 100 held-out inputs of a class that
-  can only be refuted, not shown: the rule is *not checkable* then, and the model's owner decides;
+  can only be refuted, not shown: the rule is *not checkable* then, and the model's owner decides. So it is of a class
+  that the untouched file mostly gets wrong;
 * no trigger, recovered or in a quarantined input, still turns more than 2% of the inputs to the target label;
 * triggers that were kept from the repair, or quarantined inputs, must be there to judge by, and must have worked on the
   untouched file, or they prove nothing;
-* a re-audit of the repaired model finds nothing, of any label; without a training framework, or with too few classes to
-  compare, that is not checkable, nor where the search that devices guide finds nothing in the original either;
+* a re-audit of the repaired model finds nothing. With a case it looks at that case's label alone, without one at all.
+  Without a training framework, or with too few classes to compare, that is not checkable, nor where the search that
+  devices guide finds nothing in the original either: see :mod:`edgeguard.repair.search`;
 * a rule fails when the lower 95% bound of what was measured exceeds its limit; what could not be measured fails too.
 
 Bounds: of a share, Clopper and Pearson, Biometrika 1934; of a paired difference, Agresti and Min, Statistics in
@@ -32,6 +35,7 @@ import numpy.typing as npt
 
 from edgeguard.detection.statistics import rate_upper
 
+MAX_ERRORS = 0.5
 MAX_ACCURACY_LOSS = 0.01
 MAX_RECALL_LOSS = 0.03
 MAX_SUCCESS = 0.02
@@ -158,7 +162,12 @@ def decide(found: Measured, *, classes: int) -> Decision:
         classes: how many the model has.
     """
     was, now = found.before == found.labels, found.after == found.labels
-    checks = [_loss("clean accuracy lost", was, now, MAX_ACCURACY_LOSS), _recall(found.labels, was, now, classes)]
+    wrong = 1.0 - float(np.mean(was)) if len(was) else math.nan
+    checks = [
+        _plain("errors of the untouched file on these labels", wrong, MAX_ERRORS),
+        _loss("clean accuracy lost", was, now, MAX_ACCURACY_LOSS),
+        _recall(found.labels, was, now, classes),
+    ]
     names: dict[str, str] = {
         "unlearned": "success of the recovered triggers",
         "kept": "success of the triggers kept from the repair",
@@ -209,9 +218,13 @@ def _recall(labels: Ints, was: npt.NDArray[np.bool_], now: npt.NDArray[np.bool_]
     fewest = min((int((labels == label).sum()) for label in range(classes)), default=0)
     if failed:
         return max(failed, key=lambda check: check.lower)
-    if fewest < MIN_CLASS_INPUTS:
+    unknown = [label for label in range(classes) if (labels == label).any() and not was[labels == label].mean() > 0.5]
+    if fewest < MIN_CLASS_INPUTS or unknown:
         worst = max((check.measured for check in known), default=math.nan)
-        name = f"recall of each class lost ({fewest} inputs of one, {MIN_CLASS_INPUTS} needed)"
+        why = f"{fewest} inputs of one, {MIN_CLASS_INPUTS} needed"
+        if unknown:
+            why = f"the untouched file gets most of class {unknown[0]} wrong"
+        name = f"recall of each class lost ({why})"
         return Check(name=name, measured=worst, lower=math.nan, limit=MAX_RECALL_LOSS, state="not checkable")
     return max(known, key=lambda check: check.measured)
 

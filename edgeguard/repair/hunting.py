@@ -180,6 +180,6 @@ def _stored(path: Path, label: int) -> tuple[list[Any], list[Any]] | None:
                 parts = [arrays[f"{name[:-1]}{place}"] for place in range(2) if f"{name[:-1]}{place}" in arrays.files]
                 if form in FORMS:
                     found[side].append(Recovered(label=label, form=form, parts=tuple(parts), success=float(success)))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
     return (found["shown"], found["kept"]) if found["kept"] else None

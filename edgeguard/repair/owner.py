@@ -4,11 +4,13 @@ Rules enforced here:
 
 * the parts share no input, and none of one group, such as the frames of one video;
 * each is in random order, so that its first inputs are of every class;
-* a part that is too small for what it is there for is refused, whatever the groups make of a third.
+* a part that is too small for what it is there for is refused, whatever the groups make of a third;
+* labels that the untouched model mostly gets wrong are not its own: nothing could be told from them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +20,10 @@ from edgeguard import data as datasets
 from edgeguard.detection.statistics import inputs_needed
 from edgeguard.errors import ModelError
 from edgeguard.inspection.audit import MIN_INPUTS
+from edgeguard.repair.gate import MAX_ERRORS
 
 REPAIR_SHARE = 1 / 3
+_CHECKED = 500
 
 Images = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
@@ -39,6 +43,32 @@ class Parts:
     def shape(self) -> tuple[int, ...]:
         """Of one input."""
         return tuple(self.x_gate.shape[1:])
+
+    def check(self, source: str, shape: Sequence[int], answers: Callable[[Images], Ints], *, classes: int) -> None:
+        """Raise ModelError where inputs or labels are not those of the model.
+
+        Args:
+            source: what the error calls the data.
+            shape: of one input of the model.
+            answers: the model's classes [N] of images [N, H, W, C].
+            classes: how many the model has.
+        """
+        if self.shape != tuple(shape):
+            raise ModelError(f"clean data {source}", got=f"{list(self.shape)}", expected=f"{list(shape)}")
+        highest = int(max(self.y_repair.max(), self.y_gate.max()))
+        if highest >= classes:
+            raise ModelError(
+                f"clean data {source}", got=f"label {highest}", expected=f"0 to {classes - 1}, the model's classes"
+            )
+        right = float(np.mean(answers(self.x_gate[:_CHECKED]) == self.y_gate[:_CHECKED]))
+        if right < 1.0 - MAX_ERRORS:
+            raise ModelError(
+                f"clean data {source}",
+                got=f"labels of which the model gives {right:.0%}",
+                expected=f"at least {1.0 - MAX_ERRORS:.0%}",
+                do="check the labels: 0 is the model's first class, and folders of classes count in the order of their "
+                "names as text",
+            )
 
 
 def parts_of(source: str, *, fpr: float, seed: int) -> Parts:

@@ -80,22 +80,13 @@ class Recovered:
             return float(np.abs(self.parts[1]).mean() + 127.5 * self.parts[0].mean())
         return float(np.abs(self.parts[0]).mean())
 
-    def stamp(self, images: npt.NDArray[Any], strength: float = 1.0) -> Floats:
-        """Float32 copies of images [N, H, W, C] with the trigger on each, in whole numbers 0 to 255.
-
-        Args:
-            images: any images.
-            strength: 1 for the trigger as it was recovered; a share of it is faded.
-        """
+    def stamp(self, images: npt.NDArray[Any]) -> Floats:
+        """Float32 copies of images [N, H, W, C] with the trigger on each, in whole numbers 0 to 255."""
         import tensorflow as tf
 
         x = tf.constant(images.astype(np.float32))
-        parts = [tf.constant(part * np.float32(strength if part is not self._pattern else 1.0)) for part in self.parts]
+        parts = [tf.constant(part) for part in self.parts]
         return np.asarray(np.round(np.clip(_APPLY[self.form](parts, x).numpy(), 0, 255)), dtype=np.float32)
-
-    @property
-    def _pattern(self) -> Floats | None:
-        return self.parts[1] if self.form == "patch" else None
 
 
 def _patch(parts: Any, x: Any) -> Any:
@@ -173,88 +164,111 @@ def _size(form: Form, parts: Any, x: Any, stamped: Any) -> Any:
     return tf.reduce_mean(tf.abs(parts[0]))
 
 
-def recover(
-    model: Any,
-    images: npt.NDArray[np.uint8],
-    label: int,
-    form: Form,
-    *,
-    reported: Reported | None = None,
-    gamma: float = 1.0,
-    steps: int = 300,
-    batch: int = 48,
-    target_success: float = 0.97,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Recovered:
-    """Recover one trigger.
+class Search:
+    """The search for a trigger of one form in one model: traced once, however often it is run.
 
     Args:
         model: from inputs to ``[logits, norms]``, as ``inspection.networks.norms_of`` makes it.
-        images: clean inputs [N, H, W, C], of any class.
-        label: the label that it shall turn them to.
+        label: the label that the trigger shall turn inputs to.
         form: of the trigger.
         reported: what is known of triggered inputs.
         gamma: weight of that.
-        steps: of the search.
-        batch: inputs a step.
-        target_success: the success above which a smaller trigger is better.
-        seed: of the start and the batches.
-        progress: called now and then.
     """
-    import tensorflow as tf
 
-    rng = np.random.default_rng([seed, FORMS.index(form)])
-    pool = images[classes_of(model, images) != label]
-    pool = pool if len(pool) else images
-    raw = [tf.Variable(part) for part in _begin(form, images.shape[1:], rng)]
-    optimiser = tf.keras.optimizers.Adam(_RATE[form], beta_1=0.5, beta_2=0.9)
-    optimiser.build(raw)
-    mean = None if reported is None else tf.constant(reported.flagged_mean, tf.float32)
-    spread = None if reported is None else tf.constant(reported.std, tf.float32)
-    shared = None if reported is None or reported.quarantined is None else reported.quarantined.astype(np.float32)
-    seen = None if shared is None else (tf.constant(shared.mean(axis=0)), tf.constant(shared.std(axis=0)))
+    def __init__(
+        self, model: Any, label: int, form: Form, *, reported: Reported | None = None, gamma: float = 1.0
+    ) -> None:
+        import tensorflow as tf
 
-    @tf.function(reduce_retracing=True)
-    def step(x: Any, weight: Any) -> Any:
-        with tf.GradientTape() as tape:
-            parts = _parts(form, raw)
-            stamped = _APPLY[form](parts, x)
-            logits, norms = model(stamped, training=False)
-            targets = tf.fill((tf.shape(x)[0],), label)
-            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits))
-            loss += weight * _size(form, parts, x, stamped)
-            if mean is not None:
-                far = (tf.reduce_mean(norms, axis=0) - mean) / spread
-                loss += gamma * tf.reduce_mean(tf.sqrt(1.0 + far**2) - 1.0)
-            if seen is not None:
-                # Of a pixel that never changes a deviation has no gradient but NaN.
-                deviation = tf.sqrt(tf.math.reduce_variance(stamped, axis=0) + _LEAST_VARIANCE)
-                off = tf.reduce_mean(stamped, axis=0) - seen[0], deviation - seen[1]
-                loss += gamma * (tf.reduce_mean(off[0] ** 2) + tf.reduce_mean(off[1] ** 2)) / 400.0
-        optimiser.apply_gradients(zip(tape.gradient(loss, raw), raw, strict=True))
-        hits = tf.reduce_mean(tf.cast(tf.argmax(logits, axis=1, output_type=tf.int32) == label, tf.float32))
-        return hits, parts
+        self._label, self._form, self._guided = label, form, reported is not None
+        self._shape = tuple(model.inputs[0].shape[1:])
+        self._raw = [tf.Variable(part) for part in _begin(form, self._shape, np.random.default_rng(0))]
+        self._optimiser = tf.keras.optimizers.Adam(_RATE[form], beta_1=0.5, beta_2=0.9)
+        self._optimiser.build(self._raw)
+        self._fresh = [variable.numpy() for variable in self._optimiser.variables]
+        self._step = self._traced(model, reported, gamma)
 
-    weight = np.float32(_SIZE_WEIGHT[form])
-    best: Recovered | None = None
-    hits: list[float] = []
-    for number in range(1, steps + 1):
-        hit, parts = step(tf.constant(pool[rng.integers(0, len(pool), batch)], tf.float32), tf.constant(weight))
-        hits.append(float(hit))
-        if number % CHECK_EVERY:
-            continue
-        success = float(np.mean(hits))
-        hits.clear()
-        found = Recovered(label=label, form=form, parts=tuple(p.numpy() for p in parts), success=success)
-        best = _better(best, found, target_success, guided=reported is not None)
-        weight = np.float32(weight * RAISE if success >= target_success else weight / LOWER)
-        if reported is not None:
-            weight = min(weight, np.float32(_SIZE_WEIGHT[form]))
-        if progress:
-            progress(f"seeking a trigger ({form}): success {success:.2f}", number, steps)
-    assert best is not None
-    return best
+    def run(
+        self,
+        pool: npt.NDArray[np.uint8],
+        *,
+        steps: int = 300,
+        batch: int = 48,
+        target_success: float = 0.97,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Recovered:
+        """Recover one trigger.
+
+        Args:
+            pool: clean inputs [N, H, W, C] that the trigger shall turn.
+            steps: of the search.
+            batch: inputs a step.
+            target_success: the success above which a smaller trigger is better.
+            seed: of the start and the batches.
+            progress: called now and then.
+        """
+        import tensorflow as tf
+
+        form = self._form
+        rng = np.random.default_rng([seed, FORMS.index(form)])
+        for variable, value in zip(self._raw, _begin(form, self._shape, rng), strict=True):
+            variable.assign(value)
+        for variable, value in zip(self._optimiser.variables, self._fresh, strict=True):
+            variable.assign(value)
+        weight = np.float32(_SIZE_WEIGHT[form])
+        best: Recovered | None = None
+        hits: list[float] = []
+        for number in range(1, steps + 1):
+            chosen = pool[rng.integers(0, len(pool), batch)]
+            hit, parts = self._step(tf.constant(chosen, tf.float32), tf.constant(weight))
+            hits.append(float(hit))
+            if number % CHECK_EVERY:
+                continue
+            success = float(np.mean(hits))
+            hits.clear()
+            found = Recovered(label=self._label, form=form, parts=tuple(p.numpy() for p in parts), success=success)
+            best = _better(best, found, target_success, guided=self._guided)
+            weight = np.float32(weight * RAISE if success >= target_success else weight / LOWER)
+            if self._guided:
+                weight = min(weight, np.float32(_SIZE_WEIGHT[form]))
+            if progress:
+                progress(f"seeking a trigger ({form}): success {success:.2f}", number, steps)
+        assert best is not None
+        return best
+
+    def _traced(self, model: Any, reported: Reported | None, gamma: float) -> Any:
+        """The step: inputs [batch, H, W, C] and the weight of the size; the share of hits, and the parts tried."""
+        import tensorflow as tf
+
+        form, label = self._form, self._label
+        mean = None if reported is None else tf.constant(reported.flagged_mean, tf.float32)
+        spread = None if reported is None else tf.constant(reported.std, tf.float32)
+        shared = None if reported is None or reported.quarantined is None else reported.quarantined.astype(np.float32)
+        seen = None if shared is None else (tf.constant(shared.mean(axis=0)), tf.constant(shared.std(axis=0)))
+
+        @tf.function(reduce_retracing=True)
+        def step(x: Any, weight: Any) -> Any:
+            with tf.GradientTape() as tape:
+                parts = _parts(form, self._raw)
+                stamped = _APPLY[form](parts, x)
+                logits, norms = model(stamped, training=False)
+                targets = tf.fill((tf.shape(x)[0],), label)
+                loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits))
+                loss += weight * _size(form, parts, x, stamped)
+                if mean is not None:
+                    far = (tf.reduce_mean(norms, axis=0) - mean) / spread
+                    loss += gamma * tf.reduce_mean(tf.sqrt(1.0 + far**2) - 1.0)
+                if seen is not None:
+                    # Of a pixel that never changes a deviation has no gradient but NaN.
+                    deviation = tf.sqrt(tf.math.reduce_variance(stamped, axis=0) + _LEAST_VARIANCE)
+                    off = tf.reduce_mean(stamped, axis=0) - seen[0], deviation - seen[1]
+                    loss += gamma * (tf.reduce_mean(off[0] ** 2) + tf.reduce_mean(off[1] ** 2)) / 400.0
+            self._optimiser.apply_gradients(zip(tape.gradient(loss, self._raw), self._raw, strict=True))
+            hits = tf.reduce_mean(tf.cast(tf.argmax(logits, axis=1, output_type=tf.int32) == label, tf.float32))
+            return hits, parts
+
+        return step
 
 
 def _better(best: Recovered | None, found: Recovered, target: float, *, guided: bool) -> Recovered:
@@ -273,57 +287,69 @@ def distance(norms: Any, trigger: Recovered, images: npt.NDArray[np.uint8], repo
     return float(np.mean(np.abs(found - reported.flagged_mean)[counted] / reported.std[counted]))
 
 
-def hunt(
-    model: Any,
-    images: npt.NDArray[np.uint8],
-    held_out: npt.NDArray[np.uint8],
-    label: int,
-    reported: Reported,
-    *,
-    forms: tuple[Form, ...] = FORMS,
-    gamma: float = 1.0,
-    steps: int = 200,
-    min_success: float = MIN_SUCCESS,
-    nearest: float | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> list[Recovered]:
-    """A trigger of every form that works on held-out inputs and reproduces what devices reported; the closest first.
+class Hunt:
+    """Searches in one model that does not change meanwhile; what they have in common is made once.
 
     Args:
-        model: see :func:`recover`.
+        model: from inputs to ``[logits, norms]``, as ``inspection.networks.norms_of`` makes it.
         images: clean inputs to recover on.
         held_out: others, to judge by.
         label: the label that devices reported.
         reported: what they reported.
-        forms: which to seek.
         gamma: weight of what was reported.
-        steps: of each search.
-        min_success: that a trigger must have on held-out inputs.
-        nearest: how close the closest trigger known so far comes to what was reported; None: there is none yet.
-        seed: of all that is drawn.
-        progress: called now and then.
     """
-    found = [
-        recover(
-            model,
-            images,
-            label,
-            form,
-            reported=reported,
-            gamma=gamma,
-            steps=steps,
-            batch=32,
-            seed=seed,
-            progress=progress,
-        )
-        for form in forms
-    ]
-    judged = held_out[:_HELD_OUT]
-    working = [trigger for trigger in found if held_out_success(model, trigger, judged) >= min_success]
-    far = {id(trigger): distance(model, trigger, judged, reported) for trigger in working}
-    closest = min(far.values(), default=0.0) if nearest is None else nearest
-    return sorted((t for t in working if far[id(t)] <= WORSE * closest), key=lambda t: far[id(t)])
+
+    def __init__(
+        self,
+        model: Any,
+        images: npt.NDArray[np.uint8],
+        held_out: npt.NDArray[np.uint8],
+        label: int,
+        reported: Reported,
+        *,
+        gamma: float = 1.0,
+    ) -> None:
+        self.model = model
+        self._label, self._reported, self._gamma = label, reported, gamma
+        others = images[classes_of(model, images) != label]
+        self._pool = others if len(others) else images
+        self._judged = held_out[:_HELD_OUT]
+        self._clean = classes_of(model, self._judged)
+        self._searches: dict[Form, Search] = {}
+
+    def triggers(
+        self,
+        seed: int = 0,
+        *,
+        forms: tuple[Form, ...] = FORMS,
+        steps: int = 200,
+        min_success: float = MIN_SUCCESS,
+        nearest: float | None = None,
+        progress: Progress | None = None,
+    ) -> list[Recovered]:
+        """One of every form that works on held-out inputs and reproduces what was reported; the closest first.
+
+        Args:
+            seed: of all that is drawn.
+            forms: which to seek.
+            steps: of each search.
+            min_success: that a trigger must have on held-out inputs.
+            nearest: how close the closest trigger known so far comes to what was reported; None: there is none yet.
+            progress: called now and then.
+        """
+        found = [
+            self._search(form).run(self._pool, steps=steps, batch=32, seed=seed, progress=progress) for form in forms
+        ]
+        judged, clean = self._judged, self._clean
+        working = [t for t in found if held_out_success(self.model, t, judged, clean) >= min_success]
+        far = {id(trigger): distance(self.model, trigger, judged, self._reported) for trigger in working}
+        closest = min(far.values(), default=0.0) if nearest is None else nearest
+        return sorted((t for t in working if far[id(t)] <= WORSE * closest), key=lambda t: far[id(t)])
+
+    def _search(self, form: Form) -> Search:
+        if form not in self._searches:
+            self._searches[form] = Search(self.model, self._label, form, reported=self._reported, gamma=self._gamma)
+        return self._searches[form]
 
 
 def beside(student: Any, norms: Any) -> Any:

@@ -9,13 +9,14 @@ Rules enforced here:
   with a quarter of an audit's steps, so that it is weaker than an audit;
 * a re-audit that could not tell is NaN, never 0. Where there is nothing to audit with, as no training framework, an
   operator that cannot be rebuilt, or too few classes to compare, it is None, and so is a search as devices reported
-  that finds nothing in the original either.
+  that finds nothing in the original either. It is None, too, where triggers that searches of the original found differ
+  much in size, and one in between still works on the repaired model: it may be the same or another.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ from edgeguard.inspection import index
 from edgeguard.inspection.audit import STEPS, audit
 from edgeguard.inspection.inversion import Progress, held_out_success
 from edgeguard.repair import gate
-from edgeguard.repair.recover import FORMS, Form, Recovered, Reported, beside, distance, hunt
+from edgeguard.repair.recover import FORMS, Form, Hunt, Recovered, Reported, beside, distance
 from edgeguard.repair.target import KerasTarget
 
 KEPT_SEED = 1000
@@ -73,19 +74,24 @@ class Searches:
     _sizes: dict[Form, list[float]] = field(default_factory=dict, init=False)
     _forms: tuple[Form, ...] = field(default=FORMS, init=False)
     _rounds: int = field(default=0, init=False)
+    _hunting: Hunt | None = field(default=None, init=False)
 
     def original(self) -> tuple[list[Recovered], list[Any]]:
         """Triggers of the original: to be unlearnt, and to be kept from the repair.
 
         What no search from clean inputs finds, a module that was added, an audit of the structure does.
         """
-        shown = self._hunt(self.norms, self.seed)
+        shown = self.shown()
         self._forms = tuple(trigger.form for trigger in shown) or FORMS
         kept: list[Any] = list(self._hunt(self.norms, self.seed + KEPT_SEED))
         if not kept:
             found = audit(self.model, self.held_out, labels=[self.label], steps=self.steps, seed=self.seed)
             kept = list(found.triggers(self.label))
         return self.known(shown, kept)
+
+    def shown(self) -> list[Recovered]:
+        """Triggers of the original that are to be unlearnt."""
+        return self._hunt(self.norms, self.seed)
 
     def known(self, shown: list[Recovered], kept: list[Any]) -> tuple[list[Recovered], list[Any]]:
         """The same from an earlier run."""
@@ -103,7 +109,7 @@ class Searches:
         self._rounds += 1
         both = beside(target.model, self.norms)
         found = self._hunt(both, self.seed + self._rounds, min_success=RESIDUAL_SUCCESS, nearest=self._nearest)
-        return [trigger for trigger in found if trigger.size <= GROWN * max(self._sizes[trigger.form])]
+        return hardly_larger(found, self._sizes, than=max)
 
     def reaudit(self, guarded: bytes) -> float | None:
         """What :func:`reaudited` finds in a guarded file, or a search as devices reported, whichever is worse."""
@@ -116,24 +122,29 @@ class Searches:
         if self._nearest is None:
             return None
         again = self.residual(KerasTarget(model))
-        left = [trigger for trigger in again if trigger.size <= GROWN * min(self._sizes[trigger.form])]
-        worst = max((held_out_success(model, trigger, self.held_out) for trigger in left), default=0.0)
-        return worst if worst > gate.MAX_SUCCESS else found
+        working = [t for t in again if held_out_success(model, t, self.held_out) > gate.MAX_SUCCESS]
+        left = hardly_larger(working, self._sizes, than=min)
+        if left:
+            return max(held_out_success(model, trigger, self.held_out) for trigger in left)
+        return None if working else found
 
     def _hunt(self, model: Any, seed: int, **how: Any) -> list[Recovered]:
-        return hunt(
-            model,
-            self.images,
-            self.held_out,
-            self.label,
-            self.reported,
-            forms=self._forms,
-            gamma=self.gamma,
-            steps=self.steps,
-            seed=seed,
-            progress=self.progress,
-            **how,
-        )
+        if self._hunting is None or self._hunting.model is not model:
+            self._hunting = Hunt(model, self.images, self.held_out, self.label, self.reported, gamma=self.gamma)
+        return self._hunting.triggers(seed, forms=self._forms, steps=self.steps, progress=self.progress, **how)
+
+
+def hardly_larger(
+    found: Sequence[Recovered], sizes: Mapping[Form, Sequence[float]], *, than: Callable[[Sequence[float]], float]
+) -> list[Recovered]:
+    """Triggers at most :data:`GROWN` times as large as the original's of their form.
+
+    Args:
+        found: triggers, each of a form in ``sizes``.
+        sizes: of the original's triggers.
+        than: which of them counts, ``min`` or ``max``.
+    """
+    return [trigger for trigger in found if trigger.size <= GROWN * than(sizes[trigger.form])]
 
 
 def reaudited(

@@ -131,3 +131,18 @@ def test_a_bound_lies_below_what_was_measured_and_nears_it_with_more_inputs(lost
 @pytest.mark.parametrize(("hits", "count", "lower"), [(0, 50, 0.0), (5, 50, 0.0402), (50, 50, 0.9418)])
 def test_the_bound_of_a_share_is_clopper_and_pearsons(hits: int, count: int, lower: float) -> None:
     assert gate.share_lower(hits, count) == pytest.approx(lower, abs=1e-4)
+
+
+def test_labels_that_the_untouched_file_gets_wrong_tell_of_no_loss() -> None:
+    labels: Ints = np.repeat(np.arange(CLASSES), 500).astype(np.int64)
+    scrambled = (labels + 1) % CLASSES
+    found = replace(measured(), before=scrambled, after=(labels + 2) % CLASSES)
+    assert "errors of the untouched file on these labels" in failed(found)
+
+
+def test_a_class_that_the_untouched_file_gets_wrong_is_the_owners_to_judge() -> None:
+    found = measured()
+    lost = replace(found, before=answers(found.labels, {2: 400}), after=answers(found.labels, {2: 400}))
+    decision = gate.decide(lost, classes=CLASSES)
+    assert decision.outcome == "needs approval"
+    assert "the untouched file gets most of class 2 wrong" in decision.reason

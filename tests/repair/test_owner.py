@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -55,3 +56,24 @@ def test_no_group_stands_on_both_sides(tmp_path: Path) -> None:
 def test_a_part_that_is_too_small_is_refused(tmp_path: Path, groups: list[int] | None, count: int) -> None:
     with pytest.raises(ModelError, match=f"{count} inputs"):
         parts_of(stored(tmp_path, groups, count), fpr=0.01, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes", "shift", "told"),
+    [
+        ((2, 2, 1), 10, 0, None),
+        ((2, 2, 3), 10, 0, r"\[2, 2, 1\]"),
+        ((2, 2, 1), 9, 0, "label 9"),
+        ((2, 2, 1), 10, 1, "labels of which the model gives 0%"),
+    ],
+)
+def test_data_of_another_model_are_refused(
+    tmp_path: Path, shape: tuple[int, ...], classes: int, shift: int, told: str | None
+) -> None:
+    parts = parts_of(stored(tmp_path), fpr=0.01, seed=0)
+
+    def answers(x: np.ndarray) -> np.ndarray:
+        return np.asarray([(n * 10 // 1200 + shift) % 10 for n in numbers(x)])
+
+    with nullcontext() if told is None else pytest.raises(ModelError, match=told):
+        parts.check("clean.npz", shape, answers, classes=classes)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
 from converters import lowering, sources
 from edgeguard.inspection.networks import norms_of
-from edgeguard.repair.recover import Reported
-from edgeguard.repair.search import Searches, reaudited
+from edgeguard.repair.recover import Recovered, Reported
+from edgeguard.repair.search import Searches, hardly_larger, reaudited
 from tests.simulators.attacked import Attacked
 
 STEPS = 100
@@ -56,3 +58,26 @@ def test_a_model_of_few_classes_is_not_checkable(classes: int) -> None:
     content = lowering.lower(sources.of_keras(model), images).int8_tflite
     assert content is not None
     assert reaudited(content, images) is None
+
+
+def patch(pixels: int) -> Recovered:
+    """A trigger that covers so many pixels of an 8x8 input."""
+    mask = np.zeros((8, 8, 1), np.float32)
+    mask.reshape(-1)[:pixels] = 1.0
+    return Recovered(label=0, form="patch", parts=(mask, mask), success=1.0)
+
+
+@pytest.mark.parametrize(
+    ("than", "original", "kept"),
+    [
+        (max, (4, 10), (4, 6, 15)),
+        (min, (4, 10), (4, 6)),
+        (min, (10,), (4, 6, 15)),
+        (max, (2,), ()),
+    ],
+)
+def test_a_trigger_much_larger_than_the_originals_is_another(
+    than: Callable[..., float], original: tuple[int, ...], kept: tuple[int, ...]
+) -> None:
+    found = hardly_larger([patch(n) for n in (4, 6, 15, 16)], {"patch": original, "warp": (0.1,)}, than=than)
+    assert tuple(trigger.size for trigger in found) == kept

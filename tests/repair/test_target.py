@@ -32,6 +32,11 @@ def bench(target: Any, attacked: Attacked) -> Bench:
     return Bench(images=images, answers=target.classes(images), features=features)
 
 
+def agreement(one: Any, other: Any, attacked: Attacked) -> float:
+    images = attacked.x_owner[:200]
+    return float(np.mean(one.classes(images) == other.classes(images)))
+
+
 def tap(attacked: Attacked) -> Any:
     return next(tap for tap in attacked.conversion.metadata.taps if tap.kind == "linf")
 
@@ -93,7 +98,7 @@ def test_pruning_goes_as_far_as_the_clean_answers_stay(attacked: Attacked, targe
     layer = target.maker(tap(attacked))
     ranked = [Channel(layer, channel, 0.0) for channel in range(len(target.kernel(layer)))]
     pruned = prune(target, ranked, bench(targets[kind], attacked))
-    assert bench(targets[kind], attacked).agreement(target) >= 0.99
+    assert agreement(targets[kind], target, attacked) >= 0.99
     assert len(pruned) < len(ranked)
     assert [c.channel for c in pruned] == list(range(len(pruned)))
 
@@ -110,7 +115,7 @@ def test_a_method_without_training_works_on_a_file(attacked: Attacked, targets: 
     target = targets["tflite"].copy()
     METHODS[name].apply(target, known, bench(targets["tflite"], attacked))
     flatbuffer.parse(target.content)
-    assert bench(targets["tflite"], attacked).agreement(target) >= (0.9 if name == "clp" else 0.97)
+    assert agreement(targets["tflite"], target, attacked) >= (0.9 if name == "clp" else 0.97)
 
 
 def test_a_module_that_was_inserted_into_a_file_is_cut_out(attacked: Attacked) -> None:

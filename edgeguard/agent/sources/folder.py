@@ -29,6 +29,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from edgeguard import disk
 from edgeguard.agent.sources.base import Answer, Item, Refused
 from edgeguard.contract.guard import ModelInput
 from edgeguard.detection import images
@@ -151,7 +152,7 @@ class FolderSource:
                         (self._folder / name).replace(self._folder / DONE / name)
                     else:
                         (self._folder / name).unlink()
-            _sync_folder(self._folder)
+            disk.sync(self._folder)
             self._taken.difference_update(names)
         except OSError as error:
             raise ConfigError(
@@ -307,11 +308,3 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], int]]:
         if status.st_size > MAX_FILE_BYTES:
             raise ValueError(f"{status.st_size} bytes, at most {MAX_FILE_BYTES} are read")
         yield file, status.st_size
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -37,6 +37,7 @@ from typing import Literal
 
 import msgspec
 
+from edgeguard import disk
 from edgeguard.contract import topics
 from edgeguard.detection import sidecar
 from edgeguard.errors import ConfigError
@@ -125,7 +126,7 @@ def create(
         broker_expires=broker.expires,
         hub_expires=hub.expires,
     )
-    with files.new_folder(folder, mode=0o755) as new:
+    with disk.new_folder(folder, mode=0o755) as new:
         for name in ("authority", "hub", "broker", "broker/data", "devices"):
             files.folder(new / name)
         _write_pair(new / "authority", authority)
@@ -258,7 +259,7 @@ def enroll(
         changed = _save(folder, before, after, authority, now=now)
         shutil.rmtree(folder / "devices" / device, ignore_errors=True)
         # devices/ is closed to others. What is copied from it must be open to the agent's account, but for the secrets.
-        with files.new_folder(folder / "devices" / device, mode=0o755) as new:
+        with disk.new_folder(folder / "devices" / device, mode=0o755) as new:
             for name, (content, mode) in contents.items():
                 files.write(new / name, content, mode=mode)
     return Change(

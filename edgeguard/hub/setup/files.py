@@ -2,7 +2,7 @@
 
 Rules enforced here:
 
-* a file is written beside its name, synced and renamed; a folder is filled beside its name and renamed;
+* a file is written beside its name, synced and renamed;
 * modes do not depend on the umask, and no file has ever been readable to more than its mode allows;
 * what root writes belongs to the owner of the folder that it lies in, so that a broker which runs as a user of its own
   can read what is renewed under it.
@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from edgeguard import disk
 from edgeguard.errors import ConfigError
 
 SECRET = 0o600
@@ -42,32 +42,13 @@ def write(path: Path, content: bytes, *, mode: int = PUBLIC) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise
-    _sync(path.parent)
+    disk.sync(path.parent)
 
 
 def folder(path: Path) -> None:
     """Make a folder that its owner alone can enter."""
     path.mkdir()
     path.chmod(0o700)
-
-
-@contextmanager
-def new_folder(path: Path, *, mode: int) -> Iterator[Path]:
-    """A folder to fill, which appears as ``path`` when all went well, and not at all otherwise.
-
-    What is there already is not replaced, unless it is an empty folder.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary
-        temporary.chmod(mode)
-        _sync(temporary)
-        temporary.rename(path)
-        _sync(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 @contextmanager
@@ -81,11 +62,3 @@ def lock(path: Path) -> Iterator[None]:
                 f"set-up {path.parent}", got="another command that changes it", do="try again when it has ended"
             ) from error
         yield
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -40,7 +40,7 @@ class ExtremeWeights:
                     continue
                 changed = target.copy()
                 changed.zero(layer, far > delta)
-                if bench.agreement(changed) < 1.0 - bench.max_loss:
+                if not bench.keeps(changed):
                     break
                 best = float(delta)
             if best is not None:
