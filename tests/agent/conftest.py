@@ -160,7 +160,7 @@ class Device:
         assert self._process is not None
         self._process.send_signal(signal.SIGTERM)
         try:
-            return self._process.wait(30)
+            return self._process.wait(60)
         except subprocess.TimeoutExpired:
             self._process.send_signal(signal.SIGABRT)  # so that its log ends with where each thread stands
             self._process.wait(15)
