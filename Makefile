@@ -70,7 +70,7 @@ bench-inspection: $(STAMP) ## audits the zoo: right labels, false accusations, t
 	$(BIN)/python -m benchmarks.inspection $(ARGS)
 	$(BIN)/python -m benchmarks.inspection --report
 
-bench-repair: $(STAMP) ## backdoors removed, method by method and by auto, on the zoo; resumes; writes docs/repair.md
+bench-repair: $(STAMP) ## backdoors removed, method by method and by auto, on the zoo; resumes; writes docs/repair.md (ARGS="--part auto --data digits --limit 3")
 	$(BIN)/python -m benchmarks.repair $(ARGS)
 	$(BIN)/python -m benchmarks.repair --report
 

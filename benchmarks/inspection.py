@@ -1,13 +1,14 @@
 """Audits the zoo: is each attacked model named with its right label, and is a clean one left alone?
 
-    python -m benchmarks.inspection [--data digits] [--attack badnets] [--json FILE] [--threads N]
-    python -m benchmarks.inspection --calibrate [--json FILE]
-    python -m benchmarks.inspection --report
+    python -m benchmarks.inspection --data digits --limit 5     # five models that are not measured yet
+    python -m benchmarks.inspection --calibrate [--data digits] [--limit N]
+    python -m benchmarks.inspection --report                    # docs/inspection.md from what was measured
 
 Each model's **int8 file** is audited, through a reconstruction of its float graph, with the owner's clean inputs and
-without their labels. A row is written as soon as it is measured; one that is there and fits model and steps is kept.
-Every ready model of the zoo is taken; what is missing is listed, not trained. Seconds are the wall clock's, of a
-machine that may be shared: the processor's stand beside them.
+without their labels. A row is written as soon as it is measured; one that this very code measured on this very model is
+not measured again, one of other code stays until then and is marked in the report. Every ready model of the zoo whose
+attack works is taken; what is missing is listed, not trained. Seconds are the wall clock's, of a machine that may be
+shared: the processor's stand beside them.
 
 ``--calibrate`` recomputes what the audit's limits come from (``edgeguard/inspection/index.py``): clean twins and the
 development attacks (BadNets, Blended, SIG, Refool) with seeds and a target of their own, none of them of the zoo. The
@@ -27,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import zoo
+from benchmarks import digests, inspection_report, selection, zoo
 from benchmarks.zoo import CLEAN, Cell
 from converters import files, reconstruct
 from edgeguard.attacks import registry, victims
@@ -35,19 +36,14 @@ from edgeguard.attacks.base import Task
 from edgeguard.attacks.networks import NETWORKS, SMALL_CNN
 from edgeguard.errors import ConfigError
 from edgeguard.inspection import index
-from edgeguard.inspection.audit import FORMS, STEPS, Audit, audit
+from edgeguard.inspection.audit import FORMS, Audit, audit
 
-RESULTS = Path("benchmarks/results/inspection.json")
-CALIBRATION = Path("benchmarks/results/inspection_calibration.json")
+RESULTS = digests.ROOT / "benchmarks" / "results" / "inspection.json"
+CALIBRATION = RESULTS.with_name("inspection_calibration.json")
 PATCHES = frozenset({"badnets", "dba", "robnet", "trojannet", "pruning_aware", "adaptive", "quantisation"})
 DEVELOPMENT = ("badnets", "blended", "sig", "refool")
 MARGIN = 0.8
-DOCUMENT = Path("docs/inspection.md")
-_SHARES = (
-    ("patch-type attacks", "named_of_patch_type"),
-    ("all attacks", "named_of_all"),
-    ("clean ones, accused", "clean_accused"),
-)
+SOURCES = (*digests.SHARED, "benchmarks/inspection.py")
 _TARGET = 3
 _SEEDS = {"digits": (range(100, 106), range(100, 101)), "fashion_mnist": (range(100, 102), range(0))}
 """Seeds of clean and of attacked calibration models, of each data set."""
@@ -90,34 +86,49 @@ def measure(content: bytes, images: Any, target: int | None) -> dict[str, Any]:
 
 
 def members(options: argparse.Namespace) -> Iterator[tuple[Cell, zoo.Member | None, zoo.Split]]:
-    """The cells asked for, those of one data set after the other; None for a model that is not ready."""
-    for cell in sorted(zoo.matrix(), key=lambda c: (c.seed, c.attack not in (CLEAN, *DEVELOPMENT))):
-        if (options.data and cell.data not in options.data) or (options.attack and cell.attack not in options.attack):
-            continue
+    """The cells asked for, twins and development attacks of a seed first; None for a model that is not ready."""
+    for cell in sorted(selection.cells_of(options), key=lambda c: (c.seed, c.attack not in (CLEAN, *DEVELOPMENT))):
         part = zoo.at_hand(cell.data)
         if part is not None:
             yield cell, zoo.load(cell, part), part
 
 
-def run(options: argparse.Namespace) -> None:
-    """Measure what is missing."""
-    path = options.json or RESULTS
+def is_of(row: dict[str, Any] | None, code: str, **expected: Any) -> bool:
+    """Whether a row was measured with this code and is of what is expected."""
+    return row is not None and all(row.get(name) == value for name, value in {"code": code, **expected}.items())
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure what is missing, at most ``--limit`` models; how many failed."""
+    path, stamp = options.json or RESULTS, digests.stamp(SOURCES)
     rows = _rows(path)
     missing: list[str] = []
+    failed = measured = 0
     for cell, member, part in members(options):
         if member is None:
             missing.append(cell.name)
             continue
-        known = rows.get(cell.name)
-        if known and known["fingerprint"] == member.row["fingerprint"] and known["steps"] == STEPS * len(FORMS):
+        if member.row.get("attacked") is False or is_of(
+            rows.get(cell.name), stamp["code"], fingerprint=member.row["fingerprint"]
+        ):
             continue
+        if options.limit is not None and measured >= options.limit:
+            break
+        measured += 1
         target = None if member.attack is None else member.attack.target
+        try:
+            found = measure(member.int8, part.owner_x, target)
+        except Exception as error:  # one model that breaks takes nothing of the others with it
+            failed += 1
+            print(f"{cell.name}: {type(error).__name__}: {error}", flush=True)
+            continue
         row = {
             **asdict(cell),
+            **stamp,
             "fingerprint": member.row["fingerprint"],
             "attacked": member.row.get("attacked"),
             "target": target,
-            **measure(member.int8, part.owner_x, target),
+            **found,
         }
         rows = {**_rows(path), cell.name: row}  # another run may have written meanwhile
         _write(path, rows, summary(list(rows.values())))
@@ -125,6 +136,7 @@ def run(options: argparse.Namespace) -> None:
     print(json.dumps(summary(list(rows.values())), indent=2))
     if missing:
         print(f"not ready, see python -m benchmarks.zoo: {', '.join(missing)}")
+    return failed
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -155,8 +167,9 @@ def _share(values: Sequence[bool]) -> dict[str, Any]:
 
 def calibrate(options: argparse.Namespace) -> None:
     """Train, audit, and print the limits that follow."""
-    path = options.json or CALIBRATION
+    path, stamp = options.json or CALIBRATION, digests.stamp(SOURCES)
     rows = _rows(path)
+    measured = 0
     for name, (clean_seeds, attacked_seeds) in _SEEDS.items():
         if options.data and name not in options.data:
             continue
@@ -169,11 +182,14 @@ def calibrate(options: argparse.Namespace) -> None:
         cells += [(attack, seed) for seed in attacked_seeds for attack in DEVELOPMENT]
         for attack, seed in cells:
             key = f"{name}-{attack}-s{seed}"
-            if key in rows and rows[key]["steps"] == STEPS * len(FORMS):
+            if is_of(rows.get(key), stamp["code"]):
                 continue
+            if options.limit is not None and measured >= options.limit:
+                break
+            measured += 1
             row = measure(_trained(name, part, attack, seed), part.owner_x, None if attack == CLEAN else _TARGET)
             rows = _rows(path)
-            rows[key] = {"data": name, "attack": attack, "seed": seed, **row}
+            rows[key] = {"data": name, "attack": attack, "seed": seed, **stamp, **row}
             _write(path, rows, limits(list(rows.values())))
             print(f"{key}: {describe(rows[key])}", flush=True)
     print(json.dumps(limits(list(rows.values())), indent=2))
@@ -221,66 +237,6 @@ def limits(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def report() -> None:
-    """Write the figures of both result files into the documentation."""
-    rows, calibrated = list(_rows(RESULTS).values()), list(_rows(CALIBRATION).values())
-    text = DOCUMENT.read_text()
-    for name, lines in (("calibration", _calibration_table(calibrated)), ("measured", _measured_tables(rows))):
-        begin = text.index(f"<!-- {name} -->")
-        end = text.index("<!-- end -->", begin)
-        text = text[:begin] + "\n".join([f"<!-- {name} -->", "", *lines, ""]) + "\n" + text[end:]
-    files.write(text.encode(), DOCUMENT)
-
-
-def _calibration_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    lines = ["| form | clean networks | smallest ratio | of index above 2 | limit | development attacks |"]
-    lines.append("|---|---|---|---|---|---|")
-    for form, found in limits(rows).items():
-        above = sum(r[f"{form}_smallest"]["index"] > 2.0 for r in rows if r["attack"] == CLEAN)
-        attacks = ", ".join(f"{r['data']} {r['attack']} {r[f'{form}_target']['ratio']:.2f}" for r in _attacked(rows))
-        lines.append(
-            f"| {form} | {found['clean_networks']} | {found['smallest_clean_ratio']:.2f} | {above} | "
-            f"{found['in_use']:.2f} | {attacks} |"
-        )
-    return lines
-
-
-def _attacked(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row for row in rows if row["attack"] != CLEAN]
-
-
-def _measured_tables(rows: Sequence[dict[str, Any]]) -> list[str]:
-    total = summary(rows)
-    lines = ["| models | named with the right label |", "|---|---|"]
-    lines += [f"| {name} | {_of(total[key])} |" for name, key in _SHARES]
-    lines += ["", "| attack | named | | attack | named |", "|---|---|---|---|---|"]
-    attacks = [(name, _of(share)) for name, share in total["by_attack"].items() if share["of"]]
-    pairs = [attacks[i : i + 2] for i in range(0, len(attacks), 2)]
-    lines += [f"| {' | | '.join(f'{name} | {share}' for name, share in pair)} |" for pair in pairs]
-    lines += ["", "| model | verdict | labels | target | patch ratio | blend ratio | seconds | processor |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for row in sorted(rows, key=lambda r: (r["data"], r["network"], r["attack"], r["seed"])):
-        if row["attacked"] or row["attack"] == CLEAN:
-            ratios = [
-                row.get(f"{form}_{'smallest' if row['target'] is None else 'target'}") for form in ("patch", "blend")
-            ]
-            cells = [
-                f"{row['data']} {row['network']} {row['attack']} {row['seed']}",
-                row["verdict"].replace("_", " "),
-                ", ".join(map(str, row["labels"])) or "-",
-                "-" if row["target"] is None else str(row["target"]),
-                *("-" if ratio is None else f"{ratio['ratio']:.2f}" for ratio in ratios),
-                f"{row['seconds']:.0f}",
-                f"{row['processor_seconds']:.0f}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def _of(share: dict[str, Any]) -> str:
-    return f"{share['count']} of {share['of']}" if share["of"] else "not measured"
-
-
 def _rows(path: Path) -> dict[str, dict[str, Any]]:
     try:
         rows: dict[str, dict[str, Any]] = json.loads(path.read_text())["rows"]
@@ -293,25 +249,38 @@ def _write(path: Path, rows: dict[str, dict[str, Any]], total: dict[str, Any]) -
     files.write(json.dumps({"summary": total, "rows": rows}, indent=1).encode(), path)
 
 
+def todays(row: dict[str, Any]) -> str | None:
+    """The fingerprint that a row's model has now; None where its data is not here, so that nobody can tell."""
+    part = zoo.at_hand(row["data"])
+    cell = Cell(**{name: row[name] for name in ("data", "network", "attack", "seed")})
+    return None if part is None else zoo.fingerprint(cell, part)
+
+
 def main() -> int:
-    """Measure, or calibrate."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", action="append", help="only this data set (may be repeated)")
-    parser.add_argument("--attack", action="append", help="only this attack, or 'clean' (may be repeated)")
+    """Measure, calibrate, or write the report. Exit code 1 where a model failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    selection.add_to(parser)
     parser.add_argument("--json", type=Path, help="where the results are")
     parser.add_argument("--threads", type=int, default=0, help="threads of TensorFlow; all by default")
     parser.add_argument("--report", action="store_true", help="write docs/inspection.md from the results instead")
     parser.add_argument("--calibrate", action="store_true", help="recompute the audit's limits instead")
     options = parser.parse_args()
     if options.report:
-        report()
+        rows, calibrated = (list(_rows(path).values()) for path in (RESULTS, CALIBRATION))
+        tables = inspection_report.Tables(
+            rows=rows, summary=summary(rows), calibrated=calibrated, limits=limits(calibrated),
+            code=digests.code_digest(SOURCES), todays=todays,
+        )  # fmt: skip
+        inspection_report.write(digests.ROOT / "docs" / "inspection.md", tables)
         return 0
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(options.threads)
     tf.config.threading.set_inter_op_parallelism_threads(options.threads)
-    (calibrate if options.calibrate else run)(options)
-    return 0
+    if options.calibrate:
+        calibrate(options)
+        return 0
+    return 1 if run(options) else 0
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ import numpy.typing as npt
 
 from edgeguard.inspection import index as indices
 from edgeguard.inspection import stimulation, structure, substitute
-from edgeguard.inspection.inversion import Evidence, Form, Progress, Trigger, classes_of, held_out_success, invert
-from edgeguard.inspection.networks import logits_of
+from edgeguard.inspection.inversion import Form, Ints, Progress, Trigger, classes_of, held_out_success, invert
+from edgeguard.inspection.networks import Traced, logits_of
 
 Verdict = Literal["backdoored", "no_sign", "could_not_check"]
 
@@ -100,8 +100,6 @@ def audit(
     images: npt.NDArray[Any] | None,
     *,
     labels: Sequence[int] | None = None,
-    evidence: Evidence | None = None,
-    norms: Any = None,
     forms: Sequence[Form] = FORMS,
     steps: int = STEPS,
     seed: int = 0,
@@ -115,8 +113,6 @@ def audit(
         images: clean inputs [N, H, W, C], 0 to 255; their labels are not needed. None: inputs are made up from the
             model (:mod:`edgeguard.inspection.substitute`).
         labels: the labels that may be suspected, None for all; others are sought to compare with.
-        evidence: what devices reported of inputs that were flagged as ``labels[0]``; needs ``norms``.
-        norms: the model as ``networks.norms_of`` makes it.
         forms: of triggers to seek.
         steps: optimisation steps per form.
         seed: of everything random.
@@ -139,7 +135,9 @@ def audit(
     half = len(images) // 2
     sought = np.asarray(images[order[:half][:MAX_SOUGHT]], dtype=np.uint8)
     held_out = np.asarray(images[order[half:][:MAX_HELD_OUT]], dtype=np.uint8)
-    if len(np.unique(classes_of(plain, held_out))) < 2:
+    traced = Traced(plain)
+    clean, usual = classes_of(traced, sought), classes_of(traced, held_out)
+    if len(np.unique(usual)) < 2:
         return Audit(
             verdict="could_not_check",
             reason="the model calls all of these inputs the same: is this its data?",
@@ -149,7 +147,7 @@ def audit(
     others = [c for c in range(classes) if c not in suspects]
     candidates = (*suspects, *sorted(rng.permutation(others)[:CONTROLS].tolist()))
     module = structure.added_module(model)
-    planted = () if module is None else _planted(model, module, sought, held_out, suspects, seed)
+    planted = () if module is None else _planted(model, module, sought, (held_out, usual), suspects, seed)
     lifts = tuple(stimulation.lifts(model, sought))
     findings: list[Finding] = []
     for number, form in enumerate(forms):
@@ -163,12 +161,11 @@ def audit(
             target_success=TARGET_SUCCESS,
             narrow=(lambda found: _finalists(found, lifts)) if len(candidates) > FINALISTS + COMPARED else None,
             narrow_at=steps // 4,
+            clean=clean,
             seed=seed + number,
             progress=_part(progress, number, len(forms), steps),
         )
-        if evidence is not None and norms is not None and form == "patch":
-            triggers = _guided(norms, sought, suspects[0], evidence, triggers, steps, seed)
-        findings += _findings(plain, triggers, held_out, suspects, seed)
+        findings += _findings(traced, triggers, (held_out, usual), suspects, seed)
     findings.sort(key=lambda finding: (not finding.suspected, finding.ratio))
     named = tuple(dict.fromkeys((*(t.label for t in planted), *(f.label for f in findings if f.suspected))))
     return replace(
@@ -208,12 +205,13 @@ def _planted(
     model: Any,
     module: structure.Module,
     sought: npt.NDArray[np.uint8],
-    held_out: npt.NDArray[np.uint8],
+    held_out: tuple[npt.NDArray[np.uint8], Ints],
     suspects: Sequence[int],
     seed: int,
 ) -> tuple[Trigger, ...]:
+    """Triggers of a module that work on held-out inputs, given with the classes that the model calls them."""
     found = structure.triggers_of(model, module, sought, seed=seed)
-    measured = [replace(t, success=held_out_success(model, t, held_out)) for t in found if t.label in suspects]
+    measured = [replace(t, success=held_out_success(model, t, *held_out)) for t in found if t.label in suspects]
     working = [trigger for trigger in measured if trigger.success >= indices.MIN_SUCCESS]
     return tuple(sorted(working, key=lambda trigger: -trigger.success))
 
@@ -229,42 +227,19 @@ def _finalists(found: Sequence[Trigger], lifts: Sequence[stimulation.Lift]) -> l
     return sorted({*first, *(rest[i] for i in spread)})
 
 
-def _guided(
-    norms: Any,
-    images: npt.NDArray[np.uint8],
-    label: int,
-    evidence: Evidence,
-    triggers: list[Trigger],
-    steps: int,
-    seed: int,
-) -> list[Trigger]:
-    """The triggers with the label's own replaced, where what devices reported leads to a smaller one."""
-    guided = invert(
-        norms,
-        images,
-        [label],
-        steps=steps,
-        batch=BATCH,
-        target_success=TARGET_SUCCESS,
-        evidence=evidence,
-        seed=seed,
-    )[0]
-    return [
-        guided
-        if trigger.label == label and guided.success >= TARGET_SUCCESS and guided.size < trigger.size
-        else trigger
-        for trigger in triggers
-    ]
-
-
 def _findings(
-    plain: Any, triggers: Sequence[Trigger], held_out: npt.NDArray[np.uint8], suspects: Sequence[int], seed: int
+    plain: Any,
+    triggers: Sequence[Trigger],
+    held_out: tuple[npt.NDArray[np.uint8], Ints],
+    suspects: Sequence[int],
+    seed: int,
 ) -> list[Finding]:
+    """What the triggers of one form do to held-out inputs, given with the classes that the model calls them."""
     found = []
     sizes = np.asarray([t.size if t.success >= indices.MIN_SUCCESS else np.inf for t in triggers])
     for place, trigger in enumerate(triggers):
         measured = indices.measure(sizes, place, seed=seed)
-        success = held_out_success(plain, trigger, held_out)
+        success = held_out_success(plain, trigger, *held_out)
         found.append(
             Finding(
                 label=trigger.label,

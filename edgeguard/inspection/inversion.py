@@ -19,7 +19,7 @@ The smallest mask that succeeded is kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -29,6 +29,7 @@ from edgeguard.inspection.networks import run
 
 Progress = Callable[[str, int, int], None]
 Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
 Form = Literal["patch", "blend"]
 
 RAISE, LOWER = 1.5, 1.5**1.5
@@ -72,18 +73,6 @@ class Trigger:
         """How large it is in its form: pixels of a patch, amplitude (0 to 1) of a blend."""
         return self.l1 if self.form == "patch" else float(np.sqrt(np.mean(np.square(self.mask))))
 
-    def grown(self) -> Trigger:
-        """The same with a mask grown by a pixel: a recovered mask is the smallest that works, the real one larger.
-
-        A blend covers the picture already and is made half as strong again.
-        """
-        if self.form == "blend":
-            return replace(self, mask=np.minimum(self.mask * np.float32(1.5), np.float32(1.0)))
-        height, width = self.mask.shape[:2]
-        padded = np.pad(self.mask, ((1, 1), (1, 1), (0, 0)))
-        mask = np.max([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)], axis=0)
-        return replace(self, mask=np.asarray(mask, dtype=np.float32))
-
     def stamp(self, images: npt.NDArray[Any]) -> Floats:
         """Float32 copies of images [N, H, W, C] with the trigger on each, rounded to whole pixel values."""
         mixed = (1.0 - self.mask) * images.astype(np.float32) + self.mask * self.pattern
@@ -114,6 +103,7 @@ def invert(
     gamma: float = 0.1,
     narrow: Callable[[Sequence[Trigger]], Sequence[int]] | None = None,
     narrow_at: int = 0,
+    clean: Ints | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Trigger]:
@@ -130,12 +120,14 @@ def invert(
         evidence: of the first label; others are recovered without.
         gamma: weight of the evidence.
         narrow: after ``narrow_at`` steps, which of the triggers so far are worth going on with, by their places.
+        clean: what :func:`classes_of` gives for ``images``, where that is known already.
         seed: of masks, patterns and batches.
 
     Returns:
         One trigger per label that was gone on with, in their order.
     """
-    search = _Search(model, images, labels, form, batch, target_success, evidence, gamma, seed)
+    clean = classes_of(model, images) if clean is None else clean
+    search = _Search(model, images, clean, labels, form, batch, target_success, evidence, gamma, seed)
     last = 0.0
     for number in range(1, steps + 1):
         search.step()
@@ -152,12 +144,16 @@ def invert(
 
 
 class _Search:
-    """The masks and patterns of the labels that are still sought, and the best found of each label."""
+    """The masks and patterns of the labels that are still sought, and the best found of each label.
+
+    Labels that leave stay in the variables and are no longer read: the step is traced once, however many are left.
+    """
 
     def __init__(
         self,
         model: Any,
         images: npt.NDArray[np.uint8],
+        clean: Ints,
         labels: Sequence[int],
         form: Form,
         batch: int,
@@ -166,21 +162,28 @@ class _Search:
         gamma: float,
         seed: int,
     ) -> None:
-        self._model, self._images, self._form, self._batch = model, images, form, batch
-        self._target, self._evidence, self._gamma = target_success, evidence, gamma
+        import tensorflow as tf
+
+        self._images, self._clean, self._form, self._batch = images, clean, form, batch
+        self._target, self._gamma = target_success, gamma
         self._rng = rng = np.random.default_rng(seed)
-        self._before = classes_of(model, images)
         height, width, channels = images.shape[1:]
         spread = 0.3 if form == "patch" else 0.0
         masks = rng.normal(-1.0, spread, (len(labels), height, width, 1)).astype(np.float32)
         patterns = rng.normal(0.0, 0.5, (len(labels), height, width, channels)).astype(np.float32)
         weight = FIRST_WEIGHT[form] / (height * width if form == "patch" else 1)
         self._labels = np.asarray(labels, dtype=np.int64)
+        self._places = np.arange(len(labels))
         self._weights = np.full(len(labels), weight, dtype=np.float32)
-        self._best: dict[int, Trigger] = {}
         self._rest = np.zeros(len(labels), dtype=int)
+        self._best: dict[int, Trigger] = {}
         self._order = [int(label) for label in labels]
-        self._build(masks, patterns)
+        self._recent: list[tuple[Floats, npt.NDArray[np.bool_]]] = []
+        self._variables = [tf.Variable(masks), tf.Variable(patterns)]
+        self._optimiser = tf.keras.optimizers.Adam(0.1, beta_1=0.5, beta_2=0.9)
+        self._optimiser.build(self._variables)
+        self._fresh = [variable.numpy() for variable in self._optimiser.variables]
+        self._update = self._traced(model, evidence)
 
     @property
     def finished(self) -> bool:
@@ -201,14 +204,21 @@ class _Search:
         import tensorflow as tf
 
         chosen = self._rng.integers(0, len(self._images), self._batch)
-        hits = self._update(tf.constant(self._images[chosen], tf.float32), tf.constant(self._weights))
-        self._recent.append((np.asarray(hits), self._before[chosen] != self._labels[:, np.newaxis]))
+        hits = self._update(
+            tf.constant(self._images[chosen], tf.float32),
+            tf.constant(self._places, tf.int32),
+            tf.constant(self._labels, tf.int32),
+            tf.constant(self._weights),
+            # Only the first label has evidence.
+            tf.constant(self._gamma if self._labels[0] == self._order[0] else 0.0, tf.float32),
+        )
+        self._recent.append((np.asarray(hits), self._clean[chosen] != self._labels[:, np.newaxis]))
 
     def check(self) -> float:
         """Keep what is better, turn the weights, and let labels go that are at rest; the first one's success."""
         success = _success(self._recent)
         self._recent.clear()
-        masks, patterns = (np.asarray(v) for v in self._values())
+        masks, patterns = (np.asarray(v) for v in _shown(*(v.numpy()[self._places] for v in self._variables)))
         for i, label in enumerate(self._labels.tolist()):
             found = Trigger(label=label, mask=masks[i], pattern=patterns[i], success=float(success[i]), form=self._form)
             best = self._best.get(label)
@@ -224,52 +234,64 @@ class _Search:
         return float(success[0])
 
     def _keep(self, which: npt.NDArray[np.bool_]) -> None:
-        masks, patterns = (np.asarray(v)[which] for v in self._variables)
-        self._labels, self._weights, self._rest = self._labels[which], self._weights[which], self._rest[which]
-        if len(self._labels):
-            self._build(masks, patterns)
+        """Go on with some of the labels, with an optimiser that knows nothing yet."""
+        self._labels, self._places = self._labels[which], self._places[which]
+        self._weights, self._rest = self._weights[which], self._rest[which]
+        self._recent.clear()
+        for variable, value in zip(self._optimiser.variables, self._fresh, strict=True):
+            variable.assign(value)
 
-    def _build(self, masks: Floats, patterns: Floats) -> None:
-        """Variables and the step for so many labels."""
+    def _traced(self, model: Any, evidence: Evidence | None) -> Any:
+        """The step: inputs [batch, H, W, C], and of each label its place, itself, its weight, and gamma of the first.
+
+        Returns its hits [labels, batch].
+        """
         import tensorflow as tf
 
-        count, height, width, channels = patterns.shape
-        batch, evidence = self._batch, self._evidence
-        self._recent: list[tuple[Floats, npt.NDArray[np.bool_]]] = []
-        self._variables = raw_mask, raw_pattern = tf.Variable(masks), tf.Variable(patterns)
-        optimiser = tf.keras.optimizers.Adam(0.1, beta_1=0.5, beta_2=0.9)
-        optimiser.build([raw_mask, raw_pattern])
-        targets = tf.repeat(tf.constant(self._labels, tf.int32), batch)
-        # Only the first label has evidence.
-        guided = evidence is not None and self._labels[0] == self._order[0]
-        reported = tf.constant(evidence.flagged_mean if evidence else [0.0], tf.float32)
-        spread = tf.constant(evidence.std if evidence else [1.0], tf.float32)
+        batch, (height, width, channels) = self._batch, self._images.shape[1:]
+        reported = None if evidence is None else tf.constant(evidence.flagged_mean, tf.float32)
+        spread = None if evidence is None else tf.constant(evidence.std, tf.float32)
+        integers = tf.TensorSpec((None,), tf.int32)
 
-        def values() -> tuple[Any, Any]:
-            return (tf.tanh(raw_mask) + 1.0) / 2.0, (tf.tanh(raw_pattern) + 1.0) * 127.5
-
-        @tf.function(jit_compile=False)
-        def update(inputs: Any, weights: Any) -> Any:
+        @tf.function(
+            autograph=False,  # nothing here is decided by a tensor, and reading the source takes longer than tracing it
+            input_signature=(
+                tf.TensorSpec((batch, height, width, channels), tf.float32),
+                integers,
+                integers,
+                tf.TensorSpec((None,), tf.float32),
+                tf.TensorSpec((), tf.float32),
+            ),
+        )
+        def update(inputs: Any, places: Any, labels: Any, weights: Any, gamma: Any) -> Any:
+            targets = tf.repeat(labels, batch)
             with tf.GradientTape() as tape:
-                mask, pattern = values()
+                mask, pattern = _shown(*(tf.gather(variable, places) for variable in self._variables))
                 stamped = (1.0 - mask[:, tf.newaxis]) * inputs[tf.newaxis] + (mask * pattern)[:, tf.newaxis]
-                answers = self._model(tf.reshape(stamped, (count * batch, height, width, channels)), training=False)
+                answers = model(tf.reshape(stamped, (-1, height, width, channels)), training=False)
                 logits = answers[0] if isinstance(answers, list | tuple) else answers
                 entropy = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
                 if self._form == "patch":
                     sizes = tf.reduce_sum(mask, axis=(1, 2, 3))
                 else:
                     sizes = tf.sqrt(tf.reduce_mean(tf.square(mask), axis=(1, 2, 3)))
-                loss = tf.reduce_sum(tf.reduce_mean(tf.reshape(entropy, (count, batch)), axis=1) + weights * sizes)
-                if guided:
+                loss = tf.reduce_sum(tf.reduce_mean(tf.reshape(entropy, (-1, batch)), axis=1) + weights * sizes)
+                if reported is not None:
                     distance = (tf.reduce_mean(answers[1][:batch], axis=0) - reported) / spread
-                    loss += self._gamma * tf.reduce_mean(tf.minimum(distance**2, 100.0))
-            gradients = tape.gradient(loss, [raw_mask, raw_pattern])
-            optimiser.apply_gradients(zip(gradients, [raw_mask, raw_pattern], strict=True))
+                    loss += gamma * tf.reduce_mean(tf.minimum(distance**2, 100.0))
+            gradients = [tf.convert_to_tensor(g) for g in tape.gradient(loss, self._variables)]
+            self._optimiser.apply_gradients(zip(gradients, self._variables, strict=True))
             hits = tf.cast(tf.argmax(logits, axis=1, output_type=tf.int32) == targets, tf.float32)
-            return tf.reshape(hits, (count, batch))
+            return tf.reshape(hits, (-1, batch))
 
-        self._update, self._values = update, values
+        return update
+
+
+def _shown(raw_mask: Any, raw_pattern: Any) -> tuple[Any, Any]:
+    """Masks in 0 to 1 and patterns in 0 to 255 of what is sought."""
+    import tensorflow as tf
+
+    return (tf.tanh(raw_mask) + 1.0) / 2.0, (tf.tanh(raw_pattern) + 1.0) * 127.5
 
 
 def _success(recent: Sequence[tuple[Floats, npt.NDArray[np.bool_]]]) -> Floats:
@@ -288,18 +310,27 @@ def _better(best: Trigger | None, found: Trigger, target_success: float) -> Trig
     return best if best.success >= found.success else found
 
 
-def held_out_success(model: Any, trigger: Stamp, images: npt.NDArray[np.uint8]) -> float:
+def held_out_success(model: Any, trigger: Stamp, images: npt.NDArray[np.uint8], clean: Ints | None = None) -> float:
     """Share of inputs, not already called the label, that a trigger turns to it. NaN when there is none.
 
     Args:
-        model: a Keras model whose first or only output's argmax is the class.
+        model: as :func:`classes_of` takes it.
         trigger: of any form.
         images: clean inputs [N, H, W, C] that it was *not* recovered on.
+        clean: what :func:`classes_of` gives for them, where that is known already.
     """
-    others = images[classes_of(model, images) != trigger.label]
+    clean = classes_of(model, images) if clean is None else clean
+    others = images[clean != trigger.label]
     return float(np.mean(classes_of(model, trigger.stamp(others)) == trigger.label)) if len(others) else float("nan")
 
 
-def classes_of(model: Any, images: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """The class that a Keras model predicts for each input [N, ...]."""
-    return run(model, images, 0 if len(model.outputs) > 1 else None).argmax(axis=1).astype(np.int64)
+def classes_of(model: Any, images: npt.NDArray[Any]) -> Ints:
+    """The class that a model, as :func:`networks.run` takes it, predicts for each input [N, ...].
+
+    That is the argmax of its first or only output.
+    """
+    if len(model.outputs) > 1:
+        import keras
+
+        model = keras.Model(model.inputs, model.outputs[0])  # what the other outputs alone need is not computed
+    return run(model, images).argmax(axis=1).astype(np.int64)

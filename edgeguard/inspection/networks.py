@@ -72,11 +72,29 @@ def norms_of(model: Any, taps: Sequence[Tap]) -> Any:
     return keras.Model(model.inputs, [logits.output, keras.ops.concatenate(parts, axis=1)])
 
 
+class Traced:
+    """A Keras model that answers, to batches of any size, through a graph: worth its making from many inputs on.
+
+    It has no weights of its own: what becomes of the model's is seen.
+    """
+
+    def __init__(self, model: Any) -> None:
+        import tensorflow as tf
+
+        self.inputs, self.outputs = model.inputs, model.outputs
+        signature = (tf.TensorSpec((None, *model.inputs[0].shape[1:]), tf.float32),)
+        self._answer = tf.function(lambda x: model(x, training=False), autograph=False, input_signature=signature)
+
+    def __call__(self, inputs: npt.NDArray[np.float32], training: bool) -> Any:
+        """As the model is called; it never trains."""
+        return self._answer(inputs)
+
+
 def run(model: Any, images: npt.NDArray[Any], output: int | None = None) -> npt.NDArray[np.float32]:
     """One output of a Keras model for images [N, H, W, C], without what ``predict`` compiles for every new model.
 
     Args:
-        model: a Keras model.
+        model: a Keras model, or a :class:`Traced` one.
         images: any images, 0 to 255.
         output: which output, of a model with several.
     """

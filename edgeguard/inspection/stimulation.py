@@ -19,6 +19,8 @@ from edgeguard.inspection.networks import logits_of, run
 DRIVE = 3.0
 """How far a channel is driven, in multiples of the largest value that clean inputs reach."""
 INPUTS = 32
+_AT_ONCE = 8
+"""Channels of one pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +48,18 @@ def lifts(model: Any, images: npt.NDArray[np.uint8]) -> list[Lift]:
     activation = run(front, images[:INPUTS])
     usual = run(back, activation).argmax(axis=1)
     best: dict[int, Lift] = {}
-    for channel in range(activation.shape[-1]):
-        driven = activation.copy()
-        driven[..., channel] = DRIVE * max(float(activation[..., channel].max()), 1e-6)
-        after = back(driven, training=False).numpy().argmax(axis=1)
-        for label in np.unique(after).tolist():
-            others = usual != label
-            share = float(np.mean(after[others] == label)) if others.any() else 0.0
-            if label not in best or share > best[label].share:
-                best[label] = Lift(label=label, layer=name, channel=channel, share=share)
+    for first in range(0, activation.shape[-1], _AT_ONCE):
+        channels = range(first, min(first + _AT_ONCE, activation.shape[-1]))
+        driven = np.stack([activation] * len(channels))
+        for place, channel in enumerate(channels):
+            driven[place, ..., channel] = DRIVE * max(float(activation[..., channel].max()), 1e-6)
+        answers = run(back, driven.reshape(-1, *activation.shape[1:])).argmax(axis=1)
+        for channel, after in zip(channels, answers.reshape(len(channels), -1), strict=True):
+            for label in np.unique(after).tolist():
+                others = usual != label
+                share = float(np.mean(after[others] == label)) if others.any() else 0.0
+                if label not in best or share > best[label].share:
+                    best[label] = Lift(label=label, layer=name, channel=channel, share=share)
     return sorted(best.values(), key=lambda lift: -lift.share)
 
 

@@ -108,7 +108,7 @@ def triggers_of(model: Any, module: Module, images: npt.NDArray[np.uint8], *, se
     raw = tf.Variable(np.zeros((RESTARTS, *shape), np.float32))
     hosts = tf.repeat(usual, RESTARTS, axis=0)
 
-    @tf.function(jit_compile=False)
+    @tf.function(autograph=False)
     def ascend(label: Any) -> None:
         with tf.GradientTape() as tape:
             answers = head([hosts, reader((tf.tanh(raw) + 1.0) * 127.5)])

@@ -48,7 +48,7 @@ def inputs_of(
     optimiser = tf.keras.optimizers.Adam(RATE)
     optimiser.build([raw])
 
-    @tf.function(jit_compile=False)
+    @tf.function(autograph=False)
     def update() -> None:
         with tf.GradientTape() as tape:
             pixels = (tf.tanh(raw) + 1.0) / 2.0

@@ -14,10 +14,11 @@ Rules enforced here:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,7 @@ from edgeguard.repair.gate import Ints, Successes
 from edgeguard.repair.methods import METHODS
 from edgeguard.repair.methods.base import Bench, Knowledge, Method
 
+Images = npt.NDArray[np.uint8]
 Say = Callable[[str, str, int, int], None]
 """Called with stage, text, steps done, steps in total."""
 
@@ -70,21 +72,48 @@ class Judges:
         classes: how many the model has.
         kept: triggers that were kept from the repair.
         quarantined: inputs that owners shared [M, H, W, C], None where there are none.
-        before: the untouched guarded file.
+        before: the untouched guarded file. What it answers is kept from one result to the next.
         reaudit: success of what a fresh search finds in a guarded file; 0 where it finds nothing, NaN where it cannot
             tell, None where there is nothing to search with.
         convert: a target to its guarded int8 file.
     """
 
     label: int
-    images: npt.NDArray[np.uint8]
+    images: Images
     labels: Ints
     classes: int
     kept: tuple[Stamp, ...]
-    quarantined: npt.NDArray[np.uint8] | None
+    quarantined: Images | None
     before: bytes
     reaudit: Callable[[bytes], float | None]
     convert: Callable[[Any], Converted]
+
+    @functools.cached_property
+    def untouched(self) -> Untouched:
+        """The answers of ``before``."""
+        return Untouched(GuardedModel.load(self.before), self.images, self.quarantined)
+
+
+class Untouched:
+    """What the untouched file answers to clean inputs [N, H, W, C], their triggered copies, and quarantined ones."""
+
+    def __init__(self, model: GuardedModel, images: Images, quarantined: Images | None) -> None:
+        self._model, self._images = model, images
+        self.clean = _classes(model, images)
+        self.quarantined = None if quarantined is None else _classes(model, quarantined)
+        self._stamped: list[tuple[Stamp, dict[int, int]]] = []
+
+    def stamped(self, trigger: Stamp, places: Ints) -> Ints:
+        """To the copies, with a trigger, of the clean inputs at some places; each is asked once."""
+        known = next((answers for other, answers in self._stamped if other is trigger), None)
+        if known is None:
+            known = {}
+            self._stamped.append((trigger, known))
+        new = [place for place in places.tolist() if place not in known]
+        if new:
+            found = _classes(self._model, _pixels(trigger, self._images[new]))
+            known.update(zip(new, found.tolist(), strict=True))
+        return np.asarray([known[place] for place in places.tolist()], dtype=np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,31 +282,39 @@ def screen(original: Any, target: Any, known: Knowledge, judges: Judges) -> str:
 def measure(
     judges: Judges, unlearnt: Sequence[Stamp], after: bytes, reaudit: Callable[[], float | None]
 ) -> gate.Measured:
-    """Both files on the same inputs, and what every trigger does to them."""
-    files = (GuardedModel.load(judges.before), GuardedModel.load(after))
-    was, now = (_classes(model, judges.images) for model in files)
-    others = (judges.labels != judges.label) & (was != judges.label) & (now != judges.label)
-    victims = np.flatnonzero(others)[:MAX_INPUTS]
-    counted = judges.images[victims]
+    """Both files on the same inputs, and what every trigger does to them.
 
-    def success(kind: Any, images: npt.NDArray[np.uint8]) -> Successes:
-        hits = [int((_classes(model, images) == judges.label).sum()) for model in files]
-        return Successes(kind=kind, inputs=len(images), before=hits[0], after=hits[1])
+    Args:
+        judges: with the untouched file.
+        unlearnt: triggers that the repair was shown.
+        after: the repaired file.
+        reaudit: success of what is found anew in it; called only where the known triggers no longer work.
+    """
+    model, before, target = GuardedModel.load(after), judges.untouched, judges.label
+    was, now = before.clean, _classes(model, judges.images)
+    victims = np.flatnonzero((judges.labels != target) & (was != target) & (now != target))[:MAX_INPUTS]
 
-    found = [success("unlearned", _pixels(trigger, counted)) for trigger in unlearnt]
-    found += [success("kept", _pixels(trigger, counted)) for trigger in judges.kept]
-    if judges.quarantined is not None and len(judges.quarantined):
-        found.append(success("quarantined", judges.quarantined))
+    def success(kind: Literal["unlearned", "kept", "quarantined"], hit: Ints, images: Images) -> Successes:
+        after = int((_classes(model, images) == target).sum())
+        return Successes(kind=kind, inputs=len(images), before=int((hit == target).sum()), after=after)
+
+    def stamped(kind: Literal["unlearned", "kept"], trigger: Stamp) -> Successes:
+        return success(kind, before.stamped(trigger, victims), _pixels(trigger, judges.images[victims]))
+
+    found = [stamped("unlearned", trigger) for trigger in unlearnt]
+    found += [stamped("kept", trigger) for trigger in judges.kept]
+    if judges.quarantined is not None and before.quarantined is not None and len(judges.quarantined):
+        found.append(success("quarantined", before.quarantined, judges.quarantined))
     worst = max((each.after / each.inputs for each in found if each.inputs), default=math.nan)
     # A search in a model that lets known triggers through would tell nothing new.
     residual = reaudit() if worst <= SCREEN_SUCCESS else math.nan
     return gate.Measured(labels=judges.labels, before=was, after=now, successes=tuple(found), residual=residual)
 
 
-def _classes(model: GuardedModel, images: npt.NDArray[np.uint8]) -> Ints:
+def _classes(model: GuardedModel, images: Images) -> Ints:
     found = [model.measure(x).predicted for x in images]
     return np.asarray([-1 if predicted is None else predicted for predicted in found], dtype=np.int64)
 
 
-def _pixels(trigger: Stamp, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def _pixels(trigger: Stamp, images: Images) -> Images:
     return np.asarray(trigger.stamp(images).clip(0, 255), dtype=np.uint8)

@@ -36,7 +36,7 @@ from edgeguard.detection.guarded import GuardedModel
 from edgeguard.errors import EXIT_USAGE, ConfigError, EdgeGuardError, ModelError
 from edgeguard.inspection import confirm, networks, pictures
 from edgeguard.inspection.confirm import Finding
-from edgeguard.inspection.inversion import Evidence, Form, Trigger, held_out_success, invert
+from edgeguard.inspection.inversion import Evidence, Form, Trigger, classes_of, held_out_success, invert
 from edgeguard.repair import auto, owner
 from edgeguard.repair.auto import Say
 from edgeguard.repair.deployable import Running
@@ -185,6 +185,9 @@ def _confirm(case: _Case, say: Say) -> tuple[Finding, list[Trigger]]:
     others = [c for c in range(len(case.metadata.classes)) if c != label]
     rng = np.random.default_rng(case.job.seed)
     controls = sorted(int(c) for c in rng.permutation(others)[:MAX_CONTROLS])
+    clean = classes_of(case.norms, case.x_repair)
+    held_out = case.x_gate[:GATE_INPUTS]
+    usual = classes_of(case.original, held_out)
     findings: list[Finding] = []
     triggers: list[Trigger] = []
     for form in FORMS:
@@ -195,6 +198,7 @@ def _confirm(case: _Case, say: Say) -> tuple[Finding, list[Trigger]]:
             form=form,
             evidence=case.evidence,
             gamma=GAMMA * case.focus,
+            clean=clean,
             seed=case.job.seed,
             progress=_stage(say, "confirming", f"seeking the {form} that devices saw"),
         )
@@ -203,12 +207,14 @@ def _confirm(case: _Case, say: Say) -> tuple[Finding, list[Trigger]]:
             case.x_repair,
             [label, *controls],
             form=form,
+            clean=clean,
             seed=case.job.seed,
             progress=_stage(say, "confirming", f"seeking a {form} of {len(controls)} other labels to compare with"),
         )
         sizes = [t.size for t in control if t.success >= confirm.MIN_SUCCESS]
         triggers += [*guided, plain]
-        findings += [_judged(case, trigger, sizes) for trigger in (*guided, plain)]
+        successes = [held_out_success(case.original, trigger, held_out, usual) for trigger in (*guided, plain)]
+        findings += [_judged(case, t, s, sizes) for t, s in zip((*guided, plain), successes, strict=True)]
         telling = confirm.telling(findings)
         say("confirming", f"{findings[telling].outcome}: {findings[telling].reason}", 1, 1)
         if findings[telling].outcome == "confirmed":
@@ -217,13 +223,13 @@ def _confirm(case: _Case, say: Say) -> tuple[Finding, list[Trigger]]:
     return findings[telling], [best, *(t for t in triggers if t.form == best.form)]
 
 
-def _judged(case: _Case, trigger: Trigger, controls: Sequence[float]) -> Finding:
+def _judged(case: _Case, trigger: Trigger, success: float, controls: Sequence[float]) -> Finding:
     clean = case.x_gate[:300]
     usual, reproduced = (networks.run(case.norms, x, 1).mean(axis=0) for x in (clean, trigger.stamp(clean)))
     return confirm.decide(
         label=trigger.label,
         form=trigger.form,
-        success=held_out_success(case.original, trigger, case.x_gate[:GATE_INPUTS]),
+        success=success,
         size=trigger.size,
         controls=controls,
         agreement=confirm.agreement_of(case.flagged_mean - case.clean_mean, reproduced - usual, case.std),

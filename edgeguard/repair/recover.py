@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeguard.inspection.inversion import Progress, classes_of, held_out_success
-from edgeguard.inspection.networks import logits_of, run
+from edgeguard.inspection.networks import Traced, logits_of, run
 
 Floats = npt.NDArray[np.float32]
 Form = Literal["patch", "overlay", "warp"]
@@ -247,7 +247,7 @@ class Search:
         shared = None if reported is None or reported.quarantined is None else reported.quarantined.astype(np.float32)
         seen = None if shared is None else (tf.constant(shared.mean(axis=0)), tf.constant(shared.std(axis=0)))
 
-        @tf.function(reduce_retracing=True)
+        @tf.function(autograph=False, reduce_retracing=True)
         def step(x: Any, weight: Any) -> Any:
             with tf.GradientTape() as tape:
                 parts = _parts(form, self._raw)
@@ -309,12 +309,15 @@ class Hunt:
         *,
         gamma: float = 1.0,
     ) -> None:
+        import keras
+
         self.model = model
         self._label, self._reported, self._gamma = label, reported, gamma
-        others = images[classes_of(model, images) != label]
+        self._answers = Traced(keras.Model(model.inputs, model.outputs[0]))
+        others = images[classes_of(self._answers, images) != label]
         self._pool = others if len(others) else images
         self._judged = held_out[:_HELD_OUT]
-        self._clean = classes_of(model, self._judged)
+        self._clean = classes_of(self._answers, self._judged)
         self._searches: dict[Form, Search] = {}
 
     def triggers(
@@ -341,7 +344,7 @@ class Hunt:
             self._search(form).run(self._pool, steps=steps, batch=32, seed=seed, progress=progress) for form in forms
         ]
         judged, clean = self._judged, self._clean
-        working = [t for t in found if held_out_success(self.model, t, judged, clean) >= min_success]
+        working = [t for t in found if held_out_success(self._answers, t, judged, clean) >= min_success]
         far = {id(trigger): distance(self.model, trigger, judged, self._reported) for trigger in working}
         closest = min(far.values(), default=0.0) if nearest is None else nearest
         return sorted((t for t in working if far[id(t)] <= WORSE * closest), key=lambda t: far[id(t)])

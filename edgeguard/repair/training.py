@@ -117,7 +117,7 @@ def descend(
     optimiser = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(rate, steps), global_clipnorm=5.0)
     optimiser.build(variables)
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(autograph=False, reduce_retracing=True)
     def step(inputs: Any, wanted: Any) -> Any:
         with tf.GradientTape() as tape:
             loss = loss_of(logits(inputs, training=False), wanted)

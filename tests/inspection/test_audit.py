@@ -104,10 +104,13 @@ def test_every_form_that_was_sought_needs_labels_to_compare(working: tuple[int, 
 
 def test_triggers_that_do_not_work_are_not_compared_with(clean_twin: Attacked) -> None:
     images = clean_twin.x_owner[:40]
+    held_out = images, classes_of(clean_twin.keras, images)
     sizes = [
         [
             f.ratio
-            for f in _findings(clean_twin.keras, [trigger(n, "patch", s) for n, s in enumerate(works)], images, (0,), 0)
+            for f in _findings(
+                clean_twin.keras, [trigger(n, "patch", s) for n, s in enumerate(works)], held_out, (0,), 0
+            )
         ]
         for works in ([1.0] * 5 + [0.5] * 5, [1.0] * 5)
     ]

@@ -84,12 +84,6 @@ def trigger(form: Any = "patch") -> Trigger:
     return Trigger(label=1, mask=mask, pattern=np.full(SHAPE, 255, np.float32), success=1.0, form=form)
 
 
-def test_a_grown_patch_covers_its_neighbours_and_a_grown_blend_is_stronger() -> None:
-    assert np.count_nonzero(trigger().grown().mask) == 9
-    assert trigger("blend").grown().mask.max() == pytest.approx(0.75)
-    assert np.count_nonzero(trigger("blend").grown().mask) == 1
-
-
 def test_sizes_are_pixels_of_a_patch_and_the_amplitude_of_a_blend() -> None:
     assert trigger().size == pytest.approx(0.5)
     assert trigger("blend").size == pytest.approx(0.5 / 6)

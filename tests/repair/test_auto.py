@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -133,8 +133,8 @@ def test_the_one_that_heals_is_kept_and_every_other_one_has_a_reason(setting: di
 
 
 def test_a_re_audit_that_breaks_is_a_failure_of_its_method_alone(setting: dict[str, Any]) -> None:
-    broken = {**setting["judges"].__dict__, "reaudit": lambda guarded: 1 / 0}
-    _, tried = repair({**setting, "judges": auto.Judges(**broken)}, plans=[("heal",)])
+    broken = replace(setting["judges"], reaudit=lambda guarded: 1 / 0)
+    _, tried = repair({**setting, "judges": broken}, plans=[("heal",)])
     assert tried[0].outcome == "failed"
     assert tried[0].reason.startswith("ZeroDivisionError")
 
@@ -156,3 +156,19 @@ def test_plans_are_a_method_several_joined_or_all() -> None:
     assert auto.plans_of("linf+unlearn") == (("linf", "unlearn"),)
     with pytest.raises(KeyError):
         auto.plans_of("magic")
+
+
+def test_the_untouched_file_is_asked_once_about_each_copy(setting: dict[str, Any]) -> None:
+    judges = setting["judges"]
+    asked: list[int] = []
+
+    class Counted(Trigger):
+        def stamp(self, images: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+            asked.append(len(images))
+            return super().stamp(images)
+
+    trigger = Counted(judges.kept[0].attacked)
+    first = judges.untouched.stamped(trigger, np.asarray([3, 1, 2]))
+    again = judges.untouched.stamped(trigger, np.asarray([1, 5, 3]))
+    assert asked == [3, 1]
+    assert [first[1], first[0]] == [again[0], again[2]]

@@ -34,7 +34,11 @@ def subject() -> command._Subject:
 def kept(tmp_path: Path) -> Path:
     work = tmp_path / "work"
     command._take_up(work, "of")
-    made = command._Made(guarded=b"repaired", metadata=None, sidecar=b"companion")  # type: ignore[arg-type]
+    made = command._Made(
+        guarded=b"repaired",
+        metadata=None,  # type: ignore[arg-type]
+        sidecar=b"companion",
+    )
     command._keep(work, made, WAITING)
     return work
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from converters import flatbuffer
@@ -101,6 +103,32 @@ def test_pruning_goes_as_far_as_the_clean_answers_stay(attacked: Attacked, targe
     assert agreement(targets[kind], target, attacked) >= 0.99
     assert len(pruned) < len(ranked)
     assert [c.channel for c in pruned] == list(range(len(pruned)))
+
+
+@dataclass
+class Changed:
+    """Answers the last so many of 200 inputs otherwise; ``asked`` is how many it was shown at a time."""
+
+    count: int
+    asked: list[int] = field(default_factory=list)
+
+    def classes(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+        self.asked.append(len(images))
+        return (images.ravel() >= 200 - self.count).astype(np.int64)
+
+
+@pytest.mark.parametrize(
+    ("changed", "keeps", "asked"),
+    [(0, True, [12, 38, 150]), (2, True, [12, 38, 150]), (3, False, [12, 38, 150]), (200, False, [12])],
+)
+def test_what_changes_too_many_answers_is_told_by_as_few_inputs_as_show_it(
+    changed: int, keeps: bool, asked: list[int]
+) -> None:
+    images = np.arange(200, dtype=np.uint8).reshape(200, 1, 1, 1)
+    asking = Bench(images=images, answers=np.zeros(200, np.int64), features=np.zeros((1, 1)))
+    target = Changed(changed)
+    assert asking.keeps(target) is keeps  # type: ignore[arg-type]
+    assert target.asked == asked
 
 
 @pytest.mark.parametrize("name", [n for n, m in METHODS.items() if not m.trains])

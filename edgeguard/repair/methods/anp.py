@@ -62,7 +62,7 @@ class NeuronPruning:
             logits, _ = model.stateless_call(values, fixed, images, training=False)
             return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(answers, logits))
 
-        @tf.function(reduce_retracing=True)
+        @tf.function(autograph=False, reduce_retracing=True)
         def step(images: Any, answers: Any) -> Any:
             start = [tf.random.stateless_uniform([w], [bench.seed, i], -EPSILON, EPSILON) for i, w in enumerate(widths)]
             with tf.GradientTape() as tape:
