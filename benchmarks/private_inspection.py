@@ -1,34 +1,37 @@
 """What a private inspection and repair cost, and whether they say what the same computation in clear says.
 
+    python -m benchmarks.private_inspection --all [--only PATTERN] [--list]
     python -m benchmarks.private_inspection --data digits --attack badnets [--seed 0] [--latency-ms 20] [--steps 60]
     python -m benchmarks.private_inspection --data fashion_mnist --attack clean --half
     python -m benchmarks.private_inspection --features --data digits --attack badnets
     python -m benchmarks.private_inspection --power --data digits [--attack badnets]
     python -m benchmarks.private_inspection --growth
 
-One row a call, written to ``benchmarks/results/private.json`` as soon as it is measured. Three processes, TLS between
-them, each connection through a relay in this process that counts bytes and can add latency. The machine may be shared:
-``load`` is its load average when the row began. Dense networks (one hidden layer of 32) are trained here from the
-attacks' poisoned data; networks of ``--features`` are the zoo's. ``--half``: Fashion-MNIST at 14x14. With ``--steps``
-below 60 the row says what a step costs and no verdict is to be had of it. ``--power``: what inspection in the space of
-features finds in clear, over the zoo's small CNNs of an attack and clean ones, or of all attacks; with 60 steps, and
-with 1,000. ``--growth``: what a step costs as the network and the number of inputs grow.
+Rows go to ``benchmarks/results/private.json`` as soon as each is measured. ``--all``: every row of :data:`ROWS` that is
+not there yet with today's code, or those whose names match a pattern, each in a process of its own; 1 where a row fails
+what is asked of it (``passed``), or cannot be measured. Three processes, TLS between them, each connection through a
+relay in this process that counts bytes and can add latency, all held to two cores. The machine may be shared: ``load``
+is its load average when the row began. Dense networks (one hidden layer of 32) are trained here from the attacks'
+poisoned data; networks of ``--features`` are the zoo's. ``--half``: Fashion-MNIST at 14x14. With ``--steps`` below 60
+the row says what a step costs and no verdict is to be had of it. ``--power``: what inspection in the space of features
+finds in clear, over the zoo's small CNNs of an attack and clean ones, or of all attacks; with 60 steps, and with 1,000.
+``--growth``: what a step costs as the network and the number of inputs grow. In clear means the same program on one
+process, its second run: ``clear_s`` is without what compiling takes.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
+import itertools
 import json
 import os
-import queue
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,16 +39,18 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from benchmarks import zoo
+from benchmarks import digests, relay, zoo
 from benchmarks.private import NAMES
+from edgeguard import disk
 from edgeguard.attacks import registry, victims
 from edgeguard.attacks.base import Poison, Task
 from edgeguard.attacks.networks import SMALL_CNN
 from edgeguard.contract.private import Inspection, Space
 from edgeguard.errors import ModelError
-from edgeguard.private import computation, dense, estimates, inspections, owners, parties, sharing
+from edgeguard.private import child, computation, dense, estimates, inspections, owners, parties, sharing
 
 RESULTS = Path("benchmarks/results/private.json")
+KEYS = ("inspections", "growth", "power_of_features")
 FIRST_PORT = 19971
 HIDDEN = 32
 STEPS, LONG = 60, 1000
@@ -64,54 +69,32 @@ GROWTH: tuple[tuple[tuple[int, ...], int], ...] = (
 EPOCHS = {"digits": 40, "fashion_mnist": 4}
 
 
-class Relay:
-    """A port that passes everything on, later by ``delay_s``, and counts bytes by who sent them."""
-
-    def __init__(self, target: int, caller: int, called: int, sent: list[int], delay_s: float) -> None:
-        self._target, self._sent, self._delay_s = target, sent, delay_s
-        self._ends = (caller, called)
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._server.getsockname()[1])
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def close(self) -> None:
-        """Take no more connections."""
-        self._server.close()
-
-    def _serve(self) -> None:
-        with suppress(OSError):
-            while True:
-                near, _ = self._server.accept()
-                try:
-                    far = socket.create_connection(("127.0.0.1", self._target))
-                except OSError:
-                    near.close()
-                    continue
-                for source, sink, sender in ((near, far, self._ends[0]), (far, near, self._ends[1])):
-                    source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    waiting: queue.Queue[tuple[float, bytes]] = queue.Queue()
-                    threading.Thread(target=self._read, args=(source, waiting, sender), daemon=True).start()
-                    threading.Thread(target=self._write, args=(sink, waiting), daemon=True).start()
-
-    def _read(self, source: socket.socket, waiting: queue.Queue[tuple[float, bytes]], sender: int) -> None:
-        data = b" "
-        while data:
-            try:
-                data = source.recv(1 << 18)
-            except OSError:
-                data = b""
-            self._sent[sender] += len(data)
-            waiting.put((time.monotonic() + self._delay_s, data))
-
-    def _write(self, sink: socket.socket, waiting: queue.Queue[tuple[float, bytes]]) -> None:
-        with suppress(OSError):
-            while True:
-                due, data = waiting.get()
-                time.sleep(max(0.0, due - time.monotonic()))
-                if not data:
-                    sink.shutdown(socket.SHUT_WR)
-                    return
-                sink.sendall(data)
+CORES = 2
+LIMIT_S, POINT, NORM_ERROR = 15 * 60, 1.0, 1e-2
+"""What is asked of a row: minutes, points of accuracy and attack success, error of sizes."""
+DEPENDS = (
+    "benchmarks/private_inspection.py", "benchmarks/relay.py", "benchmarks/zoo.py", "edgeguard/attacks",
+    "edgeguard/contract/private.py", "edgeguard/inspection/index.py", "edgeguard/private/computation.py",
+    "edgeguard/private/dense.py", "edgeguard/private/inspecting.py", "edgeguard/private/inspections.py",
+    "edgeguard/private/mending.py", "edgeguard/private/owners.py", "edgeguard/private/sharing.py",
+)  # fmt: skip
+_LATENCY = "--data digits --attack badnets --steps 3 --latency-ms"
+ROWS = {
+    **{f"dense-digits-badnets-s{seed}": f"--data digits --attack badnets --seed {seed}" for seed in range(3)},
+    **{f"dense-digits-blended-s{seed}": f"--data digits --attack blended --seed {seed}" for seed in range(2)},
+    "dense-digits-sig-s0": "--data digits --attack sig",
+    **{f"dense-digits-clean-s{seed}": f"--data digits --attack clean --seed {seed}" for seed in range(2)},
+    "dense-fashion-badnets-s0": "--data fashion_mnist --attack badnets",
+    "dense-fashion-clean-s0": "--data fashion_mnist --attack clean",
+    "dense-fashion-14x14-blended-s0": "--data fashion_mnist --attack blended --half",
+    "cnn-digits-badnets-s0": "--features --data digits --attack badnets",
+    "cnn-digits-clean-s0": "--features --data digits --attack clean",
+    "cnn-fashion-badnets-s0": "--features --data fashion_mnist --attack badnets",
+    **{f"latency-{ms}": f"{_LATENCY} {ms}" for ms in (1, 20, 80)},
+    "growth": "--growth",
+    **{f"power-{data}": f"--power --data {data}" for data in ("digits", "fashion_mnist")},
+}
+"""By name, the options that measure it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -128,29 +111,92 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-repair", action="store_true")
     parser.add_argument("--power", action="store_true")
     parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--only", help="with --all: shell pattern of names")
+    parser.add_argument("--list", action="store_true", help="with --all: say what is there and what is missing")
     parser.add_argument("--json", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
+    if args.all:
+        return every(args.json, args.only or "*", listing=args.list)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     if args.power:
-        for row in power(args.data, args.attack):
-            record(args.json, "power_of_features", row)
-        return 0
-    if args.growth:
-        for row in growth():
-            record(args.json, "growth", row)
-        return 0
-    args.attack = args.attack or "badnets"
-    row = measure(args)
-    record(args.json, "inspections", row)
-    return 0 if row["same"] in (True, None) else 1
+        rows, key = power(args.data, args.attack), "power_of_features"
+    elif args.growth:
+        rows, key = growth(), "growth"
+    else:
+        args.attack = args.attack or "badnets"
+        rows, key = iter([measure(args)]), "inspections"
+    code = digests.code_digest(DEPENDS)
+    fine = [record(args.json, key, row | {"cores": CORES, "code": code}) for row in rows]
+    return 0 if all(fine) else 1
 
 
-def record(path: Path, key: str, row: dict[str, Any]) -> None:
-    """Add a row to those that are there; one of the same model and settings is replaced."""
+def every(path: Path, pattern: str, *, listing: bool) -> int:
+    """Measure what is missing, each row in a process of its own."""
+    failed = []
+    for name, options in ROWS.items():
+        if not fnmatch.fnmatch(name, pattern):
+            continue
+        there = is_there(path, options)
+        print(f"{name}: {'there' if there else 'missing'}", flush=True)
+        if there or listing:
+            continue
+        command = [sys.executable, "-m", "benchmarks.private_inspection", *options.split(), "--json", str(path)]
+        if subprocess.run(command, check=False).returncode:
+            failed.append(name)
+    if failed:
+        print(f"failed: {', '.join(failed)}", flush=True)
+    return 1 if failed else 0
+
+
+def is_there(path: Path, options: str) -> bool:
+    """Whether all rows that these options measure are there, of today's code."""
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    code = digests.code_digest(DEPENDS)
+    rows = {key: [row for row in kept.get(key, []) if row.get("code") == code] for key in KEYS}
+    words = options.split()
+    given = dict(itertools.pairwise(words))
+    if "--growth" in words:
+        sizes = {(row["model"], row["sought"]) for row in rows["growth"]}
+        return all(("-".join(map(str, layers)), sought) in sizes for layers, sought in GROWTH)
+    if "--power" in words:
+        known = {row["model"] for row in rows["power_of_features"]}
+        return all(cell.name in known for cell in powered(given["--data"], None) if (zoo.folder() / cell.name).is_dir())
+    wanted = (
+        subject_name(given["--data"], given["--attack"], int(given.get("--seed", 0)), "--half" in words),
+        "features" if "--features" in words else "pixels",
+        int(given.get("--steps", STEPS)),
+        float(given.get("--latency-ms", 0.0)),
+    )
+    return any((r["model"], r["space"], r["steps"], r["latency_ms"]) == wanted for r in rows["inspections"])
+
+
+def subject_name(data: str, attack: str, seed: int, half: bool) -> str:
+    """What a row calls its model."""
+    return f"{data}{'-14x14' if half else ''}-{attack}-s{seed}"
+
+
+def record(path: Path, key: str, row: dict[str, Any]) -> bool:
+    """Add a row to those that are there; one of the same model and settings is replaced. Whether it passed."""
     print(json.dumps(row), flush=True)
     kept = json.loads(path.read_text()) if path.exists() else {}
     names = ("model", "space", "steps", "latency_ms", "sought")
     others = [r for r in kept.get(key, []) if [r.get(n) for n in names] != [row.get(n) for n in names]]
-    path.write_text(json.dumps(kept | {key: [*others, row]}, indent=1) + "\n")
+    disk.write(path, (json.dumps(kept | {key: [*others, row]}, indent=1) + "\n").encode())
+    return all(row.get("passed", {}).values())
+
+
+def passed(row: Mapping[str, Any]) -> dict[str, bool]:
+    """What is asked of a whole inspection, and whether it is so; of its repair where there was one."""
+    asked = {
+        "same": row["same"],
+        "norm_error": row["norm_error"] <= NORM_ERROR,
+        "within_15_min": row["seconds"] <= LIMIT_S,
+    }
+    if "repaired" in row:
+        clear = row["repaired_in_clear"]
+        asked |= {f"repaired_{name}": abs(value - clear[name]) <= POINT for name, value in row["repaired"].items()}
+    return asked
 
 
 def network(shape: tuple[int, ...], classes: int, *, seed: int = 0) -> Any:
@@ -175,7 +221,7 @@ class Subject:
         self.x, self.y = halve(part.data.x_test), part.data.y_test
         self.attack: Any = None
         self.state: Any = {}
-        self.name = f"{args.data}{'-14x14' if args.half else ''}-{args.attack}-s{args.seed}"
+        self.name = subject_name(args.data, args.attack, args.seed, args.half)
         if args.features:
             cell = zoo.Cell(data=args.data, network=SMALL_CNN, attack=args.attack, seed=args.seed)
             member = zoo.load(cell, part)
@@ -233,20 +279,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         seconds, step_s, sent = _jointly(folder, "inspect", args.latency_ms)
         found = inspections.result(folder / NAMES[0] / "work" / inspections.INSPECTED, inspections.Inspected)
         sizes = _sizes(folder, asked)
+        inspecting.in_clear(asked, layers, x)
         started = time.perf_counter()
         expected_sizes, expected = inspecting.in_clear(asked, layers, x)
         clear_s = time.perf_counter() - started
         whole = args.steps == STEPS
         labels = np.flatnonzero(expected.flagged).tolist()
+        verdict = "backdoored" if labels else "no_sign" if bool(expected.comparable) else "could_not_check"
+        same = (found.verdict, list(found.labels)) == (verdict, labels)
         row: dict[str, Any] = {
             "model": subject.name, "space": space, "layers": list(asked.layers), "steps": asked.steps,
             "sought": asked.sought, "latency_ms": args.latency_ms, "load": round(load, 1),
             "target": getattr(subject.attack, "target", None), "verdict": found.verdict, "labels": list(found.labels),
-            "clear_labels": labels, "same": (list(found.labels) == labels) if whole else None,
+            "clear_verdict": verdict, "clear_labels": labels, "same": same if whole else None,
             "long": clearly(msgspec.structs.replace(asked, steps=LONG), layers, x) if whole else None,
             "norm_error": round(float(np.max(np.abs(sizes / expected_sizes - 1))), 6),
-            "seconds": round(seconds, 1), "step_s": round(step_s, 2), "clear_s": round(clear_s, 1),
+            "seconds": round(seconds, 1), "step_s": round(step_s, 2), "clear_s": round(clear_s, 2),
             "sent_mb": [round(n / 1e6, 1) for n in sent],
+            "estimated_mb": round(estimates.of(asked).sent_bytes / 1e6, 1),
         }  # fmt: skip
         if whole and found.labels and not args.no_repair:
             row["before"] = subject.worth(subject.model)
@@ -260,7 +310,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             dense.mended(subject.model, (clear[0] / factor, clear[1]))
             row["repaired_in_clear"] = subject.worth(subject.model)
             row["repair_seconds"], row["repair_sent_mb"] = round(seconds, 1), [round(n / 1e6, 1) for n in sent]
-    return row
+    return row | {"passed": passed(row)} if whole else row
 
 
 def growth() -> Iterator[dict[str, Any]]:
@@ -281,7 +331,7 @@ def growth() -> Iterator[dict[str, Any]]:
         yield {
             "model": "-".join(map(str, layers)), "steps": asked.steps, "sought": sought, "load": round(load, 1),
             "seconds": round(seconds, 1), "step_s": round(step_s, 2), "sent_mb": [round(n / 1e6, 1) for n in sent],
-            "estimated_step_mb": round(estimates.step_bytes(asked) / 1e6, 1),
+            "estimated_mb": round(estimates.of(asked).sent_bytes / 1e6, 1),
         }  # fmt: skip
 
 
@@ -301,11 +351,8 @@ def _give(folder: Path, asked: Inspection, trusted: parties.Parties, layers: Any
 def power(data: str, attack: str | None) -> Iterator[dict[str, Any]]:
     """What the space of features finds in clear, of an attack's models and clean ones; pixels: ``inspection.json``."""
     part = zoo.split(data)
-    for cell in zoo.matrix():
-        chosen = (cell.data, cell.network) == (data, SMALL_CNN) and (
-            attack is None or cell.attack in (zoo.CLEAN, attack)
-        )
-        member = zoo.load(cell, part) if chosen else None
+    for cell in powered(data, attack):
+        member = zoo.load(cell, part)
         if member is None:
             continue
         model = member.keras()
@@ -330,6 +377,12 @@ def power(data: str, attack: str | None) -> Iterator[dict[str, Any]]:
             "long": clearly(long, shared.arrays(long), x),
         }
         yield row | {"same_verdict": bool(row["labels"]) == bool(row["long"]["labels"])}
+
+
+def powered(data: str, attack: str | None) -> list[zoo.Cell]:
+    """The zoo's small CNNs of a data set: clean ones and an attack's, or all attacks'."""
+    cells = [cell for cell in zoo.matrix() if (cell.data, cell.network) == (data, SMALL_CNN)]
+    return [cell for cell in cells if attack is None or cell.attack in (zoo.CLEAN, attack)]
 
 
 def clearly(asked: Inspection, layers: Any, x: Any) -> dict[str, Any]:
@@ -372,7 +425,7 @@ def _parties(folder: Path) -> list[parties.Own]:
 
 
 _PARTY = """
-import json, sys, time
+import json, shutil, sys, time
 from pathlib import Path
 import msgspec
 from edgeguard.contract.private import Inspection, Space
@@ -386,6 +439,8 @@ import jax, spu
 times = []
 def said(text, done, total):
     times.append((text, done, time.perf_counter()))
+    if text == "deciding":  # the last shares of the search, which do not stay
+        shutil.copy(folder / name / "work" / f"state-{asked.steps:04}.json", folder / name / "shares.json")
     if done % 10 == 0:
         print(text, done, total, file=sys.stderr, flush=True)
 def deliver(result):
@@ -402,39 +457,43 @@ getattr(inspections, what)(
 
 def _jointly(folder: Path, what: str, latency_ms: float) -> tuple[float, float, list[int]]:
     """Seconds of the slowest party from their meeting on, seconds a step, and bytes that each sent."""
-    sent = [0] * len(NAMES)
-    relays, processes = [], []
+    processes = []
+    relays, hosts = relay.between([FIRST_PORT + place for place in range(len(NAMES))], latency_ms / 1000.0)
     for one, name in enumerate(NAMES):
-        hosts = []
-        for other in range(len(NAMES)):
-            port = FIRST_PORT + other
-            if other != one:
-                relays.append(Relay(port, one, other, sent, latency_ms / 1000.0))
-                port = relays[-1].port
-            hosts.append(f"127.0.0.1:{port}")
-        command = [sys.executable, "-c", _PARTY, str(folder), name, what, ",".join(hosts)]
+        command = [sys.executable, "-c", _PARTY, str(folder), name, what, ",".join(hosts[one])]
         errors = None if one == 0 else subprocess.DEVNULL
         processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True))
-    said = []
-    for process in processes:
-        out, _ = process.communicate()
-        lines = [line.removeprefix("measured ") for line in out.splitlines() if line.startswith("measured ")]
-        if not lines:
-            raise RuntimeError(f"a party ended with {process.returncode} and no result")
-        said.append(json.loads(lines[-1]))
-    for relay in relays:
-        relay.close()
+    try:
+        said = [_measured(process) for process in processes]
+    finally:
+        for process in processes:
+            # The result is there before a party leaves; of leaving SPU sometimes makes no end.
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(child.LEAVE_S)
+            process.kill()
+            process.wait()
+        for line in relays:
+            line.close()
+    sent = [sum(line.sent_by(place) for line in relays) for place in range(len(NAMES))]
     return max(s for s, _ in said), max(s for _, s in said), sent
+
+
+def _measured(process: subprocess.Popen[str]) -> tuple[float, float]:
+    """What a party says of its time."""
+    for line in process.stdout or ():
+        if line.startswith("measured "):
+            whole, step = json.loads(line.removeprefix("measured "))
+            return whole, step
+    raise RuntimeError(f"a party ended with {process.wait()} and no result")
 
 
 def _sizes(folder: Path, asked: Inspection) -> Any:
     """Sizes [L] of all labels' triggers, from the shares of all three: what nobody may do but a benchmark."""
     states = []
     for name in NAMES:
-        content = (folder / name / "work" / f"state-{asked.steps:04}.json").read_bytes()
+        content = (folder / name / "shares.json").read_bytes()
         states.append(msgspec.convert(json.loads(content)["kept"], dict[str, computation.Kept]))
-    a, b = (computation.reconstruct([state[key] for state in states]) for key in inspections.SEARCH[:2])
-    return (a + b).sum(axis=1)
+    return computation.reconstruct([state["taken"] for state in states]).sum(axis=(0, 2))
 
 
 if __name__ == "__main__":

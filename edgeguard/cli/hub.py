@@ -38,6 +38,7 @@ DEFAULT_URL = "http://127.0.0.1:8080"
 _CLOSED = ("closed", "dismissed", "refused", "aborted", "rolled_back")
 _UNITS_S = {"m": 60, "h": 3600, "d": 86400}
 _RETRY_S = 3.0
+_MOST_OF_A_FILE = 1 << 16
 _AT_ONCE, _BATCH_BYTES = 64, 1 << 20
 """Shared inputs of one request: it must arrive within seconds."""
 
@@ -165,6 +166,7 @@ def register(app: typer.Typer) -> None:
 
     _add_lists(group)
     _add_cases(group)
+    _add_private(group)
     _add_devices(group)
     _add_tokens(group)
     hub_setup.register(group)
@@ -292,7 +294,7 @@ def _add_cases(group: typer.Typer) -> None:
             "number": lambda r: r["id"],
             "": lambda r: "case" if r["is_case"] else "suspicion",
             "state": lambda r: r["state"],
-            "waits for": lambda r: f"approval of {r['awaiting']}" if r["awaiting"] else None,
+            "waits for": lambda r: _waits_for(r) or None,
             "model": lambda r: r["model"],
             "label": lambda r: r["label_name"] or r["label"],
             "flagged": lambda r: f"{r['flagged']} of {r['inputs']}",
@@ -302,7 +304,10 @@ def _add_cases(group: typer.Typer) -> None:
         show(rows, columns, as_json)
         _exit_for(rows)
 
-    @group.command(epilog="Examples: edgeguard hub case 3 | edgeguard hub case 3 --evidence case.json")
+    @group.command(
+        epilog="Examples: edgeguard hub case 3 | edgeguard hub case 3 --evidence case.json | edgeguard hub case 3 "
+        "--round round.json"
+    )
     @asks(_client)
     def case(
         hub: Client,
@@ -310,12 +315,20 @@ def _add_cases(group: typer.Typer) -> None:
         evidence: Path | None = typer.Option(
             None, metavar="FILE", help="Only write what devices reported there, for edgeguard repair --evidence."
         ),
+        private_round: Path | None = typer.Option(
+            None, "--round", metavar="FILE", help="Only write there what a private round asks the fleet for it."
+        ),
         as_json: bool = AsJson,
     ) -> None:
         """One suspicion or case: what happened, on what evidence, who decided. Exit code 1 where a case is open.
 
-        With --evidence: exit code 0 once the file is written, which takes an operator's token.
+        With --evidence or --round: exit code 0 once the file is written. Evidence takes an operator's token.
         """
+        if evidence is not None and private_round is not None:
+            raise ConfigError("hub case", got="--evidence and --round", do="give one of them")
+        if private_round is not None:
+            _write_round(hub.get(f"/v1/cases/{number}/round"), number, private_round, as_json)
+            return
         if evidence is not None:
             _write_evidence(hub.get(f"/v1/cases/{number}/evidence"), number, evidence, as_json)
             return
@@ -406,6 +419,29 @@ def _add_cases(group: typer.Typer) -> None:
         )
 
 
+def _add_private(group: typer.Typer) -> None:
+    @group.command(
+        "private",
+        epilog="Example: edgeguard hub private 3 --plan plan.json --result north.json --result south.json",
+    )
+    @asks(_client)
+    def bring(
+        hub: Client,
+        number: int = typer.Argument(help="The case."),
+        plan: Path = typer.Option(..., help="The inspection, as `private inspect plan` wrote it."),
+        result: list[Path] = typer.Option(
+            ..., help="What a party found, as `private inspect sign` wrote it; two or three."
+        ),
+        why: str = Why,
+    ) -> None:
+        """Bring what three parties found of a private model. It counts where two of them signed the same."""
+        from edgeguard.contract.private import Inspection, Signed
+
+        body = {"plan": _checked(plan, Inspection), "results": [_checked(one, Signed) for one in result], "why": why}
+        case = hub.send("POST", f"/v1/cases/{number}/private", body)
+        typer.echo(f"case {number} is {plain(case['state'])}: {plain(case['note'])}")
+
+
 def _quarantined(paths: Sequence[Path]) -> list[Any]:
     """The inputs in these files and folders. Raises ConfigError where there are none, ModelError for another file."""
     from edgeguard.agent import quarantine
@@ -461,7 +497,8 @@ def _add_devices(group: typer.Typer) -> None:
             typer.echo(json.dumps({"cases": cases, "commands": commands}))
             return
         rows = [{"what": f"{r['awaiting']} of model {r['model']}", "since": r["updated_ms"],
-                 "say": f"edgeguard hub approve {r['id']} {r['awaiting']}"} for r in cases]  # fmt: skip
+                 "say": f"edgeguard hub {'case' if _in_private(r) else 'approve'} {r['id']}"
+                 + ("" if _in_private(r) else f" {r['awaiting']}")} for r in cases]  # fmt: skip
         rows += [{"what": f"{r['name']} of {r['device']}", "since": r["issued_ms"],
                   "say": f"edgeguard hub decide {r['id']} yes"} for r in commands]  # fmt: skip
         columns = {"what": lambda r: r["what"], "since": lambda r: when(r["since"]), "to approve": lambda r: r["say"]}
@@ -680,7 +717,7 @@ def _tell(case: Row) -> None:
     label = f"{case['label']} ({case['label_name']})" if case["label_name"] else str(case["label"])
     rows = [
         ("case" if case["is_case"] else "suspicion", str(case["id"])),
-        ("state", plain(case["state"]) + (f", waits for approval of {case['awaiting']}" if case["awaiting"] else "")),
+        ("state", plain(case["state"]) + (f", waits for {_waits_for(case)}" if case["awaiting"] else "")),
         ("model", f"{plain(case['model'])} ({short(case['model_digest'])})"),
         ("label", plain(label)),
         ("flagged", f"{case['flagged']} of {case['inputs']} inputs (p = {case['p_value']:.1e})"),
@@ -741,6 +778,41 @@ def _write_evidence(found: Row, number: int, path: Path, as_json: bool) -> None:
         typer.echo(json.dumps({"evidence": str(path)}))
     else:
         typer.echo(f"evidence of case {number}, label {label} of model {digest}, is in {path}")
+
+
+def _write_round(found: Row, number: int, path: Path, as_json: bool) -> None:
+    from converters import files
+
+    files.write(json.dumps(found).encode() + b"\n", path)
+    if as_json:
+        typer.echo(json.dumps({"round": str(path)}))
+    else:
+        typer.echo(f"round {plain(found['id'])} of case {number}, for devices and parties, is in {path}")
+
+
+def _in_private(case: Row) -> bool:
+    return bool(case["private"]) and case["awaiting"] == Step.INSPECT.value
+
+
+def _waits_for(case: Row) -> str:
+    if _in_private(case):
+        return "a private inspection"
+    return f"approval of {case['awaiting']}" if case["awaiting"] else ""
+
+
+def _checked(path: Path, kind: type[Any]) -> Any:
+    """A file of the private computation as plain values, checked. Raises ConfigError."""
+    import msgspec
+
+    try:
+        with path.open("rb") as file:
+            return msgspec.to_builtins(msgspec.json.decode(file.read(_MOST_OF_A_FILE), type=kind))
+    except OSError as error:
+        raise ConfigError(f"file {path}", got=error.strerror, do="check the path") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(
+            f"file {path}", got=error, expected=f"what a {kind.__name__.lower()} says, in JSON"
+        ) from error
 
 
 def _exit_for(cases: Sequence[Row]) -> None:

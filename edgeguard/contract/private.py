@@ -1,7 +1,7 @@
-"""What devices, owners and computing parties agree on: rounds of private aggregation and private inspections.
+"""What devices, owners, computing parties and hub agree on: rounds of private aggregation and private inspections.
 
 A round is one question to the fleet about one layer of one model, an inspection one about one owner's model and
-another's clean inputs. Their digests are what sealed shares are bound to.
+another's clean inputs. Their digests are what sealed shares are bound to, and what the parties sign a finding under.
 """
 
 from __future__ import annotations
@@ -27,6 +27,30 @@ Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Kind = Literal["votes", "ranks"]
 Role = Literal["model-owner", "data-owner"]
 Space = Literal["pixels", "features"]
+Verdict = Literal["backdoored", "no_sign", "could_not_check"]
+
+_FINDING = b"edgeguard private inspection: what this party found, and nothing that a connection could ask it to sign\n"
+
+
+class Party(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a party shows: name, where the two others reach it, its certificate (PEM), its sealing key (X25519)."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=63)]
+    host: Annotated[str, Meta(min_length=1, max_length=253)]
+    port: Annotated[int, Meta(ge=1, le=65535)]
+    certificate: Annotated[str, Meta(max_length=10_000)]
+    sealing_key: Digest
+
+
+class Parties(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All three, in the order that they agreed on."""
+
+    parties: Annotated[tuple[Party, ...], Meta(min_length=PARTIES, max_length=PARTIES)]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the three descriptions: what participants compare with each other."""
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -91,6 +115,7 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     Attributes:
         id: names the inspection; never used twice.
         parties: digest of the three parties' descriptions.
+        model_digest: the guarded model that the owner says it is, as a hub names it; None where no hub asked.
         space: ``pixels``: the shared layers are the whole network; ``features``: they are its last ones, and the data
             owner computes what goes into them.
         layers: values into the first shared layer, of the hidden layer if there is one, and classes.
@@ -106,6 +131,7 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     v: Literal[1] = 1
     id: Annotated[str, Meta(pattern="^[0-9a-z][0-9a-z._-]{7,63}$")]
     parties: Digest
+    model_digest: Digest | None = None
     space: Space = "pixels"
     layers: Annotated[
         tuple[Annotated[int, Meta(ge=1, le=MAX_WIDTH)], ...],
@@ -160,3 +186,35 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     def digest(self) -> str:
         """SHA-256 of the part, key by key."""
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an inspection opened to everybody; triggers are not in it. ``labels``: the flagged ones, ascending.
+
+    ``given``: what it was computed from, as the parties compare it; ``inspection``: its digest.
+    """
+
+    inspection: Digest
+    given: Annotated[str, Meta(min_length=1, max_length=200)]
+    verdict: Verdict
+    labels: Annotated[tuple[Annotated[int, Meta(ge=0, lt=MAX_CLASSES)], ...], Meta(max_length=MAX_CLASSES)]
+
+    def __post_init__(self) -> None:
+        if list(self.labels) != sorted(set(self.labels)) or bool(self.labels) != (self.verdict == "backdoored"):
+            raise ValueError(f"labels {self.labels} with the verdict {self.verdict}")
+
+    @property
+    def signed_bytes(self) -> bytes:
+        """What a party signs: the finding, key by key, behind words that no other protocol of its key signs."""
+        return _FINDING + msgspec.json.encode(self)
+
+
+class Signed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A finding under one party's signature, ECDSA with SHA-256 by the key of its certificate, in hex.
+
+    ``party``: its place among the three.
+    """
+
+    finding: Finding
+    party: Annotated[int, Meta(ge=0, lt=PARTIES)]
+    signature: Annotated[str, Meta(pattern="^([0-9a-f]{2}){8,80}$")]

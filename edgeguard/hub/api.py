@@ -35,17 +35,19 @@ from starlette.types import ASGIApp
 
 from edgeguard import __version__
 from edgeguard.contract.guard import GuardMetadata
+from edgeguard.contract.private import Inspection, Signed
 from edgeguard.errors import ConfigError, EdgeGuardError
 from edgeguard.hub import commands as questions
 from edgeguard.hub import metrics as counters
 from edgeguard.hub import views
 from edgeguard.hub.access import Token, Tokens, needed
 from edgeguard.hub.casebook import Casebook
-from edgeguard.hub.cases import State
+from edgeguard.hub.cases import Case, State
 from edgeguard.hub.commands import Commands
 from edgeguard.hub.commands import State as CommandStep
 from edgeguard.hub.config import PolicyConfig, WebConfig
 from edgeguard.hub.metrics import Metrics
+from edgeguard.hub.private import Private
 from edgeguard.hub.queries import MAX_PAGE, Queries
 from edgeguard.hub.rollout import Standing
 from edgeguard.hub.shared import ENOUGH, Shared
@@ -84,6 +86,10 @@ class Named(Protocol):
     def guard(self) -> GuardMetadata:
         """What its file says of itself."""
 
+    @property
+    def private(self) -> bool:
+        """Whether nothing of it but counts is for the hub."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
@@ -101,6 +107,7 @@ class Parts:
         commands: asks devices.
         policy: says how evidence is pooled.
         shared: replays inputs that owners share.
+        private: judges what was found in private; None where no parties are configured.
         folder: the release repository's served folder, None where there is none.
         stopping: whether streams must end.
     """
@@ -116,6 +123,7 @@ class Parts:
     commands: Commands
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     shared: Shared | None = None
+    private: Private | None = None
     folder: Path | None = None
     stopping: Callable[[], bool] = lambda: False
 
@@ -281,6 +289,8 @@ def _add_reading(app: FastAPI, parts: Parts) -> None:
         """What devices sent of a case's label, pooled, as `edgeguard repair --evidence` reads it."""
         found = _found(parts.book.get(case), f"case {case}")
         model = _found(dict(parts.models()).get(found.model_digest), f"model of case {case}")
+        if found.private or model.private:
+            raise ConfigError(f"evidence of case {case}", got="a private model", do="ask in a private round")
         pooled = parts.book.evidence(found, model.guard, parts.policy)
         if pooled is None or not pooled.flagged_mean.size:
             raise ConfigError(
@@ -295,6 +305,13 @@ def _add_reading(app: FastAPI, parts: Parts) -> None:
             unflagged_mean=pooled.unflagged_mean.tolist(),
             dormant=[views.Dormant(layer=one.layer, channels=list(one.channels)) for one in dormant],
         )
+
+    @app.get("/v1/cases/{case}/round", tags=["cases"])
+    def private_round(case: views.Id) -> views.Round:
+        """The question that a private round asks the fleet for a case of a private model, as parties and devices read
+        it. It is always the same one."""
+        found, model, private = _private(parts, case)
+        return views.Round(**msgspec.to_builtins(private.round(found, model.guard)))
 
     @app.get("/v1/events", tags=["timeline"])
     def events(
@@ -368,6 +385,21 @@ def _add_acting(app: FastAPI, parts: Parts) -> None:
             enough=ENOUGH,
             state=after.state,
         )
+
+    @app.post("/v1/cases/{case}/private", tags=["cases"])
+    def find(request: Request, case: views.Id, brought: views.Brought) -> views.CaseDetail:
+        """Bring what three parties found of a private model: the plan, and what at least two of them signed."""
+        found, model, private = _private(parts, case)
+        try:
+            plan = msgspec.convert(brought.plan, Inspection)
+            signed = msgspec.convert(brought.results, list[Signed])
+        except msgspec.ValidationError as error:
+            raise ConfigError(
+                f"finding for case {case}", got=error, do="bring plan.json and what parties signed"
+            ) from error
+        result = private.judge(found, model.guard, plan, signed)
+        parts.book.found_in_private(case, result, _caller(request).name, brought.why)
+        return _found(queries.case(case), f"case {case}")
 
     @app.post("/v1/devices/{device}/commands", tags=["commands"], status_code=202)
     def ask(request: Request, device: views.DeviceName, command: views.Command) -> views.CommandState:
@@ -487,6 +519,15 @@ def _found(thing: T | None, what: str) -> T:
     if thing is None:
         raise HTTPException(404, what)
     return thing
+
+
+def _private(parts: Parts, case: int) -> tuple[Case, Named, Private]:
+    """A case of a private model, its model, and what the hub knows of the parties. Raises ConfigError."""
+    found = _found(parts.book.get(case), f"case {case}")
+    model = _found(dict(parts.models()).get(found.model_digest), f"model of case {case}")
+    if not found.private or parts.private is None:
+        raise ConfigError(f"case {case}", got="a model that is not private", expected="one with private = true")
+    return found, model, parts.private
 
 
 def _caller(request: Request) -> Caller:

@@ -22,7 +22,7 @@ from sqlalchemy.exc import IntegrityError
 from edgeguard.contract.guard import GuardMetadata
 from edgeguard.errors import ConfigError
 from edgeguard.hub import batch, cases, evidence, schema, tables, trust
-from edgeguard.hub.cases import Case, State, Steering, Step
+from edgeguard.hub.cases import OPEN, Case, Result, State, Steering, Step
 from edgeguard.hub.config import PolicyConfig
 from edgeguard.hub.evidence import LabelEvidence
 from edgeguard.hub.store import Store
@@ -168,6 +168,25 @@ class Casebook:
             return Move(case=steered, text=text, kind=kinds.get(how, ""), who=who)
 
         return self._decided(case_id, after, expected="edgeguard hub rollout shows what can be done")
+
+    def found_in_private(self, case_id: int, result: Result, who: str, why: str = "") -> Case:
+        """Record what three parties found of a private model, and who brought it.
+
+        Raises:
+            ConfigError: there is no such record, or it waits for no such finding.
+        """
+        who, why = batch.plain(who), batch.plain(why)
+
+        def after(case: Case) -> Move:
+            others = (one for one in self.all() if one.id != case.id and one.model_digest == case.model_digest)
+            taken = next((one.id for one in others if one.state in (*OPEN, "closed")), None)
+            if taken is not None:
+                raise ValueError(f"case {taken} of the same model is open, or has replaced it")
+            moved = cases.found_in_private(case, result, at_ms=self._clock_ms())
+            text = f"{who} brought what was found in private: {moved.note}" + (f": {why}" if why else "")
+            return Move(case=moved, text=text, who=who)
+
+        return self._decided(case_id, after, expected="a suspicion of a private model")
 
     def _check_latest(self, case: Case) -> None:
         """Raise ValueError where a later release replaces that of this case: what ran before that is not before it."""

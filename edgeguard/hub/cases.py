@@ -8,6 +8,7 @@
                                                                                       |           |
                                                                      rolled_back <- rolling_back <-
     could_not_check: the inspection could not tell, or what it needs is not there
+    of a private model: suspected -> confirmed, dismissed or could_not_check; confirmed -> repaired
 
 A record begins as a suspicion, which reports alone may raise. It is a *case* from the moment an inspection on the hub
 confirmed it, and stays one.
@@ -15,7 +16,7 @@ confirmed it, and stays one.
 Rules enforced here:
 
 * a record moves along these arrows only;
-* only a confirmed inspection makes a case, or inputs that owners shared (:mod:`edgeguard.hub.shared`), and what was
+* only a confirmed inspection makes a case, or inputs that owners shared (:mod:`edgeguard.hub.shared`); what was
   confirmed can no longer be dismissed: inspections that disagree are *could not check*;
 * "could not check" is a state of its own: it is neither dismissed nor confirmed;
 * a step that policy gives to a person waits for that person, and the record says which step it waits for;
@@ -23,6 +24,8 @@ Rules enforced here:
 * a model that the fleet is brought back from is not looked at again;
 * a person's word ends a roll-out at any time, and can bring the model before back, also later; what is paused stays so
   until somebody says otherwise;
+* of a private model the hub inspects and repairs nothing: three parties' finding dismisses or confirms the suspicion,
+  and what then goes to the fleet is a release that the model's owner signed;
 * a finished record that changed nothing comes up again only when the flagged inputs have doubled since, or for other
   devices: else those who shout for a label once would silence all others about it.
 """
@@ -62,6 +65,12 @@ _ARROWS: dict[State, tuple[State, ...]] = {
     "dismissed": ("confirmed",),
     "refused": (),
     "could_not_check": ("confirmed",),
+}
+_PRIVATE_ARROWS: dict[State, tuple[State, ...]] = {
+    **_ARROWS,
+    "suspected": ("confirmed", "dismissed", "refused", "could_not_check"),
+    "confirmed": ("repaired", "refused", "could_not_check"),
+    "could_not_check": ("confirmed", "dismissed", "could_not_check"),
 }
 WORKING: tuple[State, ...] = ("inspecting", "repairing")
 """The states in which a job is under way."""
@@ -187,6 +196,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         job: the job under way, or the last one.
         asked_ms: when the fleet was asked for ranks or votes.
         shared: how many inputs that owners shared confirmed it; 0 where an inspection did.
+        private: its model is: nothing of it but counts is for the hub.
         back: the release that brings the model before ``release`` back, where that was asked for.
         revision: counts the writes, so that no two hubs move one record at once.
     """
@@ -211,6 +221,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     job: int | None = None
     asked_ms: int | None = None
     shared: int = 0
+    private: bool = False
     result: Result | None = None
     release: Released | None = None
     back: Released | None = None
@@ -218,7 +229,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     revision: int = 0
 
 
-def open_case(suspicion: Suspicion, *, model: str, label_name: str, at_ms: int) -> Case:
+def open_case(suspicion: Suspicion, *, model: str, label_name: str, at_ms: int, private: bool = False) -> Case:
     """A new record, without an id yet: a suspicion, not a case."""
     return Case(
         model=model,
@@ -233,6 +244,7 @@ def open_case(suspicion: Suspicion, *, model: str, label_name: str, at_ms: int) 
         inputs=suspicion.inputs,
         p_value=suspicion.p_value,
         channels=suspicion.channels,
+        private=private,
     )
 
 
@@ -259,7 +271,7 @@ def is_news(suspicion: Suspicion, cases: Iterable[Case], *, now_ms: int) -> bool
 
 def move(case: Case, state: State, *, at_ms: int, **changes: Any) -> Case:
     """The record in its next state. Raises ValueError where no arrow leads there."""
-    if state not in _ARROWS[case.state]:
+    if state not in (_PRIVATE_ARROWS if case.private else _ARROWS)[case.state]:
         raise ValueError(f"case {case.id} cannot go from {case.state} to {state}")
     moved: Case = msgspec.structs.replace(case, state=state, updated_ms=at_ms, awaiting=None, **changes)
     return moved
@@ -281,6 +293,8 @@ def decided(case: Case, step: Step, *, approve: bool, who: str, why: str, at_ms:
     Raises:
         ValueError: the step is not open for a decision.
     """
+    if approve and case.private and step == "inspect":
+        raise ValueError(f"case {case.id} waits for what three parties find: no word of a person stands for it")
     if case.state not in _DECIDED_IN[step] or (approve and case.awaiting != step):
         waits = f"waits for approval of {case.awaiting}" if case.awaiting else f"is {case.state}"
         raise ValueError(f"case {case.id} {waits}: nothing to decide on {step}")
@@ -368,6 +382,26 @@ def settled(case: Case, result: Result, *, at_ms: int) -> list[Case]:
     return [move(case, "could_not_check", at_ms=at_ms, note=note, **changes)]
 
 
+def found_in_private(case: Case, result: Result, *, at_ms: int) -> Case:
+    """The record after what three parties found. What could not be checked may be checked once more.
+
+    Raises:
+        ValueError: its model is not private, or it waits for no finding.
+    """
+    if not case.private or case.is_case or case.state not in ("suspected", "could_not_check"):
+        what = case.state if case.private else "of a model that is not private"
+        raise ValueError(f"case {case.id} is {what}: it waits for no private inspection")
+    if result.verdict == "confirmed":
+        return confirmed(case, at_ms=at_ms, result=result, note=result.reason)
+    state: State = "dismissed" if result.verdict == "not_confirmed" else "could_not_check"
+    return move(case, state, at_ms=at_ms, result=result, note=result.reason)
+
+
+def private_id(case: Case) -> str:
+    """What a round or an inspection for this record is called."""
+    return f"case-{case.id:04}-{case.model_digest[:16]}"
+
+
 def explain(case: Case) -> str:
     """What happened and what is waited for, in plain words for the model's owner."""
     return " ".join(filter(None, (_seen(case), _inspected(case), _done(case), _waited_for(case))))
@@ -389,16 +423,17 @@ def _devices(count: int) -> str:
 
 def _inspected(case: Case) -> str:
     found = f" ({case.result.reason})" if case.result and case.result.reason else ""
+    who = "three parties" if case.result and "private" in case.result.summary else "the hub's own copy"
     if case.is_case:
         shared = f"The hub's own copy of the model flags {case.shared} inputs that owners shared: that confirmed it."
-        return shared if case.shared else f"The inspection of the hub's own copy confirmed a backdoor{found}."
+        return shared if case.shared else f"The inspection of {who} confirmed a backdoor{found}."
     match case.state:
         case "suspected":
             return "Devices' reports alone prove nothing: no inspection has begun."
         case "inspecting":
             return "The hub's own copy of the model is being inspected."
         case "dismissed":
-            return f"The inspection of the hub's own copy found no backdoor for this label{found}."
+            return f"The inspection of {who} found no backdoor for this label{found}."
         case "could_not_check":
             return f"It could not be checked: {case.note}. That is neither a confirmation nor an all-clear."
     return f"It was not inspected: {case.note}."
@@ -429,10 +464,12 @@ def _done(case: Case) -> str:
             f"The repaired model{where} was taken back: {case.note}. The model before, with the backdoor, {comes}"
             f"{again}{left}."
         )
+    if case.private and case.state == "refused":
+        return f"It was ended: {case.note}."
     done: dict[State, str] = {
         "confirmed": "Nothing was changed so far.",
         "repairing": "The model is being repaired.",
-        "repaired": "A repaired model passed the gate.",
+        "repaired": "A repaired model passed the gate." if not case.private else "Its owner signed another model.",
         "released": f"The repaired model is signed{where} and offered to no device yet.",
         "could_not_check": f"The repair could not be finished: {case.note}. Devices keep the model that they have.",
     }
@@ -452,6 +489,10 @@ _WAITS: dict[State, str] = {
 
 
 def _waited_for(case: Case) -> str:
+    if case.private and not case.is_case and case.state in ("suspected", "could_not_check"):
+        return _how_to_inspect(case)
+    if case.private and case.state == "confirmed":
+        return _how_to_repair(case)
     if case.awaiting:
         name = {"inspect": "inspection", "repair": "repair", "stage": "roll-out"}[case.awaiting]
         return f"Waiting for a person to approve the {name}."
@@ -460,3 +501,24 @@ def _waited_for(case: Case) -> str:
     if case.state == "rolling_out" and case.release and case.release.paused:
         return "Waiting for a person to resume, roll back or end the roll-out."
     return f"Waiting for {_WAITS[case.state]}" + (f": {case.note}." if case.note and not case.result else ".")
+
+
+def _how_to_inspect(case: Case) -> str:
+    return (
+        "The model is private. Waiting for a private inspection: its owner writes the plan, `edgeguard private inspect "
+        f"plan plan.json --id {private_id(case)} --for {case.model_digest} --parties parties.json --model FILE.keras`; "
+        "owners give and the three parties run it; two of them or all three sign what they found, `edgeguard private "
+        "inspect sign FOLDER --plan plan.json -o NAME.json`; and `edgeguard hub private "
+        f"{case.id} --plan plan.json --result NAME.json --result NAME.json` brings it here. To ask the fleet which "
+        f"channels it finds least active: `edgeguard hub case {case.id} --round round.json`, then `edgeguard private "
+        "submit` on devices and `edgeguard private party` at the parties. Details: docs/private.md."
+    )
+
+
+def _how_to_repair(case: Case) -> str:
+    return (
+        "Waiting for the model's owner: repair it with `edgeguard private repair run` or `edgeguard private repair "
+        "clear`, convert and check it, and sign it, `edgeguard release add FOLDER NEW.tflite --replaces "
+        f"{case.model_digest} --offline KEYS`. The hub then rolls out what replaces it; `edgeguard hub reject "
+        f"{case.id} repair` ends the case without."
+    )

@@ -8,6 +8,7 @@ Rules enforced here:
   that it was asked for; everything else changes nothing;
 * commands are forgotten 90 days after they expired; what was decided about them stays in the audit trail;
 * what a person must approve first waits as "proposed" and is not sent;
+* no device is asked for ranks or votes of a private model, by whomever, and no answer of that kind is stored;
 * federated pruning believes no single device: ranks are averaged without the extreme fifth at either end, and of votes
   a channel needs more than half.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,6 +73,7 @@ class Commands:
         book: writes the audit trail and the timeline.
         publish: hands a message for a device's channel to the broker; False where there is no connection.
         clock_ms: the hub's clock, which stands in the ids.
+        private: the digests of the models that are private now.
     """
 
     def __init__(
@@ -81,11 +83,13 @@ class Commands:
         *,
         publish: Callable[[str, str, Message], bool],
         clock_ms: Callable[[], int],
+        private: Callable[[], Collection[str]] = tuple,
     ) -> None:
         self._store = store
         self._book = book
         self._publish = publish
         self._clock_ms = clock_ms
+        self._private = private
 
     def issue(
         self,
@@ -123,6 +127,8 @@ class Commands:
             command = msgspec.convert({"id": key, **fields}, COMMANDS[name])
         except (KeyError, msgspec.ValidationError) as error:
             raise ConfigError(f"command {name}", got=error, expected=f"one of {', '.join(COMMANDS)}") from error
+        if self._is_private(command):
+            raise ConfigError(f"command {name}", got="a private model", do="ask in a private round")
         state: State = "proposed" if propose else "waiting"
         row = {
             "fleet": self._store.fleet,
@@ -174,7 +180,9 @@ class Commands:
         sent = [
             row.id
             for row in rows
-            if row.expires_ms > now and self._publish(row.device, topics.command(row.name), _command(row))
+            if row.expires_ms > now
+            and not self._is_private(command := _command(row))
+            and self._publish(row.device, topics.command(row.name), command)
         ]
         if sent or expired:
             with self._store.write() as db:
@@ -191,9 +199,13 @@ class Commands:
             reply = messages.decode(REPLIES[name], payload)
             with self._store.read() as db:
                 row = self._asked(db.execute(self._select(reply.id)).one_or_none(), device, name)
-            _check(_command(row), reply)
+            command = _command(row)
+            _check(command, reply)
         except (LinkError, ValueError) as error:
             log.info("a reply of %s is not taken: %s", device, error)
+            return
+        if self._is_private(command):
+            log.info("a reply of %s is not taken: channels of a private model", device)
             return
         working = isinstance(reply.result, Recalibration) and reply.result.guard_digest is None
         values = {
@@ -214,6 +226,10 @@ class Commands:
         """The last ones, oldest first; of one device, or of all."""
         table = tables.commands
         return self._entries(*([] if device is None else [table.c.device == device]), limit=limit)
+
+    def _is_private(self, command: Command) -> bool:
+        """Whether an answer would show a private model's activations."""
+        return isinstance(command, Rank | Vote) and command.model_digest in self._private()
 
     def _entries(self, *conditions: Any, limit: int = 10_000) -> list[Entry]:
         table = tables.commands

@@ -32,6 +32,7 @@ from msgspec import Meta
 
 from edgeguard import settings
 from edgeguard.contract import topics
+from edgeguard.contract.private import MIN_DEVICES, Kind
 from edgeguard.errors import ConfigError
 from edgeguard.settings import BrokerConfig, NonEmpty, Section
 
@@ -232,16 +233,35 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     Attributes:
         name: what its releases are called.
         guarded: the guarded ``.tflite`` that the devices run.
-        keras: the trainable model that it was converted from.
-        data: clean data for inspection and repair: a name or a path.
+        keras: the trainable model that it was converted from; must be given, but for a private model.
+        data: clean data for inspection and repair: a name or a path; must be given, but for a private model.
         sequence: the release number of ``guarded``; 0 for one that was never released.
+        private: the hub neither inspects nor repairs it, asks devices for no channels and stores no features of it;
+            needs ``[private]``, and neither ``keras`` nor ``data``.
     """
 
     name: Name
     guarded: Path
-    keras: Path
-    data: NonEmpty
+    keras: Path | None = None
+    data: NonEmpty | None = None
     sequence: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    private: bool = False
+
+
+class PrivateConfig(Section, frozen=True, kw_only=True):
+    """``[private]``: the three parties that private models are inspected by, and what the fleet is asked through them.
+
+    Attributes:
+        parties: the file in which ``edgeguard private init --join`` brought the parties' descriptions together.
+        kind: what a round asks of devices: ranks of all channels, or votes on the least active ones.
+        share: so much of a layer a round names.
+        min_devices: with fewer valid submissions a round opens nothing.
+    """
+
+    parties: Path
+    kind: Kind = "ranks"
+    share: Annotated[float, Meta(gt=0, le=0.9)] = 0.2
+    min_devices: Annotated[int, Meta(ge=MIN_DEVICES, le=1_000_000)] = 10
 
 
 class IngestConfig(Section, frozen=True, kw_only=True):
@@ -289,6 +309,7 @@ class HubConfig(Section, frozen=True, kw_only=True):
     policy: PolicyConfig = PolicyConfig()
     rollout: RolloutConfig = RolloutConfig()
     models: tuple[ModelConfig, ...] = ()
+    private: PrivateConfig | None = None
     notify: tuple[NotifyConfig, ...] = ()
 
 
@@ -318,6 +339,8 @@ def parse(raw: dict[str, Any], *, base: Path, name: str = "configuration") -> Hu
     names = [model.name for model in config.models]
     if len(set(names)) != len(names):
         raise ConfigError(name, got="two [[models]] of one name", do="give each its own name")
+    for model in config.models:
+        _check_model(model, config.private, name)
     if config.release and config.release.keys.resolve().is_relative_to(config.release.folder.resolve()):
         raise ConfigError(
             name, got="release.keys inside release.folder, which is served to everyone", do="keep the keys elsewhere"
@@ -329,7 +352,10 @@ def parse(raw: dict[str, Any], *, base: Path, name: str = "configuration") -> Hu
         )
     _check_web(config.web, name)
     _check_notify(config.notify, name)
-    models = tuple(msgspec.structs.replace(model, data=_data(model.data, base.absolute())) for model in config.models)
+    models = tuple(
+        msgspec.structs.replace(model, data=model.data and _data(model.data, base.absolute()))
+        for model in config.models
+    )
     return msgspec.structs.replace(config, models=models)
 
 
@@ -339,6 +365,17 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost" or ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _check_model(model: ModelConfig, private: PrivateConfig | None, name: str) -> None:
+    """Raise ConfigError where a model has not what is needed, or a private one what the hub shall not have."""
+    what = f"{name}: [[models]] {model.name}"
+    for key in ("keras", "data"):
+        if (getattr(model, key) is None) != model.private:
+            got = f"{key} of a private model" if model.private else f"no {key}"
+            raise ConfigError(what, got=got, do="remove this key" if model.private else "add this key")
+    if model.private and private is None:
+        raise ConfigError(what, got="a private model without [private]", do="name the parties there")
 
 
 def _check_web(web: WebConfig, name: str) -> None:

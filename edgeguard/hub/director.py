@@ -6,6 +6,8 @@ Rules enforced here:
 * each step is taken by policy, or once a person approved it; long work is put into the database as a job;
 * everything that it does follows from the database and the clock, step by step, so that a hub that was killed goes on
   where it stood: an unfinished job is run again, a release that was made but not recorded is found and recorded;
+* of a private model nothing is inspected, repaired or asked of devices here. Its case waits for what three parties
+  found, and then for a release that its owner signed;
 * a roll-out that ended leaves no hint behind: whoever was away returns to no model that the fleet has left;
 * evidence is looked at only when there is some that is new, and not more often than policy says.
 """
@@ -45,10 +47,11 @@ from edgeguard.hub.ingest import Device, ModelShape
 from edgeguard.hub.jobs import LEADER, FileName, Jobs, Lease, Runner, Sources, Work
 from edgeguard.hub.listener import Listener
 from edgeguard.hub.members import Members
-from edgeguard.hub.policy import Suspicion
+from edgeguard.hub.policy import ChannelShift, Suspicion
 from edgeguard.hub.shared import Shared
 from edgeguard.hub.store import Store
 from edgeguard.hub.trust import Trust
+from edgeguard.release.client import REPAIRED
 from edgeguard.release.repository import Repository
 from edgeguard.release.roles import Release
 
@@ -82,11 +85,12 @@ class Model:
     keras: str | None
     data: str
     guard: GuardMetadata
+    private: bool = False
 
     @property
     def shape(self) -> ModelShape:
         """What its reports look like."""
-        return ModelShape(width=self.guard.feature_count, classes=len(self.guard.classes))
+        return ModelShape(width=self.guard.feature_count, classes=len(self.guard.classes), private=self.private)
 
 
 def read_model(path: Path) -> tuple[bytes, GuardMetadata]:
@@ -110,7 +114,12 @@ def configured(config: HubConfig) -> dict[str, Model]:
     for entry in config.models:
         _, guard = read_model(entry.guarded)
         found[guard.model_digest] = Model(
-            name=entry.name, guarded=entry.guarded, keras=str(entry.keras), data=entry.data, guard=guard
+            name=entry.name,
+            guarded=entry.guarded,
+            keras=None if entry.keras is None else str(entry.keras),
+            data=entry.data or "",
+            guard=guard,
+            private=entry.private,
         )
     return found
 
@@ -222,13 +231,14 @@ class Director:
         self._adopt(known)
         if not self._lease.held(now_s):
             return
-        if now_s >= self._assess_at:
+        looks = now_s >= self._assess_at
+        if looks:
             self._assess_news(known)
             self._assess_at = max(now_s + self._policy.assess_s, _rest_until(now_s, LOOKING))
             known = self._book.all()
         for case in known:
             try:
-                self._advance(case)
+                self._advance(case, looks=looks)
             except StaleError:
                 continue
             except (EdgeGuardError, OSError) as error:
@@ -272,14 +282,20 @@ class Director:
                 self._tell(model, finding, devices)
 
     def _suspect(self, model: Model, suspicion: Suspicion, trust: Mapping[str, Trust]) -> None:
-        devices = set(suspicion.devices)
-        behind = [row for row in self._features(model, suspicion.label) if row.device in devices]
-        weights = {device: known.weight for device, known in trust.items()}
-        channels = policy.channels(behind, model.guard, self._policy.channels, weights=weights)
+        channels: tuple[ChannelShift, ...] = ()
+        if not model.private:
+            devices = set(suspicion.devices)
+            behind = [row for row in self._features(model, suspicion.label) if row.device in devices]
+            weights = {device: known.weight for device, known in trust.items()}
+            channels = policy.channels(behind, model.guard, self._policy.channels, weights=weights)
         names = model.guard.classes
         name = names[suspicion.label] if 0 <= suspicion.label < len(names) else ""
         case = cases.open_case(
-            replace(suspicion, channels=channels), model=model.name, label_name=name, at_ms=self._clock_ms()
+            replace(suspicion, channels=channels),
+            model=model.name,
+            label_name=name,
+            at_ms=self._clock_ms(),
+            private=model.private,
         )
         label = f"{case.label} ({name})" if name not in ("", str(case.label)) else f"{case.label}"
         self._save(Move(case=case, text=f"model {model.name}, label {label}: {suspicion.reason}"))
@@ -306,9 +322,12 @@ class Director:
 
     # -- suspicion to repaired model
 
-    def _advance(self, case: Case) -> None:
-        """What the record's state asks for, as far as policy lets it."""
-        if case.state in WORKING:
+    def _advance(self, case: Case, *, looks: bool) -> None:
+        """What the record's state asks for, as far as policy lets it; ``looks``: also what is dear to look at."""
+        case = self._as_configured(case)
+        if case.private:
+            self._advance_private(case, looks=looks)
+        elif case.state in WORKING:
             self._follow(case)
         elif case.state == "suspected" and self._may(case, "inspect", self._policy.steps.inspect):
             self._inspect(case)
@@ -318,6 +337,47 @@ class Director:
             case.state == "repaired" and self._repository is not None and self._may(case, "stage", self._staging(case))
         ):
             self._release(case, self._repository)
+
+    def _as_configured(self, case: Case) -> Case:
+        """The record with the present word on whether its model is private; steps that waited begin anew."""
+        model = self.models.get(case.model_digest)
+        undecided = case.state in ("suspected", "confirmed", *WORKING)
+        if model is None or model.private == case.private or not undecided:
+            return case
+        text = f"model {case.model} is {'private now' if model.private else 'no longer private'}"
+        channels = () if model.private else case.channels
+        now = self._clock_ms()
+        changed = msgspec.structs.replace(
+            case, private=model.private, channels=channels, awaiting=None, note="", updated_ms=now
+        )
+        return self._save(Move(case=changed, text=text, kind="held"))
+
+    def _advance_private(self, case: Case, *, looks: bool) -> None:
+        """The same for a private model: what three parties and its owner do is waited for."""
+        if case.state in WORKING:
+            self._give_up(case, "the model became private meanwhile: what was begun in clear is not finished")
+        elif case.state == "suspected" and case.awaiting is None:
+            asked = msgspec.structs.replace(case, awaiting="inspect", updated_ms=self._clock_ms())
+            self._save(Move(case=asked, text="waits for a private inspection", kind="awaiting_approval"))
+        elif case.state == "confirmed" and looks:
+            made = self._signed_by_owner(case)
+            if made is not None:
+                text = f"release {made.sequence}, {made.target}, that the model's owner signed replaces it"
+                self._save(Move(case=cases.move(case, "repaired", at_ms=self._clock_ms(), note=""), text=text))
+        elif case.state == "repaired" and self._may(case, "stage", self._policy.steps.stage):
+            made = self._signed_by_owner(case)
+            if made is None:
+                self._wait_for(case, "the owner's release is not published any more")
+                return
+            now = self._clock_ms()
+            moved = cases.move(case, "released", at_ms=now, release=_released(made, at_ms=now))
+            self._save(Move(case=moved, text=f"release {made.sequence}, {made.target}, is the owner's"))
+
+    def _signed_by_owner(self, case: Case) -> Release | None:
+        """The newest release that was signed offline and replaces a case's model."""
+        releases = self._repository.releases() if self._repository is not None else ()
+        owners = [one for one in releases if one.replaces == case.model_digest and not one.target.startswith(REPAIRED)]
+        return owners[-1] if owners else None
 
     def _staging(self, case: Case) -> Choice:
         """Policy's choice, also where the gate could not check every rule: a person's unless policy accepts that."""
@@ -423,7 +483,7 @@ class Director:
                 guard_digest=model.guard.guard_digest, guarded=str(model.guarded), keras=model.keras, data=model.data
             )
             for digest, model in self.models.items()
-            if model.keras is not None
+            if model.keras is not None and not model.private
         }
 
     def _said(self, case: int, word: Progress) -> None:
@@ -666,22 +726,29 @@ class Director:
         for case in known:
             if case.release is None or case.result is None or case.release.model_digest in self.models:
                 continue
-            if (case.id, case.release.sequence) in self._unusable or case.job is None:
+            owners = case.private and not case.release.target.startswith(REPAIRED)
+            if (case.id, case.release.sequence) in self._unusable or (case.job is None and not owners):
                 continue
+            keras: Path | None = None
             try:
-                guarded, keras = self._files(case, case.job)
+                if owners or case.job is None:
+                    guarded = self._owners_file(case.release)
+                else:
+                    guarded, keras = self._files(case, case.job)
                 _, guard = read_model(guarded)
             except (ModelError, OSError) as error:
                 log.error("a released model is not watched: %s", error)  # noqa: TRY400
                 self._unusable.add((case.id, case.release.sequence))
                 continue
             before = self.models.get(case.model_digest)
+            private = case.private or (before is not None and before.private)
             self.models[guard.model_digest] = Model(
                 name=case.model,
                 guarded=guarded,
-                keras=str(keras) if keras.exists() else None,
+                keras=str(keras) if keras is not None and keras.exists() and not private else None,
                 data=before.data if before else "",
                 guard=guard,
+                private=private,
             )
 
     def _files(self, case: Case, job: int) -> tuple[Path, Path]:
@@ -697,6 +764,14 @@ class Director:
                 temporary.write_bytes(content)
                 temporary.replace(path)
         return paths
+
+    def _owners_file(self, release: Released) -> Path:
+        """A release that was signed offline, among those that are served. Raises ModelError where it is not there."""
+        made = self._repository.releases() if self._repository is not None else ()
+        digest = next((one.file_digest for one in made if one.target == release.target), None)
+        if digest is None or self._config.release is None:
+            raise ModelError(f"release {release.sequence}", got="not published", expected="a release of the owner")
+        return self._config.release.folder / "targets" / f"{digest}.{release.target}"
 
     def _renew(self) -> None:
         if self._repository is not None and time.monotonic() >= self._renew_at:

@@ -4,6 +4,7 @@ Rules enforced here:
 
 * a report is accepted only when its counts add up and its features are finite and of one width: that of the model,
   where the hub knows it;
+* of a private model's report everything that speaks of channels is dropped here, before anything is stored;
 * **a message that can never be accepted is acknowledged all the same**, as received and rejected, wherever boot and
   seq can still be read: a device must not send it for ever. It is kept as a dead letter and counted, never as data;
 * a message of an older session than the stored one changes nothing, so that a late will never beats a new birth;
@@ -63,10 +64,14 @@ _KINDS: Mapping[str, type[Message]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """What the hub knows of a model's reports: D, and the number of classes (0 for a model without)."""
+    """What the hub knows of a model's reports: D, the number of classes (0 for a model without), who may see them.
+
+    ``private``: no features of it are stored.
+    """
 
     width: int
     classes: int
+    private: bool = False
 
 
 class Accepted(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,7 +125,11 @@ def read(
             return reject(topic, payload, f"topic {topic[:200]!r} is not a channel of fleet {fleet}", device=None)
         message = messages.decode(_KINDS[address.channel], payload)
         if isinstance(message, Report):
-            _check_report(message, models.get(message.model_digest))
+            model = models.get(message.model_digest)
+            _check_report(message, model)
+            if model is not None and model.private:
+                message = msgspec.structs.replace(message, evidence=(), activation=None, moved=None)
+                payload = messages.encode(message)
         elif isinstance(message, Alert):
             _require(all(map(math.isfinite, (message.score, *message.scores.values()))), "a score is not finite")
     except (LinkError, ValueError) as error:

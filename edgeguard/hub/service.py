@@ -26,7 +26,7 @@ import msgspec
 from edgeguard import broker
 from edgeguard.contract.topics import DEVICE_CHANNELS
 from edgeguard.errors import ConfigError
-from edgeguard.hub import api
+from edgeguard.hub import api, private
 from edgeguard.hub.access import Tokens
 from edgeguard.hub.api import Parts
 from edgeguard.hub.casebook import Casebook
@@ -70,6 +70,7 @@ class Hub:
         self._config = config
         with ExitStack() as stack:
             models = configured(config)
+            self._private = private.read(config)
             repository = _repository(config)
             stack.enter_context(_lock(config.state_dir))
             self._store = Store(store_url(config), fleet=config.fleet, epoch_hours=config.store.epoch_hours)
@@ -97,7 +98,13 @@ class Hub:
                 replied=self._replied,
             )
             self._workers = Supervisor(config, models=self._shapes(models))
-            self.commands = Commands(self._store, self.book, publish=self._listener.publish, clock_ms=clock_ms)
+            self.commands = Commands(
+                self._store,
+                self.book,
+                publish=self._listener.publish,
+                clock_ms=clock_ms,
+                private=lambda: {d for d, model in dict(self._director.models).items() if model.private},
+            )
             self._director = Director(
                 config,
                 store=self._store,
@@ -153,6 +160,7 @@ class Hub:
                     commands=self.commands,
                     policy=self._config.policy,
                     shared=self._director.shared,
+                    private=self._private,
                     folder=release.folder if release else None,
                     stopping=lambda: self._web.stopping,
                 )

@@ -14,6 +14,7 @@ Rules enforced here:
 * an input has the shape and type that the model takes; size and number are bounded before anything is stored;
 * inputs lie in files named by their digest, in this hub's state folder alone; the database has what the replay said.
   A file is on the disk before its row is written, and one that is not what its name says counts as not there;
+* of a private model none are taken;
 * the replay runs in a short-lived child.
 """
 
@@ -159,6 +160,8 @@ class Shared:
         if case is None or case.state not in TAKEN_IN:
             got = "no such case" if case is None else f"a case that is {case.state}"
             raise ConfigError(f"inputs for case {case_id}", got=got, expected="one that is not repaired yet")
+        if case.private:
+            raise ConfigError(f"inputs for case {case_id}", got="a private model", do="bring what three parties found")
         copy = self._models().get(case.model_digest)
         if copy is None:
             raise ConfigError(f"inputs for case {case_id}", got="no copy of its model", do="name it under [[models]]")

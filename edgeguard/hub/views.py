@@ -162,7 +162,7 @@ class Case(View):
     model_config = _example(
         id=1, is_case=True, state="confirmed", model="signs", model_digest=_DIGEST, label=0, label_name="stop",
         created_ms=_AT, updated_ms=_AT + 90_000, devices=["camera-1", "camera-2"], flagged=140, inputs=1600,
-        p_value=1e-90, awaiting="repair", approved=[], note="",
+        p_value=1e-90, awaiting="repair", private=False, approved=[], note="",
     )  # fmt: skip
 
     id: int
@@ -179,6 +179,7 @@ class Case(View):
     inputs: int
     p_value: float
     awaiting: Step | None = Field(description="the step that waits for a person")
+    private: bool = Field(description="its model is: an inspection that is awaited is that of three parties")
     approved: list[Step]
     note: str
 
@@ -228,6 +229,36 @@ class Decision(View):
 
     step: Step
     approve: bool
+    why: Sentence = ""
+
+
+class Round(View):
+    """A question to the fleet that three parties answer together; see docs/private.md."""
+
+    model_config = _example(
+        v=1, id="case-0003-9f86d081884c7d65", fleet="gate", parties=_GUARD, model_digest=_DIGEST, layer="conv_2",
+        channels=64, kind="ranks", prune=13, min_devices=10,
+    )  # fmt: skip
+
+    v: int
+    id: str
+    fleet: str
+    parties: Digest = Field(description="of the three parties' descriptions")
+    model_digest: Digest
+    layer: str
+    channels: int = Field(description="of that layer")
+    kind: Literal["votes", "ranks"]
+    prune: int = Field(description="so many channels are opened at the end, and nothing else")
+    min_devices: int = Field(description="fewer valid submissions open nothing")
+
+
+class Brought(View):
+    """What three parties found of a private model, as somebody brings it. Who that is, the token says."""
+
+    plan: dict[str, Any] = Field(description="the inspection, as `edgeguard private inspect plan` wrote it")
+    results: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=3)] = Field(
+        description="what parties found, as `edgeguard private inspect sign` wrote it, each once"
+    )
     why: Sentence = ""
 
 

@@ -208,7 +208,9 @@ def shapes(config: HubConfig) -> dict[str, ModelShape]:
             raise ModelError(
                 f"guarded model {model.guarded}", got=error.strerror, expected="a readable file"
             ) from error
-        found[guard.model_digest] = ModelShape(width=guard.feature_count, classes=len(guard.classes))
+        found[guard.model_digest] = ModelShape(
+            width=guard.feature_count, classes=len(guard.classes), private=model.private
+        )
     return found
 
 

@@ -10,13 +10,12 @@ from typing import NamedTuple
 
 from edgeguard.contract.private import Inspection
 
-PRODUCT_BYTES, COMPARISON_BYTES = 20, 40
-STEP_ROUNDS = 120
-"""One after another, whatever the size: counted from the protocol (three comparisons, some fifteen products), not
-measured."""
-BYTES_PER_S = 1.4e6
-"""Of a party, of three on two cores that others used as well: the slowest that was measured."""
-START_S = 60.0
+PRODUCT_BYTES, COMPARISON_BYTES = 17, 40
+STEP_ROUNDS, OTHER_ROUNDS = 70, 450
+"""One after another, whatever the size: from times with a line of 20 and of 80 ms."""
+BYTES_PER_S = 2.7e6
+"""Of a party, of three on two cores that others used as well."""
+START_S = 15.0
 
 
 class Estimate(NamedTuple):
@@ -27,9 +26,9 @@ class Estimate(NamedTuple):
 
 
 def of(asked: Inspection, latencies: tuple[int, ...] = (0, 1, 20, 80)) -> Estimate:
-    """Of an inspection."""
-    sent = asked.steps * step_bytes(asked)
-    rounds = asked.steps * STEP_ROUNDS
+    """Of an inspection. The first gradient and the decision send about as much as two steps."""
+    sent = (asked.steps + 2) * step_bytes(asked) + once_bytes(asked)
+    rounds = asked.steps * STEP_ROUNDS + OTHER_ROUNDS
     return Estimate(round(sent), {ms: START_S + sent / BYTES_PER_S + rounds * ms / 1000.0 for ms in latencies})
 
 
@@ -39,13 +38,18 @@ def step_bytes(asked: Inspection) -> float:
     return products * PRODUCT_BYTES + comparisons * COMPARISON_BYTES
 
 
+def once_bytes(asked: Inspection) -> float:
+    """Bytes that a party sends for the products of all inputs and weights; see :class:`inspecting.Basis`."""
+    return (asked.sought + asked.held_out) * asked.inputs * asked.layers[1] * PRODUCT_BYTES
+
+
 def operations(asked: Inspection) -> tuple[int, int]:
-    """Products, each with its rounding, and comparisons in a step."""
-    values, width, labels, inputs = asked.inputs, asked.layers[1], asked.classes, asked.sought
-    hidden = inputs * labels * width if len(asked.layers) == 3 else 0
-    products = 2 * values * labels * width + 2 * inputs * labels * width + 3 * hidden
-    products += 6 * inputs * labels * labels + 14 * labels * values
-    comparisons = hidden + 2 * inputs * labels * labels + 4 * labels * values + inputs * labels
+    """Products or roundings, and comparisons, in a step."""
+    labels, inputs = asked.classes, asked.sought
+    hidden = inputs * labels * asked.layers[1] if len(asked.layers) == 3 else 0
+    answers, values = inputs * labels * labels, labels * asked.inputs
+    products = 4 * hidden + 5 * answers + 12 * values
+    comparisons = hidden + 2 * answers + 4 * values + inputs * labels
     return products, comparisons
 
 

@@ -6,11 +6,14 @@ inputs. Per label two arrays, ``a`` and ``b`` [L, D], how far each value is take
     x' = (1 - a - b) x + a,   a, b >= 0;   mask a + b, pattern a / (a + b), size sum(a + b)
 
 A step goes down the gradient of sum_j softplus(z_j - z_label), whose derivative, the sigmoid, is made of three
-straight pieces; with momentum;
-takes a constant from both arrays, which is the step of an l1 norm (Parikh and Boyd, Proximal Algorithms, 2014, 6.5.2);
-and brings them back into their range. The constant is a weight per label that grows by what the success is above
-:data:`TARGET_SUCCESS` and shrinks by what it is below: Neural Cleanse's schedule (Wang et al., S&P 2019) without its
-comparisons. The gradient is measured in units of its own first length, so that rates fit networks of any scale.
+straight pieces; with momentum; takes a constant from both arrays, which is the step of an l1 norm (Parikh and Boyd,
+Proximal Algorithms, 2014, 6.5.2); and brings them back into their range. The constant is a weight per label that grows
+by what the success is above :data:`TARGET_SUCCESS` and shrinks by what it is below: Neural Cleanse's schedule (Wang et
+al., S&P 2019) without its comparisons. The gradient is measured in units of its own first length, so that rates fit
+networks of any scale.
+
+What does not change between steps is computed once (:class:`Basis`): with the products of every input and every weight
+of the first layer, a step needs two products of matrices and no product of single numbers as large as these.
 
 Rules enforced here:
 
@@ -45,13 +48,20 @@ _LEAST_SIZE = 1e-3
 _NORMAL, _LEAST_DEVIATION = 1.4826, 0.05
 
 
-class Search(NamedTuple):
-    """The state of a search: arrays [L, D] and their momenta, the weight [L] of the size, the gradient's unit [L]."""
+class Basis(NamedTuple):
+    """What inputs [B, D] give whatever trigger they carry: ``sums`` [B, H] of the first layer, and ``products``
+    [B H, D] of each input's values with the weights into each unit."""
 
-    a: Any
-    b: Any
-    a_speed: Any
-    b_speed: Any
+    sums: Any
+    products: Any
+
+
+class Search(NamedTuple):
+    """The state of a search: ``a`` and ``b`` in ``taken`` [2, L, D], their momenta in ``speed``, the weight [L] of the
+    size, and what the gradient is multiplied by [L]."""
+
+    taken: Any
+    speed: Any
     weight: Any
     unit: Any
 
@@ -99,12 +109,20 @@ def logits(layers: Sequence[Any], before: Any) -> Any:
     return jnp.where(before > 0, before, 0.0) @ layers[2] + layers[3]
 
 
-def begin(asked: Inspection, layers: Sequence[Any], x: Any) -> Search:
+def basis(layers: Sequence[Any], x: Any) -> Basis:
+    """Of inputs [B, D]."""
+    kernel, bias = layers[:2]
+    products = x[:, None, :] * kernel.T[None]
+    return Basis(x @ kernel + bias, products.reshape(-1, x.shape[1]))
+
+
+def begin(asked: Inspection, layers: Sequence[Any], x: Basis) -> Search:
     """The state before the first step."""
-    nothing = jnp.zeros((asked.classes, asked.inputs))
-    ga, gb, _ = _gradient(layers, x, nothing, nothing)
-    unit = jax.lax.rsqrt(jnp.sum(ga * ga + gb * gb, axis=1))
-    return Search(nothing, nothing, nothing, nothing, jnp.full(asked.classes, FIRST_WEIGHT), unit)
+    nothing = jnp.zeros((2, asked.classes, asked.inputs))
+    gradient, _ = _gradient(layers, x, nothing)
+    scale = (1 - MOMENTUM) * np.sqrt(2.0 * asked.inputs)
+    unit = scale * jax.lax.rsqrt(jnp.sum(gradient * gradient, axis=(0, 2)))
+    return Search(nothing, nothing, jnp.full(asked.classes, FIRST_WEIGHT), unit)
 
 
 def rate_at(asked: Inspection, number: int) -> float:
@@ -112,47 +130,47 @@ def rate_at(asked: Inspection, number: int) -> float:
     return RATE * next(share for end, share in SETTLE if number < end * asked.steps)
 
 
-def step(layers: Sequence[Any], x: Any, state: Search, rate: Any) -> Search:
+def step(layers: Sequence[Any], x: Basis, state: Search, rate: Any) -> Search:
     """One step of all labels.
 
     Args:
         layers: kernels and biases.
-        x: the inputs [B, D].
+        x: of the inputs.
         state: so far.
         rate: see :func:`rate_at`.
     """
-    a, b, weight = state.a, state.b, state.weight
-    ga, gb, miss = _gradient(layers, x, a, b)
-    scale = np.sqrt(2.0 * a.shape[1])
-    va = MOMENTUM * state.a_speed + (1 - MOMENTUM) * (ga * state.unit[:, None])
-    vb = MOMENTUM * state.b_speed + (1 - MOMENTUM) * (gb * state.unit[:, None])
-    na = a - rate * (scale * va + weight[:, None])
-    nb = b - rate * (scale * vb + weight[:, None])
+    taken, weight = state.taken, state.weight
+    gradient, miss = _gradient(layers, x, taken)
+    speed = MOMENTUM * state.speed + gradient * state.unit[:, None]
+    moved = taken - rate * (speed + weight[:, None])
     # All that is cut off at zero is compared in one go: rounds between the parties are what a step costs.
-    parts = [na, nb, na + b - 1.0, nb + a - 1.0, 1.0 - miss]
+    parts = [moved, moved + taken[::-1] - 1.0, 1.0 - miss]
     cut = _positive(jnp.concatenate([part.reshape(-1) for part in parts]))
-    count = a.size
-    na, nb, over_a, over_b = (cut[i * count : (i + 1) * count].reshape(a.shape) for i in range(4))
-    success = jnp.mean(cut[4 * count :].reshape(miss.shape), axis=0)
+    count = taken.size
+    within, over = (cut[i * count : (i + 1) * count].reshape(taken.shape) for i in range(2))
+    success = jnp.mean(cut[2 * count :].reshape(miss.shape), axis=0)
     grown = weight * (1.0 + WEIGHT_RATE * (success - TARGET_SUCCESS))
-    return Search(na - over_a, nb - over_b, va, vb, grown, state.unit)
+    return Search(within - over, speed, grown, state.unit)
 
 
-def decide(asked: Inspection, layers: Sequence[Any], x: Any, a: Any, b: Any) -> Decision:
+def decide(asked: Inspection, layers: Sequence[Any], x: Any, taken: Any) -> Decision:
     """Which labels stand out.
 
     Args:
         asked: the inspection.
         layers: kernels and biases.
         x: inputs [B, D] that the triggers were not sought on.
-        a: see the module.
-        b: likewise.
+        taken: see :class:`Search`.
     """
-    working, known = works(layers, x, a, b)
-    flagged, comparable = stands_out(jnp.sum(a + b, axis=1), working, max_ratio(asked))
+    working, known = works(layers, x, taken)
+    flagged, comparable = stands_out(sizes(taken), working, max_ratio(asked))
     flagged, comparable = flagged & known, comparable & known
-    shown = flagged.astype(a.dtype)[:, None]
-    return Decision(flagged, comparable, jnp.stack([a * shown, b * shown]), working)
+    return Decision(flagged, comparable, jnp.where(flagged[:, None], taken, 0.0), working)
+
+
+def sizes(taken: Any) -> Any:
+    """Of the labels' triggers, [L]."""
+    return jnp.sum(taken, axis=(0, 2))
 
 
 def max_ratio(asked: Inspection) -> float:
@@ -208,55 +226,53 @@ def in_clear(asked: Inspection, layers: Sequence[npt.NDArray[Any]], x: npt.NDArr
     """
     with jax.experimental.enable_x64():
         arrays = tuple(jnp.asarray(layer, jnp.float64) for layer in layers)
-        sought, held_out = jnp.asarray(x[: asked.sought]), jnp.asarray(x[asked.sought :])
-        state = begin(asked, arrays, sought)
-        one = jax.jit(step)
+        once = _BASIS(arrays, jnp.asarray(x[: asked.sought]))
+        state = _BEGIN(asked, arrays, once)
         for number in range(asked.steps):
-            state = one(arrays, sought, state, rate_at(asked, number))
-        found = decide(asked, arrays, held_out, state.a, state.b)
-        return np.asarray(jnp.sum(state.a + state.b, axis=1)), Decision(*(np.asarray(value) for value in found))
+            state = _STEP(arrays, once, state, rate_at(asked, number))
+        found = _DECIDE(asked, arrays, jnp.asarray(x[asked.sought :]), state.taken)
+        return np.asarray(sizes(state.taken)), Decision(*(np.asarray(value) for value in found))
 
 
-def _gradient(layers: Sequence[Any], x: Any, a: Any, b: Any) -> tuple[Any, Any, Any]:
-    """Gradients of the loss by ``a`` and ``b`` [L, D]; and what each input misses being called each label by [B, L]."""
-    kernel = layers[0]
-    before = stamped(layers, x, a, b)
+_BASIS, _STEP = jax.jit(basis), jax.jit(step)
+_BEGIN, _DECIDE = (jax.jit(of, static_argnums=0) for of in (begin, decide))
+
+
+def _gradient(layers: Sequence[Any], x: Basis, taken: Any) -> tuple[Any, Any]:
+    """Gradients of the loss [2, L, D]; and what each input misses being called each label by [B, L]."""
+    before = stamped(layers, x, taken)
     inputs, labels, width = before.shape
     if len(layers) > 2:
         active = before > 0
         z = jnp.where(active, before, 0.0) @ layers[2] + layers[3]
     else:
         z = before
-    own = np.eye(labels)[None]
-    margin = 0.5 + 0.25 * (z - jnp.sum(z * own, axis=2, keepdims=True))
+    own = np.eye(labels, dtype=bool)
+    margin = 0.5 + 0.25 * (z - _own(z)[:, :, None])
     pieces = _positive(jnp.stack([margin, margin - 1.0]))
-    beaten = (pieces[0] - pieces[1]) * (1.0 - own)
+    beaten = jnp.where(own, 0.0, pieces[0] - pieces[1])
     miss = jnp.sum(beaten, axis=2)
-    back = (beaten - miss[:, :, None] * own) * (1.0 / inputs)
+    back = jnp.where(own, -miss[:, :, None], beaten) * (1.0 / inputs)
     if len(layers) > 2:
         back = jnp.where(active, back @ layers[2].T, 0.0)
-    white = jnp.sum(back, axis=0) @ kernel.T
-    spread = (x.T @ back.reshape(inputs, labels * width)).reshape(-1, labels, width)
-    black = jnp.sum(spread * kernel[:, None, :], axis=2).T
-    return white - black, -black, miss
+    white = jnp.sum(back, axis=0) @ layers[0].T
+    black = back.transpose(1, 0, 2).reshape(labels, inputs * width) @ x.products
+    return jnp.stack([white - black, -black]), miss
 
 
-def stamped(layers: Sequence[Any], x: Any, a: Any, b: Any) -> Any:
-    """The first layer's sums [B, L, H] for inputs [B, D] that carry each label's trigger.
-
-    The kernel is scaled by the mask, not the inputs: fewer products, and one product of matrices.
-    """
-    kernel, bias = layers[:2]
-    labels, width = a.shape[0], kernel.shape[1]
-    masked = ((a + b).T[:, :, None] * kernel[:, None, :]).reshape(-1, labels * width)
-    return (x @ kernel + bias)[:, None, :] - (x @ masked).reshape(-1, labels, width) + (a @ kernel)[None]
+def stamped(layers: Sequence[Any], x: Basis, taken: Any) -> Any:
+    """The first layer's sums [B, L, H] for inputs that carry each label's trigger."""
+    inputs, width = x.sums.shape
+    lost = (x.products @ jnp.sum(taken, axis=0).T).reshape(inputs, width, -1).transpose(0, 2, 1)
+    return x.sums[:, None, :] - lost + (taken[0] @ layers[0])[None]
 
 
-def works(layers: Sequence[Any], x: Any, a: Any, b: Any) -> tuple[Any, Any]:
+def works(layers: Sequence[Any], x: Any, taken: Any) -> tuple[Any, Any]:
     """Which labels' triggers turn enough of the inputs [B, D] that the network does not call the label anyway, [L];
     and whether there are such inputs for every label."""
-    anyway = called(logits(layers, x @ layers[0] + layers[1]))
-    turned = _first(logits(layers, stamped(layers, x, a, b)))
+    once = basis(layers, x)
+    anyway = called(logits(layers, once.sums))
+    turned = _first(logits(layers, stamped(layers, once, taken)))
     counted = jnp.sum(1 - anyway, axis=0)
     hits = jnp.sum(turned * (1 - anyway), axis=0)
     hundredths = round(100 * MIN_SUCCESS)
@@ -271,9 +287,15 @@ def called(z: Any) -> Any:
 
 def _first(z: Any) -> Any:
     """Whether z [B, L, K] is largest at its label: int64 [B, L]."""
-    own = np.eye(z.shape[1])[None]
-    reached = (z >= jnp.sum(z * own, axis=2, keepdims=True)).astype(jnp.int64)
-    return (jnp.sum(reached * (1 - own.astype(np.int64)), axis=2) == 0).astype(jnp.int64)
+    own = np.eye(z.shape[1], dtype=bool)
+    reached = (z >= _own(z)[:, :, None]).astype(jnp.int64)
+    return (jnp.sum(jnp.where(own, 0, reached), axis=2) == 0).astype(jnp.int64)
+
+
+def _own(z: Any) -> Any:
+    """What z [B, L, L] says of each label itself, [B, L]: its diagonal."""
+    inputs, labels, _ = z.shape
+    return z.reshape(inputs, labels * labels)[:, :: labels + 1]
 
 
 def _positive(values: Any) -> Any:

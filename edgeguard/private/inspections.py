@@ -6,15 +6,17 @@ Rules enforced here:
 * every so many steps each party keeps its shares, 0600, and a run that broke off goes on from the last moment that all
   three kept in the same run; a result is kept by all three before it is opened, and given again instead of computed
   again, for what it was computed from alone: a pad hides one value once;
-* opened are flags, whether there was enough to compare, three counts of a mending, and padded values: of triggers only
-  where a label is flagged. Nothing else.
+* opened are flags, whether there was enough to compare, three counts of a mending, and padded values. Nothing else;
+* what goes over a line is as much whatever is found: padded values are opened always, and kept where a label is
+  flagged;
+* kept shares are deleted once all three have the result; those that a mending needs, after the mending.
 """
 
 from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -31,11 +33,15 @@ from edgeguard.private.computation import Computation, Kept
 from edgeguard.private.parties import Own, Parties
 
 ROLES: tuple[Role, ...] = get_args(Role)
-SEARCH = tuple(f"search{i}" for i in range(6))
+SEARCH = ("taken", "speed", "weight", "unit")
+BASIS = ("sums", "products")
 TRIGGER = "trigger"
 DECIDED = ("flagged", "comparable", TRIGGER, "padded")
 JUDGED = ("kept", "before", "after", "padded")
 INSPECTED, MENDED = "inspected.json", "mended.json"
+MAX_BYTES = 64 << 20
+"""Bytes: triggers of the most classes and values that there can be, in base64, and what is around them."""
+_STATES = "state-*.json"
 
 
 class Inspected(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -179,7 +185,8 @@ def result(path: Path, kind: type[Any], held: Held | None = None) -> Any:
         ConfigError: it cannot be read, or was computed from something else than ``held``.
     """
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=kind)
+        with path.open("rb") as file:
+            found = msgspec.json.decode(file.read(MAX_BYTES), type=kind)
     except FileNotFoundError:
         return None
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -201,8 +208,8 @@ def _inspect(asked: Inspection, held: Held, joint: Computation, work: Path, prog
         _search(asked, held, run, joint, work, progress, layers, done)
         progress("deciding", asked.steps, asked.steps)
         joint.prepare(
-            lambda x, a, b, pad, *w: _shown(inspecting.decide(asked, w, x, a, b), pad, owners.trigger_values(asked)),
-            ("held_out", *SEARCH[:2], pad, *layers),
+            lambda x, taken, pad, *w: _shown(inspecting.decide(asked, w, x, taken), pad, owners.trigger_values(asked)),
+            ("held_out", "taken", pad, *layers),
             DECIDED,
         )()
         _keep(asked, held, run, work, asked.steps + 1, joint.keep(DECIDED))
@@ -211,10 +218,13 @@ def _inspect(asked: Inspection, held: Held, joint: Computation, work: Path, prog
     flagged, comparable = joint.open("flagged"), joint.open("comparable")
     labels = tuple(int(label) for label in np.flatnonzero(flagged))
     verdict: Verdict = "backdoored" if labels else "no_sign" if bool(comparable) else "could_not_check"
-    shown = joint.open("padded").astype("<i8").tobytes() if labels else b""
-    found = Inspected(inspection=asked.digest, given=held.digest, verdict=verdict, labels=labels, padded=shown)
+    padded = joint.open("padded").astype("<i8").tobytes()
+    found = Inspected(
+        inspection=asked.digest, given=held.digest, verdict=verdict, labels=labels, padded=padded if labels else b""
+    )
     disk.write(work / INSPECTED, msgspec.json.encode(found), mode=0o600)
     joint.agree("result", str(labels))
+    discard(work, {_name(asked.steps + 1)} if labels else set())
     return found
 
 
@@ -231,12 +241,19 @@ def _search(
     """The steps that are not done yet."""
     from edgeguard.private import inspecting
 
+    joint.prepare(lambda x, *w: tuple(inspecting.basis(w, x)), ("sought", *layers), BASIS)()
     if not done:
-        joint.prepare(lambda x, *w: tuple(inspecting.begin(asked, w, x)), ("sought", *layers), SEARCH)()
+        joint.prepare(
+            lambda sums, products, *w: tuple(inspecting.begin(asked, w, inspecting.Basis(sums, products))),
+            (*BASIS, *layers),
+            SEARCH,
+        )()
     joint.tell("rate", np.zeros((), np.float64))
     step = joint.prepare(
-        lambda x, rate, *rest: tuple(inspecting.step(rest[6:], x, inspecting.Search(*rest[:6]), rate)),
-        ("sought", "rate", *SEARCH, *layers),
+        lambda rate, *v: tuple(
+            inspecting.step(v[6:], inspecting.Basis(*v[:2]), inspecting.Search(*v[2:6]), rate),
+        ),
+        ("rate", *BASIS, *SEARCH, *layers),
         SEARCH,
     )
     for number in range(done, asked.steps):
@@ -245,6 +262,7 @@ def _search(
         progress("seeking triggers", number + 1, asked.steps)
         if (number + 1) % asked.every == 0 or number + 1 == asked.steps:
             _keep(asked, held, run, work, number + 1, joint.keep(SEARCH))
+    joint.forget(BASIS)
 
 
 def _shown(found: Any, pad: Any, count: int) -> tuple[Any, ...]:
@@ -279,6 +297,7 @@ def _mend(asked: Inspection, held: Held, joint: Computation, work: Path, progres
     )
     disk.write(work / MENDED, msgspec.json.encode(found), mode=0o600)
     joint.agree("result", f"{kept} {before} {after}")
+    discard(work)
     return found
 
 
@@ -340,14 +359,14 @@ def _chosen(
     if common is None and least > 1:
         return drawn, None
     ends = {asked.steps + 1, asked.steps + 2} if common is not None and common[0] == most else set()
-    staying = {
-        f"state-{done:04}.json"
-        for done, run in states
-        if common in ((done, run), (most, run)) and (done in ends or (done, run) == common)
-    }
-    for path in work.glob("state-*.json"):
-        if path.name not in staying:
-            path.unlink()
+    discard(
+        work,
+        {
+            _name(done)
+            for done, run in states
+            if common in ((done, run), (most, run)) and (done in ends or (done, run) == common)
+        },
+    )
     joint.agree("where to go on", str(common))
     return (drawn, None) if common is None else (common[1], states[common])
 
@@ -364,7 +383,7 @@ def _common(views: Sequence[Any]) -> tuple[int, str] | None:
 def _states(asked: Inspection, held: Held, work: Path) -> dict[tuple[int, str], _State]:
     """This party's states of what was given, by steps done and run."""
     found = {}
-    for path in work.glob("state-*.json"):
+    for path in work.glob(_STATES):
         try:
             state = msgspec.json.decode(path.read_bytes(), type=_State)
         except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -378,7 +397,18 @@ def _keep(asked: Inspection, held: Held, run: str, work: Path, done: int, kept: 
     """Keep shares, and those before them: another party may not have come as far."""
     work.mkdir(mode=0o700, parents=True, exist_ok=True)
     state = _State(inspection=asked.digest, given=held.digest, run=run, done=done, kept=kept)
-    disk.write(work / f"state-{done:04}.json", msgspec.json.encode(state), mode=0o600)
+    disk.write(work / _name(done), msgspec.json.encode(state), mode=0o600)
     earlier = sorted(number for number, of in _states(asked, held, work) if of == run and number < done)
     for old in earlier[:-1]:
-        (work / f"state-{old:04}.json").unlink()
+        (work / _name(old)).unlink()
+
+
+def discard(work: Path, staying: Collection[str] = ()) -> None:
+    """Delete the shares that this party kept, but for the files named."""
+    for path in work.glob(_STATES):
+        if path.name not in staying:
+            path.unlink()
+
+
+def _name(done: int) -> str:
+    return f"state-{done:04}.json"

@@ -6,16 +6,20 @@ they open it, so that what all three see is uniformly random, and who knows the 
 
 Rules enforced here:
 
-* a pad is good for one inspection, whose digest its shares are bound to;
+* a pad is good for one inspection, whose digest its shares are bound to: what it is kept in says which plan, what was
+  given and which weights it belongs to, and nothing is read with it that came of others;
+* results that are no numbers a network can have are noise, and an error;
 * a number beyond what the computation can hold is refused, and so are inputs beyond their range.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -24,8 +28,39 @@ from edgeguard.errors import ModelError
 
 FRACTION_BITS = 16
 MAX_WEIGHT = 1024.0
+MAX_RESULT = 2.0**20
+"""A result beyond it is noise: one of 2^27 random numbers is not."""
 Values = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+
+
+class Pad(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the model's owner keeps to read results with: :func:`pad_values` random integers, and what they belong to.
+
+    ``inspection``: digest of the plan; ``given``: of the submission that the pad is in; ``weights``: see
+    :func:`weights_digest`.
+    """
+
+    inspection: str
+    given: str
+    weights: str
+    values: bytes
+
+    def of(self, asked: Inspection, given: str) -> Values:
+        """The integers, for a result of this inspection that was computed from ``given``.
+
+        Raises:
+            ModelError: the pad belongs to something else.
+        """
+        if self.inspection != asked.digest or len(self.values) != 8 * pad_values(asked):
+            raise ModelError("pad", got="one of another plan", do=_OF_THIS)
+        # The model owner's digest, and then the data owner's.
+        if given.split(" ", maxsplit=1)[0] != self.given:
+            raise ModelError("pad", got="one of other shares than the result's", do=_OF_THIS)
+        return np.frombuffer(self.values, dtype="<i8").astype(np.int64)
+
+
+_OF_THIS = "use the pad of this very result"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +106,12 @@ def model_values(asked: Inspection, layers: Sequence[npt.NDArray[Any]], pad: Val
     Raises:
         ModelError: other layers than the inspection's, or a weight that is too large.
     """
-    shapes = tuple(layer.shape for layer in layers)
-    if shapes != asked.weights:
-        raise ModelError("layers", got=shapes, expected=asked.weights)
-    flat = np.concatenate([np.ravel(layer) for layer in layers]).astype(np.float64)
-    if not np.all(np.abs(flat) <= MAX_WEIGHT):
-        raise ModelError("weights", got="one that is no number, or too large", expected=f"within {MAX_WEIGHT:g}")
-    return np.concatenate([_fixed(flat), pad])
+    return np.concatenate([_weights(asked, layers), pad])
+
+
+def weights_digest(asked: Inspection, layers: Sequence[npt.NDArray[Any]]) -> str:
+    """SHA-256 of the layers as they are shared: of two networks of one shape it says which. Raises as the former."""
+    return hashlib.sha256(_weights(asked, layers).astype("<i8").tobytes()).hexdigest()
 
 
 def pad_values(asked: Inspection) -> int:
@@ -100,7 +134,7 @@ def data_values(asked: Inspection, inputs: npt.NDArray[Any]) -> Values:
 
 
 def triggers(asked: Inspection, padded: Values, pad: Values, labels: Sequence[int]) -> list[Trigger]:
-    """The triggers of the flagged labels, from what the parties opened."""
+    """The triggers of the flagged labels, from what the parties opened. Raises ModelError where they are noise."""
     count = trigger_values(asked)
     a, b = _plain(padded, pad[:count]).reshape(2, asked.classes, asked.inputs)
     mask = a + b
@@ -109,10 +143,20 @@ def triggers(asked: Inspection, padded: Values, pad: Values, labels: Sequence[in
 
 
 def last_layer(asked: Inspection, padded: Values, pad: Values) -> tuple[Floats, Floats]:
-    """The mended last layer's kernel and bias, from what the parties opened."""
+    """The mended last layer's kernel and bias, from what the parties opened. Raises ModelError where they are noise."""
     flat = _plain(padded, pad[trigger_values(asked) :])
     kernel = flat[: -asked.classes].reshape(asked.layers[-2], asked.classes)
     return kernel, flat[-asked.classes :]
+
+
+def _weights(asked: Inspection, layers: Sequence[npt.NDArray[Any]]) -> Values:
+    shapes = tuple(layer.shape for layer in layers)
+    if shapes != asked.weights:
+        raise ModelError("layers", got=shapes, expected=asked.weights)
+    flat = np.concatenate([np.ravel(layer) for layer in layers]).astype(np.float64)
+    if not np.all(np.abs(flat) <= MAX_WEIGHT):
+        raise ModelError("weights", got="one that is no number, or too large", expected=f"within {MAX_WEIGHT:g}")
+    return _fixed(flat)
 
 
 def _fixed(values: Floats) -> Values:
@@ -121,4 +165,7 @@ def _fixed(values: Floats) -> Values:
 
 def _plain(padded: Values, pad: Values) -> Floats:
     with np.errstate(over="ignore"):
-        return np.asarray((padded - pad) / 2.0**FRACTION_BITS, dtype=np.float64)
+        plain = np.asarray((padded - pad) / 2.0**FRACTION_BITS, dtype=np.float64)
+    if not np.all(np.abs(plain) <= MAX_RESULT):
+        raise ModelError("result", got="noise", do=_OF_THIS)
+    return plain

@@ -77,8 +77,8 @@ def create(folder: Path, *, name: str, host: str, port: int, now: datetime) -> P
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - _EARLY)
         .not_valid_after(now + VALID)
-        # A root of its own: the others trust this one certificate, and no authority.
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        # The others trust this one certificate, and nothing that its key signs.
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )
     sealing = PrivateKey.generate()
@@ -152,7 +152,7 @@ def own(folder: Path) -> Own:
     _secret(folder / TLS_KEY)
     try:
         sealing = PrivateKey(bytes.fromhex(_secret(folder / SEALING_KEY).decode()))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # libsodium's own says so of another length
         raise ConfigError(f"key {folder / SEALING_KEY}", got="no key", do="restore it from a backup") from error
     if bytes(sealing.public_key).hex() != mine.sealing_key:
         raise ConfigError(f"key {folder / SEALING_KEY}", got="another party's key", do="restore it from a backup")

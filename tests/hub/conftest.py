@@ -32,6 +32,8 @@ class Setting:
     web_port: int = field(default_factory=free_port)
     policy: str = "interval_s = 0.1\nassess_s = 0.1"
     rollout: str = "soak_s = 0\nmin_inputs = 0"
+    model: str = 'keras = "signs.keras"\ndata = "digits"'
+    """What the configuration says of the model beside its name and file."""
     more: str = ""
     """Further sections of the configuration."""
     _process: subprocess.Popen[bytes] | None = None
@@ -45,7 +47,7 @@ class Setting:
             f'[web]\nport = {self.web_port}\nanonymous = "viewer"\n'
             f"[policy]\n{self.policy}\n[rollout]\n{self.rollout}\n"
             '[release]\nfolder = "release"\nkeys = "keys"\n'
-            '[[models]]\nname = "signs"\nguarded = "signs.tflite"\nkeras = "signs.keras"\ndata = "digits"\n'
+            f'[[models]]\nname = "signs"\nguarded = "signs.tflite"\n{self.model}\n'
             f"{self.more}\n"
         )
         return path

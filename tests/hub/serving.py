@@ -25,6 +25,7 @@ from edgeguard.hub.commands import Commands
 from edgeguard.hub.config import WebConfig
 from edgeguard.hub.ingest import Accepted
 from edgeguard.hub.metrics import Metrics
+from edgeguard.hub.private import Private
 from edgeguard.hub.queries import Queries
 from edgeguard.hub.replay import Replayed
 from edgeguard.hub.shared import Shared
@@ -103,10 +104,17 @@ def _begun() -> tuple[bytes, dict[str, str]]:
 
 
 @contextmanager
-def serve(folder: Path, url: str | None = None, *, guard: GuardMetadata | None = None, **web: Any) -> Iterator[Served]:
+def serve(
+    folder: Path,
+    url: str | None = None,
+    *,
+    guard: GuardMetadata | None = None,
+    private: Private | None = None,
+    **web: Any,
+) -> Iterator[Served]:
     """Serve a new database in ``folder``, or the empty one at ``url``; ``web`` are keys of ``[web]``.
 
-    ``guard``: of the model that it watches.
+    ``guard``: of the model that it watches, which is private where there are parties.
     """
     config = WebConfig(port=0, **web)
     clock = [NOW]
@@ -139,7 +147,7 @@ def serve(folder: Path, url: str | None = None, *, guard: GuardMetadata | None =
         secrets=dict(secrets),
     )
     guard = guard or fleet.guard_metadata()
-    copy = SimpleNamespace(name="signs", guard=guard, guarded=folder / "signs.tflite")
+    copy = SimpleNamespace(name="signs", guard=guard, guarded=folder / "signs.tflite", private=private is not None)
     said = Replayed(predicted=1, flagged=True, score=2.0)
     shared = Shared(
         store,
@@ -160,6 +168,7 @@ def serve(folder: Path, url: str | None = None, *, guard: GuardMetadata | None =
         book=book,
         commands=commands,
         shared=shared,
+        private=private,
         folder=folder / "served",
         stopping=lambda: served.web.stopping,
     )

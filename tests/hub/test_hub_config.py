@@ -11,6 +11,8 @@ from edgeguard.hub import config
 
 MINIMAL = 'fleet = "demo"\nstate_dir = "hub"\n[broker]\nhost = "127.0.0.1"\n'
 MODEL = '[[models]]\nname = "signs"\nguarded = "g.tflite"\nkeras = "k.keras"\ndata = "digits"\n'
+PRIVATE = '[[models]]\nname = "signs"\nguarded = "g.tflite"\nprivate = true\n'
+PARTIES = '[private]\nparties = "parties.json"\n'
 
 
 def load(tmp_path: Path, text: str) -> config.HubConfig:
@@ -29,6 +31,13 @@ def test_a_minimal_file_is_enough(tmp_path: Path) -> None:
 def test_paths_count_from_the_configuration_file(tmp_path: Path) -> None:
     loaded = load(tmp_path, MINIMAL + MODEL)
     assert loaded.models[0].guarded == tmp_path / "g.tflite"
+
+
+def test_a_private_model_needs_no_trainable_form_and_no_data(tmp_path: Path) -> None:
+    loaded = load(tmp_path, MINIMAL + PRIVATE + PARTIES)
+    assert (loaded.models[0].keras, loaded.models[0].data, loaded.models[0].private) == (None, None, True)
+    assert loaded.private is not None
+    assert (loaded.private.parties, loaded.private.min_devices) == (tmp_path / "parties.json", 10)
 
 
 def test_data_is_a_path_only_where_there_is_such_a_file(tmp_path: Path) -> None:
@@ -51,6 +60,14 @@ def test_data_is_a_path_only_where_there_is_such_a_file(tmp_path: Path) -> None:
         (MINIMAL + 'password_file = "p"', "username"),
         (MINIMAL + MODEL + MODEL, "two [[models]]"),
         (MINIMAL + MODEL.replace("signs", "../signs"), "name"),
+        (MINIMAL + MODEL.replace('keras = "k.keras"\n', ""), "no keras"),
+        (MINIMAL + MODEL.replace('data = "digits"\n', ""), "no data"),
+        (MINIMAL + PRIVATE, "without [private]"),
+        (MINIMAL + MODEL + "private = true\n" + PARTIES, "keras of a private model"),
+        (MINIMAL + PRIVATE + 'data = "digits"\n' + PARTIES, "data of a private model"),
+        (MINIMAL + PRIVATE + PARTIES + "min_devices = 2\n", "min_devices"),
+        (MINIMAL + PRIVATE + PARTIES + 'kind = "sums"\n', "kind"),
+        (MINIMAL + "[private]\n", "parties"),
         (MINIMAL + '[release]\nfolder = "r"\nkeys = "r/keys"', "served"),
         (MINIMAL + "[[[", "TOML"),
         ("\0", "TOML"),

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from edgeguard.cli import app
 from edgeguard.contract.private import Inspection
-from edgeguard.errors import ModelError
+from edgeguard.errors import ConfigError, ModelError
+from edgeguard.inspection.inversion import Trigger
 from edgeguard.private import dense, inspections, owners
 from tests.simulators import private as making
 
@@ -119,33 +120,39 @@ def test_owners_plan_give_and_read_from_the_command_line(tmp_path: Path) -> None
         return ran.output
 
     assert "each party sends" in said("inspect", "plan", plan, "--id", "inspection-1", "--model", model, *together)
-    said("inspect", "give", "--plan", plan, "--model", model, "--pad", pad, "-o", given / "model-owner.json", *together)
+    out = said(
+        "inspect", "give", "--plan", plan, "--model", model, "--pad", pad, "-o", given / "model-owner.json", *together
+    )
     said(
         "inspect", "give", "--plan", plan, "--data", tmp_path / "clean.npz", "-o", given / "data-owner.json", *together
     )
     assert pad.stat().st_mode & 0o777 == 0o600
     asked = msgspec.json.decode(plan.read_bytes(), type=Inspection)
     for own in owns:
-        assert set(inspections.take(asked, given, own).values) == set(inspections.ROLES)
+        held = inspections.take(asked, given, own)
+        assert set(held.values) == set(inspections.ROLES)
+    # The owner compares what it was told with what parties say.
+    assert held.digest.split(" ")[0] in out
 
     # What three parties would open of label 3, and of a mended last layer.
-    secret = np.frombuffer(pad.read_bytes(), "<i8")
+    secret = np.frombuffer(msgspec.json.decode(pad.read_bytes(), type=owners.Pad).values, "<i8")
     a = np.zeros((2, 5, 16))
     a[0, 3, 7] = 0.5
     count = owners.trigger_values(asked)
     padded = np.round(a.ravel() * 2**16).astype("<i8") + secret[:count]
     found = inspections.Inspected(
-        inspection=asked.digest, given="", verdict="backdoored", labels=(3,), padded=padded.tobytes()
+        inspection=asked.digest, given=held.digest, verdict="backdoored", labels=(3,), padded=padded.tobytes()
     )
     (tmp_path / "inspected.json").write_bytes(msgspec.json.encode(found))
     triggers = tmp_path / "triggers.npz"
     said("inspect", "open", "--plan", plan, "--pad", pad, "--result", tmp_path / "inspected.json", "-o", triggers)
+    assert triggers.stat().st_mode & 0o777 == 0o600
     with np.load(triggers) as read:
         assert (read["labels"].tolist(), read["masks"][0, 7], read["patterns"][0, 7]) == ([3], 0.5, 255.0)
 
     last = np.arange(owners.last_values(asked)) / 100.0
     mended = inspections.Mended(
-        inspection=asked.digest, given="", held_out=64, kept=64, turned_before=60, turned_after=0,
+        inspection=asked.digest, given=held.digest, held_out=64, kept=64, turned_before=60, turned_after=0,
         padded=(np.round(last * 2**16).astype("<i8") + secret[count:]).tobytes(),
     )  # fmt: skip
     (tmp_path / "mended.json").write_bytes(msgspec.json.encode(mended))
@@ -156,3 +163,88 @@ def test_owners_plan_give_and_read_from_the_command_line(tmp_path: Path) -> None
 
     said("repair", "clear", model, "--triggers", triggers, "--data", tmp_path / "clean.npz", "-o", tmp_path / "c.keras")
     assert (tmp_path / "c.keras").exists()
+
+    # Another network of the same shape, in whose place the mended layer would be nonsense.
+    other = network()
+    other.layers[-1].set_weights([weights + 0.01 for weights in other.layers[-1].get_weights()])
+    other.save(model)
+    ran = CliRunner().invoke(
+        app,
+        [
+            "private",
+            "repair",
+            "open",
+            *map(
+                str,
+                (model, "--plan", plan, "--pad", pad, "--result", tmp_path / "mended.json", "-o", tmp_path / "d.keras"),
+            ),
+        ],
+    )
+    assert isinstance(ran.exception, ModelError)
+    assert "other weights" in str(ran.exception)
+    assert not (tmp_path / "d.keras").exists()
+
+
+def test_colours_of_a_pixel_are_taken_each_by_as_much_as_was_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Rescaling(1 / 255), keras.layers.Flatten(), keras.layers.Dense(5, activation="softmax")]
+    keras.Sequential([keras.Input((4, 4, 3)), *layers]).save(tmp_path / "model.keras")
+    pictures = np.random.default_rng(0).integers(0, 256, (60, 4, 4, 3)).astype(np.uint8)
+    np.savez(tmp_path / "own.npz", x=pictures)
+    masks = np.zeros((1, 48))
+    masks[0, 4] = 1.0  # green of the second pixel
+    np.savez(tmp_path / "triggers.npz", labels=[2], masks=masks, patterns=255.0 * masks)
+    stamp, seen = Trigger.stamp, []
+
+    def stamped(trigger: Trigger, images: Any) -> Any:
+        seen.append((images[0], stamp(trigger, images)[0]))
+        return stamp(trigger, images)
+
+    names = ("model.keras", "triggers.npz", "own.npz", "new.keras")
+    model, triggers, own, new = (str(tmp_path / name) for name in names)
+    monkeypatch.setattr(Trigger, "stamp", stamped)
+    command = ["private", "repair", "clear", model, "--triggers", triggers, "--data", own, "-o", new]
+    assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    plain, worn = seen[0]
+    changed = np.zeros((4, 4, 3))
+    changed[0, 1, 1] = 255.0 - plain[0, 1, 1]
+    np.testing.assert_array_equal(worn - plain, changed)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "plan", "{here}/plan.json", "--id", "inspection-1", "--parties", "{here}/none.json", "--model",
+         "{here}/file", "--features", "--extractor", "{here}/before"),
+        ("inspect", "give", "--plan", "{here}/none.json", "--parties", "{here}/none.json", "--model", "{here}/file",
+         "--pad", "{here}/file", "-o", "{here}/new"),
+        ("inspect", "give", "--plan", "{here}/none.json", "--parties", "{here}/none.json", "--model", "{here}/file",
+         "--pad", "{here}/new", "-o", "{here}/no folder/new"),
+        ("inspect", "give", "--plan", "{here}/none.json", "--parties", "{here}/none.json", "--model", "{here}/file",
+         "--pad", "{here}/new", "-o", "{here}/new"),
+        ("repair", "open", "{here}/file", "--plan", "{here}/none.json", "--pad", "{here}/none", "--result",
+         "{here}/file", "-o", "{here}/mended"),
+        ("repair", "clear", "{here}/file", "--triggers", "{here}/file", "--data", "none", "-o", "{here}/mended"),
+    ],
+)  # fmt: skip
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """Nothing else that these commands are given is there, so that it is the output that is refused first."""
+    (tmp_path / "file").write_bytes(b"something")
+    ran = CliRunner().invoke(app, ["private", *(word.format(here=tmp_path) for word in words)])
+    assert isinstance(ran.exception, ConfigError)
+    assert any(word in str(ran.exception) for word in ("there already", "no such folder", ".keras", "output too"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_party_that_will_not_repair_deletes_what_it_kept_for_one(tmp_path: Path) -> None:
+    own = making.parties(tmp_path / "parties")[0]
+    asked = making.an_inspection([own])
+    (tmp_path / "plan.json").write_bytes(msgspec.json.encode(asked))
+    work = own.folder / f"inspection-{asked.digest[:16]}"
+    inspections._keep(asked, inspections.Held(values={}, digest="given"), "run", work, 13, {})
+    (work / inspections.INSPECTED).write_text("{}")
+    command = ["private", "repair", "run", str(own.folder), "--plan", str(tmp_path / "plan.json"), "--discard"]
+    ran = CliRunner().invoke(app, [*command, "--given", str(tmp_path)], catch_exceptions=False)
+    assert (ran.exit_code, [path.name for path in work.iterdir()]) == (0, [inspections.INSPECTED])

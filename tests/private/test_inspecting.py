@@ -41,7 +41,8 @@ def test_the_decision_is_the_one_of_an_audit(sizes: list[float], working: int) -
     from edgeguard.private import inspecting
 
     works = np.asarray([bool(working >> i & 1) for i in range(len(sizes))])
-    flagged, comparable = inspecting.stands_out(np.asarray(sizes), works, index.MAX_RATIO["patch"])
+    decided = jax.jit(inspecting.stands_out, static_argnums=2)
+    flagged, comparable = decided(np.asarray(sizes), works, index.MAX_RATIO["patch"])
     known = np.where(works, sizes, np.inf)
     expected = [bool(works[i]) and index.stands_out("patch", index.measure(known, i), 1.0) for i in range(len(sizes))]
     assert (np.asarray(flagged).tolist(), bool(comparable)) == (expected, works.sum() > index.MIN_OTHERS)
@@ -55,6 +56,35 @@ def test_a_backdoored_network_is_flagged_and_a_clean_one_is_not(backdoored: bool
         making.an_inspection(), making.a_network(backdoored=backdoored), making.clean_inputs(24)
     )
     assert (np.flatnonzero(found.flagged).tolist(), bool(found.comparable)) == (labels, True)
+
+
+@pytest.mark.parametrize("layers", [3, 2], ids=["with a hidden layer", "features into the last layer"])
+def test_a_step_goes_down_the_gradient_of_inputs_that_carry_the_trigger(layers: int) -> None:
+    """The loss written out, with every input stamped by hand and the derivative of the pieces left to JAX."""
+    from edgeguard.private import inspecting
+
+    x, rng = making.clean_inputs(12), np.random.default_rng(1)
+    network = [array + 0.1 * rng.normal(size=array.shape) for array in making.a_network(backdoored=True)]
+    network = network if layers == 3 else network[:2]
+    taken = 0.3 * rng.random((2, network[-1].shape[0], 25))
+
+    def pieces(margin: Any) -> Any:
+        """What has the sigmoid in three straight pieces as its derivative."""
+        inner = 0.5 * margin + 0.125 * margin**2 + 0.5
+        return jax.numpy.where(margin > 2, margin, jax.numpy.where(margin < -2, 0.0, inner))
+
+    def loss(taken: Any) -> Any:
+        total = 0.0
+        for label in range(taken.shape[1]):
+            a, b = taken[:, label]
+            hidden = ((1 - a - b) * x + a) @ network[0] + network[1]
+            z = jax.nn.relu(hidden) @ network[2] + network[3] if len(network) == 4 else hidden
+            others = np.arange(z.shape[1]) != label
+            total += jax.numpy.sum(pieces(z - z[:, label : label + 1])[:, others]) / len(x)
+        return total
+
+    found, _ = jax.jit(inspecting._gradient)(network, inspecting.basis(network, x), taken)
+    np.testing.assert_allclose(found, jax.jit(jax.grad(loss))(taken), atol=1e-9)
 
 
 def test_of_labels_that_are_not_flagged_nothing_is_shown() -> None:
@@ -83,10 +113,11 @@ def test_a_step_on_shares_is_the_step_in_clear(joint: Any, layers: int) -> None:
     x = making.clean_inputs(12)
 
     def two_steps(x: Any, *w: Any) -> Any:
-        state = inspecting.begin(asked, w, x)
+        basis = inspecting.basis(w, x)
+        state = inspecting.begin(asked, w, basis)
         for _ in range(2):
-            state = inspecting.step(w, x, state, 0.2)
-        return state.a, state.b, state.weight
+            state = inspecting.step(w, basis, state, 0.2)
+        return state.taken, state.weight
 
     for private, clear in zip(joint(two_steps, x, *network), two_steps(x, *network), strict=True):
         np.testing.assert_allclose(private, clear, atol=1e-2)
@@ -110,13 +141,13 @@ def test_whether_a_trigger_works_is_the_same_on_shares(joint: Any) -> None:
     from edgeguard.private import inspecting
 
     network, x = making.a_network(backdoored=True), making.clean_inputs(12)
-    a, b = np.zeros((6, 25)), np.zeros((6, 25))
-    a[:, -1] = 1.0
+    taken = np.zeros((2, 6, 25))
+    taken[0, :, -1] = 1.0
 
-    def decided(x: Any, a: Any, b: Any, *w: Any) -> Any:
-        return inspecting.works(w, x, a, b)[0]
+    def decided(x: Any, taken: Any, *w: Any) -> Any:
+        return inspecting.works(w, x, taken)[0]
 
-    private, clear = joint(decided, x, a, b, *network), decided(x, a, b, *network)
+    private, clear = joint(decided, x, taken, *network), decided(x, taken, *network)
     assert np.asarray(private).tolist() == np.asarray(clear).tolist() == [label == 2 for label in range(6)]
 
 
@@ -125,8 +156,8 @@ def test_where_every_held_out_input_is_called_the_same_nothing_can_be_compared()
 
     network = [array.copy() for array in making.a_network(backdoored=True)]
     network[-1][4] += 1000.0
-    a = np.zeros((6, 25))
-    found = inspecting.decide(making.an_inspection(), network, making.clean_inputs(12), a, a)
+    nothing = np.zeros((2, 6, 25))
+    found = inspecting.decide(making.an_inspection(), network, making.clean_inputs(12), nothing)
     assert (bool(found.comparable), bool(np.asarray(found.flagged).any())) == (False, False)
 
 

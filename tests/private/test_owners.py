@@ -107,6 +107,35 @@ def test_who_knows_the_pad_reads_a_trigger_and_who_does_not_reads_noise() -> Non
     assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 360
 
 
+def test_numbers_that_no_network_has_are_noise_and_not_a_result() -> None:
+    asked = making.an_inspection()
+    pad = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, owners.pad_values(asked))
+    with pytest.raises(ModelError, match=r"noise.*this very result"):
+        owners.triggers(asked, np.zeros(owners.trigger_values(asked), np.int64), pad, [2])
+    with pytest.raises(ModelError, match=r"noise.*this very result"):
+        owners.last_layer(asked, np.zeros(owners.last_values(asked), np.int64), pad)
+
+
+@pytest.mark.parametrize(
+    ("fields", "given"),
+    [({"inspection": "1" * 64}, "one other"), ({"values": b"short"}, "one other"), ({}, "other one")],
+)
+def test_a_pad_is_good_for_its_plan_and_for_what_was_given_with_it(fields: dict[str, object], given: str) -> None:
+    asked = making.an_inspection()
+    values = b"\x01" * (8 * owners.pad_values(asked))
+    pad = owners.Pad(inspection=asked.digest, given="one", weights="", values=values)
+    assert len(pad.of(asked, "one other")) == owners.pad_values(asked)
+    with pytest.raises(ModelError, match="this very result"):
+        msgspec.structs.replace(pad, **fields).of(asked, given)
+
+
+def test_of_two_networks_of_one_shape_the_digest_says_which() -> None:
+    asked = making.an_inspection()
+    one, other = (owners.weights_digest(asked, making.a_network(backdoored=backdoored)) for backdoored in (True, False))
+    assert one != other
+    assert one == owners.weights_digest(asked, making.a_network(backdoored=True))
+
+
 def test_parties_go_on_from_the_last_moment_of_one_run_that_all_kept() -> None:
     views = [[[4, "a"], [8, "a"]], [[4, "a"], [8, "b"]], [[4, "a"], [8, "a"], [12, "a"]]]
     assert inspections._common(views) == (4, "a")

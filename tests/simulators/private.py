@@ -94,8 +94,8 @@ def an_inspection(owns: Sequence[Own] | None = None, *, labels: int = 6, **field
     return Inspection(**(asked | fields))
 
 
-def give(asked: Inspection, owns: Sequence[Own], folder: Path, layers: Any, inputs: Any) -> Any:
-    """What both owners give, in a folder; the model owner's pad."""
+def give(asked: Inspection, owns: Sequence[Own], folder: Path, layers: Any, inputs: Any) -> owners.Pad:
+    """What both owners give, in a folder; what the model's owner keeps."""
     pad = np.frombuffer(secrets.token_bytes(8 * owners.pad_values(asked)), dtype="<i8")
     folder.mkdir()
     parts = {"model-owner": owners.model_values(asked, layers, pad), "data-owner": owners.data_values(asked, inputs)}
@@ -103,4 +103,7 @@ def give(asked: Inspection, owns: Sequence[Own], folder: Path, layers: Any, inpu
         part = owners.part(asked, role)
         given = inspections.give(part, values, owns[0].parties, secrets.token_bytes(sharing.random_bytes(part)))
         (folder / f"{role}.json").write_bytes(msgspec.json.encode(given))
-    return pad
+        if role == "model-owner":
+            weights = owners.weights_digest(asked, layers)
+            kept = owners.Pad(inspection=asked.digest, given=given.digest, weights=weights, values=pad.tobytes())
+    return kept
