@@ -12,20 +12,23 @@ import argparse
 import json
 import secrets
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from edgeguard.contract.private import Kind, Round
-from edgeguard.private import parties, rounds, sharing
+from edgeguard.private import child, parties, rounds, sharing
 
 NAMES = ("north", "south", "west")
 FIRST_PORT = 19871
@@ -55,21 +58,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--channels", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--quick", action="store_true", help="one small size")
+    parser.add_argument("--quick", action="store_true", help="this size alone")
     args = parser.parse_args(argv)
     sizes = [(args.devices, args.channels)]
     if not args.quick:
         sizes = [(args.devices // 10, args.channels), (args.devices, args.channels // 4), *sizes]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for devices, channels in sizes:
         for kind in ("votes", "ranks"):
             row = measure(kind, devices, channels, args.rounds)
             print(json.dumps(asdict(row)), flush=True)
             rows.append(asdict(row))
             if args.json:
-                kept = json.loads(args.json.read_text()) if args.json.exists() else {}
-                args.json.write_text(json.dumps(kept | {"rounds": args.rounds, "rows": rows}, indent=1) + "\n")
+                _record(args.json, asdict(row) | {"rounds": args.rounds})
     return 0 if all(row["same"] for row in rows) else 1
+
+
+def _record(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to those that are there, in place of one of the same size."""
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    same = ("kind", "devices", "channels")
+    rows = [one for one in kept.get("rows", ()) if [one[name] for name in same] != [row[name] for name in same]]
+    kept.pop("rounds", None)
+    path.write_text(json.dumps(kept | {"rows": [*rows, row]}, indent=1) + "\n")
 
 
 def measure(kind: Kind, devices: int, channels: int, count: int) -> Row:
@@ -156,15 +167,22 @@ rounds.meet(asked, ballots, own, said, deliver, timeout_s=300)
 
 def _private(folder: Path, number: int) -> tuple[list[list[int]], float]:
     """What each party opened, and the seconds of the slowest."""
-    import subprocess
 
     def run(name: str) -> tuple[list[int], float]:
         command = [sys.executable, "-c", _PARTY, str(folder), name, str(number)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("[[")]
-        if not lines:
-            raise RuntimeError(done.stderr[-2000:])
-        channels, seconds = json.loads(lines[-1])
+        errors = folder / f"{name}-errors"
+        with (
+            errors.open("wb") as log,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+        ):
+            line = next((line for line in process.stdout or () if line.startswith("[[")), None)
+            # The result is there before a party leaves; of leaving SPU sometimes makes no end.
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(child.LEAVE_S)
+            process.kill()
+            if line is None:
+                raise RuntimeError(errors.read_text(errors="replace")[-2000:])
+        channels, seconds = json.loads(line)
         return channels, seconds
 
     with ThreadPoolExecutor(len(NAMES)) as pool:
