@@ -99,8 +99,10 @@ bench-store: $(STAMP) ## what a report costs the database, and how large a year 
 bench-mcu: $(STAMP) ## the microcontroller library: bytes, a bad line, fuzzing (gcc, clang, gcc-arm-none-eabi); writes benchmarks/results
 	$(BIN)/python -m benchmarks.mcu --json benchmarks/results/mcu.json $(ARGS)
 
-bench-private: $(STAMP) ## what private aggregation costs beside the same in clear; writes benchmarks/results
-	$(BIN)/python -m benchmarks.private --json benchmarks/results/private.json $(ARGS)
+bench-private: $(STAMP) ## what private computation costs beside the same in clear; writes benchmarks/results and docs/private.md
+	$(BIN)/python -m benchmarks.private --json benchmarks/results/private.json
+	$(BIN)/python -m benchmarks.private_inspection --all $(ARGS)
+	$(BIN)/python -m benchmarks.private_report
 
 documents: $(STAMP) ## docs/openapi.json and docs/asyncapi.json, from the code
 	$(BIN)/edgeguard hub openapi -o docs/openapi.json
