@@ -384,12 +384,6 @@ def _register_clear(repair: typer.Typer) -> None:
             )
         network.save(output)
         typer.echo(f"{output}: check it with `edgeguard audit` and on clean inputs before it is used")
-        if asked.space == "features":
-            typer.echo(
-                "warning: only the last layer was mended, against triggers of features: the attacker's own, in pixels, "
-                "mostly still works. `edgeguard repair` heals such a network in clear",
-                err=True,
-            )
 
 
 def _party(folder: Path, plan_file: Path, given: Path) -> tuple[Own, Inspection, Held, Path]:
