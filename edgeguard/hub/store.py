@@ -15,7 +15,9 @@ Rules enforced here:
 from __future__ import annotations
 
 import secrets
+import sqlite3
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,6 +55,7 @@ OUTCOMES_A_DAY, OUTCOMES_AT_ONCE = 24, 16
 """How often what became of a release on one device enters the timeline: its row always has the last word."""
 _WRITES = "edgeguard_writes"
 _SHARDS = 16
+_AGAIN_S = 0.02
 _SQLITE = ("journal_mode = WAL", "synchronous = FULL", "cache_size = -65536", "secure_delete = OFF")
 """Cache in KiB. Some builds overwrite what was deleted: a page more to write for each, and the log keeps it anyway."""
 
@@ -295,11 +298,11 @@ def _engine(url: URL, busy_timeout_s: float) -> Engine:
         # What a batch reads after it waited for another one must be what that one wrote.
         return create_engine(url, isolation_level="READ COMMITTED")
     engine = create_engine(url, connect_args={"timeout": busy_timeout_s})
-    _prepare_sqlite(engine)
+    _prepare_sqlite(engine, busy_timeout_s)
     return engine
 
 
-def _prepare_sqlite(engine: Engine) -> None:
+def _prepare_sqlite(engine: Engine, busy_timeout_s: float) -> None:
     """Write-ahead log, commits that reach the disk, and writers that queue up instead of failing half-way."""
     database = engine.url.database
     if database and not Path(database).parent.is_dir():
@@ -308,8 +311,17 @@ def _prepare_sqlite(engine: Engine) -> None:
     @event.listens_for(engine, "connect")
     def _connect(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # the driver leaves BEGIN to the listener below
+        deadline = time.monotonic() + busy_timeout_s
         for setting in _SQLITE:
-            connection.execute(f"PRAGMA {setting}").close()
+            while True:
+                try:
+                    connection.execute(f"PRAGMA {setting}").close()
+                    break
+                except sqlite3.OperationalError as error:
+                    # Of a change to the write-ahead log, alone, SQLite does not wait for who writes.
+                    if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= deadline:
+                        raise
+                    time.sleep(_AGAIN_S)
 
     @event.listens_for(engine, "begin")
     def _begin(db: Connection) -> None:

@@ -52,6 +52,7 @@ def test_who_was_away_while_two_releases_went_out_takes_the_right_model_once(set
         wait_until(lambda: [case.state for case in Casebook(store, clock_ms=clock_ms).all()] == ["closed", "closed"])
         wait_until(lambda: three.case(2)["audit"][-1]["why"].startswith("release 3 is for devices that were away"))
         store.close()
+        wait_until(lambda: three.hinted("d000") == 3)
         returned = three.come_back("d000")
         wait_until(lambda: returned.model == LATER)
         assert returned.taken == [3]

@@ -10,6 +10,7 @@ already.
 from __future__ import annotations
 
 import json
+import queue
 import secrets
 import threading
 import time
@@ -24,6 +25,7 @@ from typing import Any, Literal
 
 import msgspec
 import paho.mqtt.client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion
 
 from edgeguard.contract import topics
 from edgeguard.contract.messages import Desired, Health, decode
@@ -194,6 +196,23 @@ class Site:
         """What became of each device of the first case's roll-out."""
         rows = self.ask("GET", "/v1/cases/1/devices?limit=500")["items"]
         return {row["device"]: row["state"] for row in rows}
+
+    def hinted(self, device: str) -> int | None:
+        """The sequence that a device which comes now is told; None where it is told none within a second."""
+        found: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        client = mqtt.Client(CallbackAPIVersion.VERSION2)
+        topic = topics.topic(self.agents[device]._fleet, device, topics.MODEL_DESIRED)
+        client.on_message = lambda _c, _u, message: found.put(bytes(message.payload))
+        client.connect("127.0.0.1", self.setting.broker_port)
+        client.subscribe(topic)
+        client.loop_start()
+        try:
+            return decode(Desired, found.get(timeout=1.0)).sequence
+        except queue.Empty:
+            return None
+        finally:
+            client.disconnect()
+            client.loop_stop()
 
     def running(self) -> dict[str, str]:
         """The model that each agent really runs."""
