@@ -112,7 +112,7 @@ def _growth(rows: Sequence[Row], code: str) -> list[str]:
         sent = max(row["sent_mb"]) / row["steps"]
         lines.append(
             f"| {_name(row, code)} | {row['sought']} | {row['step_s']:.2f} s | {sent:.0f} "
-            f"| {row['estimated_step_mb']:.0f} |"
+            f"| {row['estimated_mb'] / row['steps']:.0f} |"
         )
     return lines
 

@@ -42,6 +42,24 @@ def test_rows_of_few_steps_are_of_latency_and_no_verdict() -> None:
     assert "| digits-badnets-s0 | 20 ms | 0.70 s |" in found["latency"]
 
 
+def test_growth_is_told_a_step() -> None:
+    row = {"model": "64-32-20", "steps": 3, "sought": 64, "step_s": 2.0, "sent_mb": [50.9, 45.3], "estimated_mb": 50.3}
+    found = private_report.tables({"growth": [row | {"code": "today"}]}, "today")["growth"]
+    assert found[-1] == "| 64-32-20 | 64 | 2.00 s | 17 | 17 |"
+
+
+def test_the_power_of_features_counts_who_is_named_and_who_accused() -> None:
+    found = {"labels": [0], "smallest": 0, "ratio": 0.4, "code": "today"}
+    rows = [
+        found | {"model": "a", "target": 0, "long": found, "same_verdict": True},
+        found | {"model": "b", "target": 1, "long": found | {"labels": []}, "same_verdict": False},
+        found | {"model": "c", "target": None, "ratio": None},
+    ]
+    lines = private_report.tables({"power_of_features": rows}, "today")["power"]
+    assert lines[2] == "| a | 0 | 0 | 0, 0.40 | 0 | 0, 0.40 |"
+    assert "Of 2 attacked models 1 are named with their label, of 1 clean ones 1 accused; 1 of 2 have" in lines[-1]
+
+
 def test_only_what_stands_between_the_marks_is_written(tmp_path: Path) -> None:
     document, results = tmp_path / "private.md", tmp_path / "private.json"
     names = private_report.tables({}, "")
