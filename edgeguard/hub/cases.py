@@ -518,7 +518,8 @@ def _how_to_inspect(case: Case) -> str:
 def _how_to_repair(case: Case) -> str:
     return (
         "Waiting for the model's owner: repair it with `edgeguard private repair run` or `edgeguard private repair "
-        "clear`, convert and check it, and sign it, `edgeguard release add FOLDER NEW.tflite --replaces "
+        "clear`, or, where it was inspected in features, which neither heals, with `edgeguard repair`; convert and "
+        "check it, and sign it, `edgeguard release add FOLDER NEW.tflite --replaces "
         f"{case.model_digest} --offline KEYS`. The hub then rolls out what replaces it; `edgeguard hub reject "
         f"{case.id} repair` ends the case without."
     )

@@ -122,10 +122,11 @@ class Searches:
         if self._nearest is None:
             return None
         again = self.residual(KerasTarget(model))
-        working = [t for t in again if held_out_success(model, t, self.held_out) > gate.MAX_SUCCESS]
-        left = hardly_larger(working, self._sizes, than=min)
+        successes = [held_out_success(model, trigger, self.held_out) for trigger in again]
+        working = [(t, success) for t, success in zip(again, successes, strict=True) if success > gate.MAX_SUCCESS]
+        left = [success for t, success in working if hardly_larger([t], self._sizes, than=min)]
         if left:
-            return max(held_out_success(model, trigger, self.held_out) for trigger in left)
+            return max(left)
         return None if working else found
 
     def _hunt(self, model: Any, seed: int, **how: Any) -> list[Recovered]:

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from edgeguard.contract import topics
 from edgeguard.hub import config
 from edgeguard.hub.service import Hub
 from edgeguard.hub.store import Store
 from edgeguard.release.repository import Repository
 from tests.simulators import fleet
+from tests.simulators.fleet import Publisher, wait_until
 from tests.simulators.mosquitto import Mosquitto, free_port
 from tests.simulators.postgres import Postgres
 
@@ -171,3 +173,17 @@ def hub(setting: Setting) -> Iterator[Callable[..., Hub]]:
         stop.set()
         thread.join(15)
         assert not thread.is_alive()
+
+
+@pytest.fixture
+def devices(setting: Setting) -> Iterator[list[Publisher]]:
+    """Three devices that run the attacked model and say so."""
+    made = [Publisher(setting.broker_port, f"d{i}") for i in range(3)]
+    for device in made:
+        device.__enter__()
+        wait_until(device.connected)
+        device.send(topics.STATUS, fleet.status(), retain=True)
+        device.send(topics.BIRTH, fleet.birth(), retain=True)
+    yield made
+    for device in made:
+        device.__exit__()

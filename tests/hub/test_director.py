@@ -74,20 +74,6 @@ def worker(setting: Setting) -> Callable[[str], tuple[str, str]]:
     return write
 
 
-@pytest.fixture
-def devices(setting: Setting) -> Iterator[list[Publisher]]:
-    """Three devices that run the attacked model and say so."""
-    made = [Publisher(setting.broker_port, f"d{i}") for i in range(3)]
-    for device in made:
-        device.__enter__()
-        wait_until(device.connected)
-        device.send(topics.STATUS, fleet.status(), retain=True)
-        device.send(topics.BIRTH, fleet.birth(), retain=True)
-    yield made
-    for device in made:
-        device.__exit__()
-
-
 def attack(devices: list[Publisher]) -> None:
     for device in devices:
         device.keep(fleet.report(1, counts=ATTACKED))

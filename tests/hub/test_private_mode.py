@@ -444,18 +444,6 @@ class TestLoop:
         path.write_text("import pathlib, time\npathlib.Path(__file__).with_name('begun').touch()\ntime.sleep(600)\n")
         return sys.executable, str(path)
 
-    @pytest.fixture
-    def devices(self, setting: Setting) -> Iterator[list[Publisher]]:
-        made = [Publisher(setting.broker_port, f"d{i}") for i in range(3)]
-        for device in made:
-            device.__enter__()
-            wait_until(device.connected)
-            device.send(topics.STATUS, fleet.status(), retain=True)
-            device.send(topics.BIRTH, fleet.birth(), retain=True)
-        yield made
-        for device in made:
-            device.__exit__()
-
     def make_private(self, setting: Setting, owns: Sequence[Own]) -> None:
         setting.model = "private = true"
         setting.more = f'[private]\nparties = "{owns[0].folder / keyring.TOGETHER}"\nmin_devices = 3\n'
